@@ -1,0 +1,29 @@
+"""ALiBi (attention with linear biases) for fairseq: train short, test long.
+
+Where things are:
+    positions.py        the bias and the other position methods (pure torch)
+    attention.py        attention under a mask that carries the bias (pure torch)
+    decoder.py          the hooks of fairseq's decoder that we override
+    language_model.py   the model `alibi_lm`, its options and architectures
+    compatibility.py    repairs of fairseq under numpy 2 and torch's safe loader
+    prepare_data.py     corpora: download, check, tokenize, binarize
+    evaluate.py         perplexity at several lengths through fairseq-eval-lm
+    report.py           results to table and plot
+    startup/            lets fairseq be imported on Python 3.11 and newer
+
+Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.
+"""
+
+import importlib.util
+import warnings
+
+__version__ = "0.1.0"
+
+if importlib.util.find_spec("fairseq"):
+    from . import compatibility, language_model  # noqa: F401
+else:
+    warnings.warn(
+        "fairseq is not installed, so no model is registered (positions and attention work without it). "
+        "Get it with: pip install --no-deps fairseq==0.12.2",
+        stacklevel=2,
+    )

@@ -1,0 +1,153 @@
+"""The language model `alibi_lm`: fairseq's `transformer_lm` with a switchable position method, and its architectures."""
+
+import ast
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+    transformer_lm_baevski_wiki103,
+    transformer_lm_big,
+    transformer_lm_gpt,
+)
+from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
+from fairseq.utils import safe_getattr
+
+from .decoder import Decoder
+from .positions import POSITION_METHODS
+
+
+@dataclass
+class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
+    """All options of `transformer_lm`, and what this plugin adds."""
+
+    position_method: ChoiceEnum(list(POSITION_METHODS)) = field(
+        default="alibi", metadata={"help": "how the model knows the positions of its tokens"}
+    )
+    alibi_max_bias: float = field(
+        default=8.0,
+        metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
+    )
+
+
+def check_options(args) -> None:
+    """Refuses options of `transformer_lm` that contradict the position method or would bypass it.
+
+    Args:
+        args: the model's options, a namespace or fairseq config.
+
+    Raises:
+        ValueError: names the option, the reason and the remedy.
+    """
+    method = args.position_method
+    if method not in POSITION_METHODS:
+        raise ValueError(f"--position-method {method}: choose one of {', '.join(POSITION_METHODS)}")
+    if args.decoder_learned_pos:
+        raise ValueError(
+            f"--decoder-learned-pos contradicts --position-method {method}: drop it (a learned table has no "
+            "position past its end; fairseq's own transformer_lm has it)"
+        )
+    if args.no_token_positional_embeddings and POSITION_METHODS[method].adds_embedding:
+        raise ValueError(
+            f"--no-token-positional-embeddings contradicts --position-method {method}: "
+            "use --position-method none for a model without position information"
+        )
+    if safe_getattr(args, "decoder_xformers_att_config"):
+        raise ValueError(
+            "--decoder-xformers-att-config: xFormers' attention takes no bias per head; drop the option, "
+            "attention runs through PyTorch's fused kernels already"
+        )
+
+
+@register_model("alibi_lm", dataclass=AlibiLanguageModelConfig)
+class AlibiLanguageModel(TransformerLanguageModel):
+    """A causal transformer language model without position embeddings, unless its position method adds some.
+
+    Built with the same seed it starts from exactly the parameters of a `transformer_lm` of the same sizes.
+    `--max-target-positions`, if given, limits the length of a sequence; without it there is no limit.
+    """
+
+    @classmethod
+    def build_model(cls, args, task):
+        """Builds the model from `args`, which are left as they are.
+
+        Raises:
+            ValueError: see `check_options` and `alibi_slopes`.
+        """
+        check_options(args)
+        if args.decoder_layers_to_keep:
+            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+        position_method = POSITION_METHODS[args.position_method](args.decoder_attention_heads, args.alibi_max_bias)
+        return cls(Decoder(args, task.target_dictionary, cls.embed_tokens(args, task), position_method))
+
+    @classmethod
+    def embed_tokens(cls, args, task):
+        """The token embeddings that the options ask for: character-based, adaptive or plain."""
+        dictionary = task.source_dictionary
+        if args.character_embeddings:
+            return CharacterTokenEmbedder(
+                dictionary,
+                ast.literal_eval(args.character_filters),
+                args.character_embedding_dim,
+                args.decoder_embed_dim,
+                args.char_embedder_highway_layers,
+            )
+        if not args.adaptive_input:
+            if args.tie_adaptive_weights:
+                raise ValueError("--tie-adaptive-weights ties to the adaptive input: add --adaptive-input, or drop it")
+            return cls.build_embedding(args, dictionary, args.decoder_input_dim)
+        if args.adaptive_input_cutoff is None:
+            raise ValueError("--adaptive-input needs --adaptive-input-cutoff, for example 20000,60000")
+        if args.tie_adaptive_weights:
+            for ours, theirs in (
+                ("adaptive_input_factor", "adaptive_softmax_factor"),
+                ("adaptive_input_cutoff", "adaptive_softmax_cutoff"),
+                ("decoder_input_dim", "decoder_output_dim"),
+            ):
+                if getattr(args, ours) != getattr(args, theirs):
+                    raise ValueError(
+                        f"--tie-adaptive-weights needs equal {ours} and {theirs}, "
+                        f"not {getattr(args, ours)} and {getattr(args, theirs)}"
+                    )
+        return AdaptiveInput(
+            len(dictionary),
+            dictionary.pad(),
+            args.decoder_input_dim,
+            args.adaptive_input_factor,
+            args.decoder_embed_dim,
+            [int(cutoff) for cutoff in args.adaptive_input_cutoff.split(",")],
+            args.quant_noise_pq,
+            args.quant_noise_pq_block_size,
+        )
+
+
+@register_model_architecture("alibi_lm", "alibi_lm_wiki103")
+def alibi_lm_wiki103(args):
+    """WikiText-103, the paper's section 4.1: 16 layers, width 1024, 8 heads, adaptive input and softmax, 247M."""
+    transformer_lm_baevski_wiki103(args)
+
+
+@register_model_architecture("alibi_lm", "alibi_lm_big")
+def alibi_lm_big(args):
+    """fairseq's `transformer_lm_big`: 12 layers, width 1024, 16 heads."""
+    transformer_lm_big(args)
+
+
+@register_model_architecture("alibi_lm", "alibi_lm_gpt")
+def alibi_lm_gpt(args):
+    """fairseq's `transformer_lm_gpt`: 12 layers, width 768, 12 heads."""
+    transformer_lm_gpt(args)
+
+
+@register_model_architecture("alibi_lm", "alibi_lm_tiny")
+def alibi_lm_tiny(args):
+    """For CPUs: 2 layers, width 128, 8 heads, tied plain embeddings."""
+    args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
+    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 128)
+    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 512)
+    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
+    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
+    base_lm_architecture(args)

@@ -1,0 +1,123 @@
+"""Position methods: how a language model knows where its tokens are. Pure torch, usable without fairseq.
+
+Shapes: H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
+
+This is the one place where a position method lives: a subclass of `PositionMethod` and its line in `POSITION_METHODS`.
+"""
+
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+
+def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Tensor:
+    """Slopes m_h of ALiBi, one per head, steepest first (Press et al. 2022, section 3).
+
+    For a power of two they are `2 ** (-max_bias * h / num_heads)`, h = 1..H. For any other number of heads they are the
+    slopes of the nearest lower power of two P, followed by the 1st, 3rd, 5th, ... of the 2P slopes.
+
+    Args:
+        num_heads: H, at least 1.
+        max_bias: exponent range of the slopes, 8 in the paper; larger values reach further.
+
+    Returns:
+        (H,) float64.
+
+    Raises:
+        ValueError: for fewer than one head or an exponent range that is not a positive, finite number.
+    """
+    if num_heads < 1:
+        raise ValueError(f"the number of heads must be at least 1, not {num_heads}")
+    if not 0 < max_bias < math.inf:
+        raise ValueError(f"alibi_max_bias must be a positive number (the paper's is 8), not {max_bias}")
+    power = 1 << (num_heads.bit_length() - 1)
+
+    def geometric(count: int) -> list[float]:
+        return [2.0 ** (-max_bias * h / count) for h in range(1, count + 1)]
+
+    slopes = geometric(power) + geometric(2 * power)[::2]
+    return torch.tensor(slopes[:num_heads], dtype=torch.float64)
+
+
+def distances(query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
+    """Distance i - j from each query to each key: 0 for a token itself, negative for keys in the future.
+
+    Args:
+        query_length: T; the queries are the last T of the S positions.
+        key_length: S, at least T.
+
+    Returns:
+        (T, S) int64.
+    """
+    positions = torch.arange(key_length, device=device)
+    return positions[key_length - query_length :, None] - positions[None, :]
+
+
+class PositionMethod(nn.Module):
+    """What a position method may do; this base does nothing, which is the method `none` (NoPE).
+
+    Subclasses override the hooks they need. A module, so that a method may have parameters of its own.
+
+    Args:
+        num_heads: H.
+        alibi_max_bias: see `alibi_slopes`; only ALiBi uses it.
+    """
+
+    #: Whether fairseq's sinusoidal embedding is added to the token embeddings.
+    adds_embedding = False
+
+    def __init__(self, num_heads: int, alibi_max_bias: float = 8.0):
+        super().__init__()
+        self.num_heads = num_heads
+
+    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
+        """Bias to add to the scores after their division by sqrt(D): (H, T, S) float32, or None for no bias."""
+        return None
+
+    def future_mask(
+        self,
+        query_length: int,
+        key_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device] = None,
+    ) -> Tensor:
+        """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
+
+        Returns:
+            (H, T, S), or (1, T, S) for a method without bias, in `dtype`, to be added to the scores of every batch row.
+        """
+        bias = self.bias(query_length, key_length, device)
+        if bias is None:
+            bias = torch.zeros(1, query_length, key_length, device=device)
+        future = distances(query_length, key_length, device) < 0
+        return bias.to(dtype).masked_fill_(future, -math.inf)
+
+
+class Sinusoidal(PositionMethod):
+    """Sinusoidal embeddings added to the token embeddings (Vaswani et al. 2017, section 3.5), as fairseq does it."""
+
+    adds_embedding = True
+
+
+class ALiBi(PositionMethod):
+    """Attention with linear biases: -m_h * (i - j) is added to the score of query i against key j <= i.
+
+    No parameter, no buffer, no embedding, no longest length (Press et al. 2022, section 3). The bias is computed from
+    distances, not as one vector m_h * j per head: the two differ by a constant per row, which softmax ignores, but
+    distances keep the numbers of near tokens small and so exact in half precision too.
+    """
+
+    def __init__(self, num_heads: int, alibi_max_bias: float = 8.0):
+        super().__init__(num_heads)
+        self.slopes = alibi_slopes(num_heads, alibi_max_bias).float()  # a plain attribute: not part of a checkpoint
+
+    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
+        """See `PositionMethod.bias`. Keys in the future get 0, for `future_mask` to replace."""
+        distance = distances(query_length, key_length, device).clamp_(min=0)
+        return -self.slopes.to(device)[:, None, None] * distance
+
+
+#: The values of `--position-method`.
+POSITION_METHODS = {"alibi": ALiBi, "sinusoidal": Sinusoidal, "none": PositionMethod}
