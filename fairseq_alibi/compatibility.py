@@ -1,7 +1,8 @@
-"""Repairs of fairseq 0.12.2 under numpy 2 and torch's safe checkpoint loader, made when the plugin is imported."""
+"""Repairs of fairseq 0.12.2 under today's numpy, torch and hydra, made when the plugin is imported."""
 
 import argparse
 import types
+import warnings
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 
 
 def restore_numpy_long() -> None:
-    """fairseq's datasets ask for `np.compat.long`, which numpy 2 removed: `--sample-break-mode eos`, interactive use."""
+    """Gives fairseq the `np.compat.long` that numpy 2 removed (`--sample-break-mode eos`, interactive use)."""
     if not hasattr(np, "compat"):
         np.compat = types.SimpleNamespace(long=int)
 
@@ -35,5 +36,20 @@ def allow_old_checkpoints() -> None:
     )
 
 
+def hush_fairseqs_old_words() -> None:
+    """Silences the warnings that fairseq's calls of 2022 cause in every run and that no user can act on; no others."""
+    for message in (
+        r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
+        r"\s*The version_base parameter is not specified",
+        r"In 'config': Usage of deprecated keyword in package header",
+        r"\s*'config' is validated against ConfigStore schema",
+        r"\s*The strict flag in the compose API is deprecated",
+        r"'pin_memory' argument is set as true but no accelerator is found",
+        r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 restore_numpy_long()
+hush_fairseqs_old_words()
 allow_old_checkpoints()

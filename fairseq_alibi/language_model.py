@@ -1,4 +1,4 @@
-"""The language model `alibi_lm`: fairseq's `transformer_lm` with a switchable position method, and its architectures."""
+"""The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
 from dataclasses import dataclass, field

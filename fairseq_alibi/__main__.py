@@ -1,0 +1,28 @@
+"""The command `fairseq-alibi`, also `python -m fairseq_alibi`."""
+
+import argparse
+import sys
+from typing import Optional
+
+from . import __version__, report
+
+COMMANDS = {"report": report}
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    """Runs a subcommand; bad input ends it with one line and status 1."""
+    parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
+    parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    try:
+        COMMANDS[args.command].main(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"fairseq-alibi {args.command}: {error}")
+
+
+if __name__ == "__main__":
+    main()

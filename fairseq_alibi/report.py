@@ -1,0 +1,146 @@
+"""Results of several evaluations as one table and one plot: perplexity against evaluation length."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+#: Line style and marker per series, so that a plot can be read in black and white too.
+STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Reads a file that `fairseq_alibi.evaluate` wrote.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["model"]["position_method"], content["model"]["training_length"], content["subset"]
+        for result in content["results"]:
+            result["length"], result["stride"], result["perplexity"]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name JSON files of the eval scripts") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no result of the eval scripts ({error!r}): name one of their JSON files"
+        ) from error
+    return content
+
+
+def series(files: list[Path]) -> list[dict[str, Any]]:
+    """One series per model and way of evaluation, in the order of the files.
+
+    Returns:
+        For each: label, subset, training_length (tokens) and perplexity by evaluation length.
+
+    Raises:
+        ValueError: see `read_results`.
+    """
+    found: dict[tuple, dict[str, Any]] = {}
+    for path in files:
+        content = read_results(path)
+        model = content["model"]
+        for result in content["results"]:
+            way = "" if result["stride"] == result["length"] else f", stride {result['stride']}"
+            label = f"{model['position_method']}, trained on {model['training_length']}{way}"
+            one = found.setdefault(
+                (model["checkpoint"], content["subset"], way),
+                {
+                    "label": label,
+                    "checkpoint": model["checkpoint"],
+                    "subset": content["subset"],
+                    "training_length": model["training_length"],
+                    "perplexity": {},
+                },
+            )
+            one["perplexity"][result["length"]] = result["perplexity"]
+    labels = [one["label"] for one in found.values()]
+    for one in found.values():
+        if labels.count(one["label"]) > 1:  # the same kind of model twice: tell by folder and subset
+            one["label"] += f" ({Path(one['checkpoint']).parent.name}, {one['subset']})"
+    return list(found.values())
+
+
+def table(all_series: list[dict[str, Any]], style: str) -> str:
+    """Perplexity, a row per evaluation length and a column per series; `style` is one of tabulate's formats."""
+    lengths = sorted({length for one in all_series for length in one["perplexity"]})
+    rows = [[length, *(one["perplexity"].get(length) for one in all_series)] for length in lengths]
+    headers = ["evaluation length", *(one["label"] for one in all_series)]
+    return tabulate(rows, headers, tablefmt=style, floatfmt=".2f", intfmt=",")
+
+
+def plot(all_series: list[dict[str, Any]], path: Path) -> None:
+    """Draws perplexity against evaluation length to a PNG; dotted lines mark the training lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for one, (line, marker) in zip(all_series, STYLES * (len(all_series) // len(STYLES) + 1)):
+        points = sorted(one["perplexity"].items())
+        axes.plot(*zip(*points), linestyle=line, marker=marker, label=one["label"])
+    lengths = sorted({length for one in all_series for length in one["perplexity"]})
+    for length in sorted({one["training_length"] for one in all_series}):
+        axes.axvline(length, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"training length {length:,} ",
+            (length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -4),
+            textcoords="offset points",
+            rotation=90,
+            verticalalignment="top",
+            color="gray",
+            fontsize="small",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("evaluation length (tokens)")
+    axes.set_ylabel(f"perplexity ({', '.join(sorted({one['subset'] for one in all_series}))})")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(files: list[Path], output: Path) -> str:
+    """Writes report.md and report.png into the folder `output`; returns the table for the terminal.
+
+    Raises:
+        ValueError: see `read_results`, or the files hold no result.
+    """
+    all_series = series(files)
+    if not all_series:
+        raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
+    output.mkdir(parents=True, exist_ok=True)
+    text = output / "report.md"
+    partial = text.with_suffix(".partial")
+    partial.write_text(table(all_series, "github") + "\n", encoding="utf-8")
+    partial.replace(text)
+    picture = output / "report.png"
+    partial = picture.with_suffix(".partial.png")
+    plot(all_series, partial)
+    partial.replace(picture)
+    return table(all_series, "simple")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fairseq-alibi report`."""
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSON files of the eval scripts")
+    parser.add_argument("--output", type=Path, default=Path("results/report"), help="folder for report.md, report.png")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`fairseq-alibi report`: prints the table and says where table and plot were written."""
+    print(report(args.files, args.output))
+    print(f"\nwritten to {args.output}/report.md and {args.output}/report.png")

@@ -1,0 +1,86 @@
+"""A tiny corpus in fairseq's format, and models built the way fairseq-train builds them."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# One thread each, here and in spawned commands: tiny models are ten times slower when threads fight for a core.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*command, cwd=ROOT, check=True, **environment):
+    """Runs a command; returns the finished process with stdout and stderr together as `output`."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    done.output = done.stdout
+    assert not check or done.returncode == 0, done.output
+    return done
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A fairseq data folder: 40 words, lines of 0 to 12 words, 3,000 / 300 / 300 lines."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(1)
+    words = [f"word{i}" for i in range(40)]
+    for split, lines in (("train", 3000), ("valid", 300), ("test", 300)):
+        text = (" ".join(rng.choices(words, k=rng.randrange(13))) for _ in range(lines))
+        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
+    run(
+        BIN / "fairseq-preprocess",
+        *("--only-source", "--destdir", folder / "data"),
+        *(part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / f"{split}.txt")),
+    )
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def build(corpus):
+    """Builds a model from fairseq-train's options: `build("alibi_lm_tiny", "--position-method", "none")`."""
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_alibi  # noqa: F401
+
+    def build_model(arch, *arguments, seed=1):
+        parser = options.get_training_parser()
+        arguments = [str(corpus), "--task", "language_modeling", "--arch", arch, *map(str, arguments)]
+        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        torch.manual_seed(seed)
+        return tasks.setup_task(cfg.task).build_model(cfg.model).eval()
+
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def train(corpus, tmp_path_factory):
+    """Trains for a few updates with fairseq-train; returns the path of the checkpoint."""
+
+    def train_model(*arguments, arch="alibi_lm_tiny", updates=5):
+        save_dir = tmp_path_factory.mktemp("checkpoints")
+        run(
+            BIN / "fairseq-train",
+            *(corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--arch", arch),
+            *("--save-dir", save_dir, "--max-update", updates, "--tokens-per-sample", 32, "--max-tokens", 256),
+            *("--optimizer", "adam", "--lr", 0.003, "--no-epoch-checkpoints", "--cpu"),
+            *arguments,
+        )
+        return save_dir / "checkpoint_last.pt"
+
+    return train_model
