@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,23 @@ def series(files: list[Path]) -> list[dict[str, Any]]:
                 },
             )
             one["perplexity"][result["length"]] = result["perplexity"]
-    labels = [one["label"] for one in found.values()]
-    for one in found.values():
-        if labels.count(one["label"]) > 1:  # the same kind of model twice: tell by folder and subset
-            one["label"] += f" ({Path(one['checkpoint']).parent.name}, {one['subset']})"
+    tell_apart(list(found.values()))
     return list(found.values())
+
+
+def tell_apart(all_series: list[dict[str, Any]]) -> None:
+    """Adds to labels that stand more than once what differs: the checkpoint's path, the subset."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in all_series:
+        groups.setdefault(one["label"], []).append(one)
+    for group in groups.values():
+        paths = {one["checkpoint"] for one in group}
+        subsets = {one["subset"] for one in group}
+        for one in group:
+            if len(paths) > 1:
+                one["label"] += f" ({os.path.relpath(one['checkpoint'], os.path.commonpath(paths))})"
+            if len(subsets) > 1:
+                one["label"] += f" ({one['subset']})"
 
 
 def table(all_series: list[dict[str, Any]], style: str) -> str:
@@ -113,21 +126,23 @@ def plot(all_series: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(files: list[Path], output: Path) -> str:
+def report(files: list[Path], output: Path, overwrite: bool = False) -> str:
     """Writes report.md and report.png into the folder `output`; returns the table for the terminal.
 
     Raises:
-        ValueError: see `read_results`, or the files hold no result.
+        ValueError: see `read_results`, or the files hold no result, or `output` holds a report already.
     """
+    text, picture = output / "report.md", output / "report.png"
+    existing = [path for path in (text, picture) if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
     all_series = series(files)
     if not all_series:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
     output.mkdir(parents=True, exist_ok=True)
-    text = output / "report.md"
     partial = text.with_suffix(".partial")
     partial.write_text(table(all_series, "github") + "\n", encoding="utf-8")
     partial.replace(text)
-    picture = output / "report.png"
     partial = picture.with_suffix(".partial.png")
     plot(all_series, partial)
     partial.replace(picture)
@@ -138,9 +153,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fairseq-alibi report`."""
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSON files of the eval scripts")
     parser.add_argument("--output", type=Path, default=Path("results/report"), help="folder for report.md, report.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
 
 
 def main(args: argparse.Namespace) -> None:
     """`fairseq-alibi report`: prints the table and says where table and plot were written."""
-    print(report(args.files, args.output))
+    print(report(args.files, args.output, args.overwrite))
     print(f"\nwritten to {args.output}/report.md and {args.output}/report.png")

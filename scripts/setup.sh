@@ -25,7 +25,7 @@ case $version in
 esac
 
 # What this environment is made from: while it stays the same there is nothing to do.
-state=$("$python" - "$root" constraints.txt setup.py pyproject.toml scripts/setup.sh fairseq_alibi/__init__.py fairseq_alibi/startup/* <<'EOF'
+state=$("$python" - "$root" constraints.txt setup.py scripts/setup.sh fairseq_alibi/startup/* <<'EOF'
 import hashlib, sys
 digest = hashlib.sha256(f"{sys.version} {sys.prefix} {sys.argv[1]}".encode())
 for name in sys.argv[2:]:
@@ -53,9 +53,9 @@ echo "unfinished" >"$stamp"
 log=$venv/setup.log
 
 install() {
-  local quiet=--quiet
-  [ -t 1 ] && quiet=
-  if ! "$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-warn-conflicts --no-build-isolation \
+  local look=(--quiet --progress-bar off)
+  [ -t 1 ] && look=()
+  if ! "$venv/bin/python" -m pip install "${look[@]}" --disable-pip-version-check --no-warn-conflicts --no-build-isolation \
     --constraint constraints.txt --log "$log" "$@" 2>"$venv/setup.err"; then
     if grep -qiE "NewConnectionError|ConnectionError|Temporary failure in name resolution|Network is unreachable|ConnectTimeout|ReadTimeout|ProxyError|Connection refused" "$log" "$venv/setup.err"; then
       fail "no package index can be reached: check the network, or name a mirror with PIP_INDEX_URL=..., then run this again"

@@ -1,0 +1,167 @@
+"""The evaluation scripts against fairseq-eval-lm itself, and the traps that they close."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import BIN, ROOT, run
+
+from fairseq_alibi import evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(train):
+    return train(updates=20)
+
+
+def fairseqs_own(corpus, checkpoint, *arguments):
+    """Loss and tokens that the plain command prints."""
+    command = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--gen-subset", "valid", "--cpu"]
+    output = run(BIN / "fairseq-eval-lm", *command, *arguments).output
+    loss = float(output.split("Loss (base 2): ")[1].split(",")[0])
+    return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
+
+
+def script(name, *arguments, check=True):
+    return run("bash", ROOT / "scripts" / name, *arguments, check=check)
+
+
+def test_nonoverlapping_script_gives_what_fairseq_eval_lm_gives(corpus, checkpoint, tmp_path):
+    output = tmp_path / "new" / "results.json"
+    done = script("eval_nonoverlapping.sh", corpus, checkpoint, 16, 256, "--output", output, "--", "--cpu")
+    content = json.loads(output.read_text())
+    assert [result["length"] for result in content["results"]] == [16, 256]
+    for result in content["results"]:
+        loss, tokens = fairseqs_own(corpus, checkpoint, "--tokens-per-sample", result["length"])
+        assert result["loss"] == pytest.approx(loss, abs=1e-4)
+        assert result["perplexity"] == pytest.approx(2 ** result["loss"])
+        assert (result["tokens"], result["context_window"]) == (tokens, 0)
+    assert content["model"]["position_method"] == "alibi"
+    assert content["model"]["training_length"] == 32
+    assert content["model"]["updates"] == 20
+    assert f"{content['results'][1]['perplexity']:.2f}" in done.output
+    assert "Warning" not in done.output, "a calm console"
+    assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_sliding_window_script_gives_what_fairseq_eval_lm_gives(corpus, checkpoint, tmp_path):
+    output = tmp_path / "results.json"
+    script(
+        "eval_sliding_window.sh",
+        corpus,
+        checkpoint,
+        64,
+        64,
+        48,
+        1,
+        "--output",
+        output,
+        "--subset",
+        "test",
+        "--",
+        "--cpu",
+    )
+    content = json.loads(output.read_text())
+    for result, context in zip(content["results"], (0, 16, 63)):
+        assert result["context_window"] == context
+        arguments = ("--gen-subset", "test", "--tokens-per-sample", 64, "--context-window", context, "--max-tokens", 64)
+        loss, tokens = fairseqs_own(corpus, checkpoint, *arguments)
+        assert result["loss"] == pytest.approx(loss, abs=1e-4)
+        assert result["tokens"] == tokens
+
+
+def test_sliding_window_equals_scoring_each_token_with_its_own_context(corpus, checkpoint, tmp_path):
+    """Stride s by hand: token n is scored by the window that ends at the next multiple of s."""
+    from fairseq import checkpoint_utils
+    from fairseq.data.data_utils import load_indexed_dataset
+
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={"data": str(corpus)}
+    )
+    model.eval()
+    stream = torch.cat(list(load_indexed_dataset(str(corpus / "valid"))))
+    source = torch.cat([torch.tensor([task.source_dictionary.eos()]), stream[:-1]])
+    length, stride, loss = 24, 8, 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream), stride):
+            end = min(start + stride, len(stream))
+            begin = max(0, start - (length - stride))
+            log_probs = model.get_normalized_probs(model(source[None, begin:end]), log_probs=True)[0]
+            loss -= log_probs[start - begin :].gather(1, stream[start:end, None]).sum().item()
+    output = tmp_path / "results.json"
+    evaluate.main(["sliding", str(corpus), str(checkpoint), "24", "8", "--output", str(output), "--", "--cpu"])
+    result = json.loads(output.read_text())["results"][0]
+    assert result["loss"] == pytest.approx(loss / len(stream) / math.log(2), abs=1e-4)
+
+
+def test_a_batch_holds_no_more_positions_than_asked_for():
+    arguments = evaluate.eval_lm_arguments("data", "checkpoint", "valid", 128, 1, 1024, [])
+    assert arguments[arguments.index("--max-tokens") + 1] == "8", "eight windows of 128, one new token each"
+    arguments = evaluate.eval_lm_arguments("data", "checkpoint", "valid", 4096, 4096, 1024, [])
+    assert arguments[arguments.index("--max-tokens") + 1] == "4096", "never less than one window"
+
+
+def fails(capsys, *argv):
+    """Runs the command in this process; returns its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([str(part) for part in argv])
+    assert stopped.value.code not in (0, None)
+    message = str(stopped.value.code)
+    if stopped.value.code == 2:  # argparse prints its line itself
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "\n" not in message
+    return message
+
+
+def test_tokens_left_out_are_an_error_not_a_perplexity(corpus, train, tmp_path, capsys):
+    """fairseq-eval-lm itself reports perplexity 1.00 and status 0 here."""
+    limited = train("--max-target-positions", 32, updates=1)
+    assert fairseqs_own(corpus, limited, "--tokens-per-sample", 64) == (0.0, pytest.approx(0, abs=64))
+    message = fails(capsys, "nonoverlapping", corpus, limited, 64, "--output", tmp_path / "r.json", "--", "--cpu")
+    assert "tokens of 'valid' at length 64" in message
+    assert "max_target_positions" in message
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_a_checkpoint_that_diverged_is_an_error(corpus, checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint)
+    state["model"]["decoder.layers.0.fc1.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    assert "diverged" in fails(capsys, "nonoverlapping", corpus, tmp_path / "nan.pt", 64, "--", "--cpu")
+
+
+def test_bad_input_is_named_in_one_line(corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    ways = ("nonoverlapping", corpus, checkpoint)
+    assert "'0'" in fails(capsys, *ways, 0)
+    assert "'many'" in fails(capsys, *ways, "many")
+    assert "stride 65" in fails(capsys, "sliding", corpus, checkpoint, 64, 65)
+    assert "no subset 'dev'" in fails(capsys, *ways, 64, "--subset", "dev")
+    assert "nowhere.pt" in fails(capsys, "nonoverlapping", corpus, tmp_path / "nowhere.pt", 64)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "is no fairseq checkpoint" in fails(capsys, "nonoverlapping", corpus, tmp_path / "text.pt", 64)
+    for option in ("--num-workers", "--num-shards=2", "--max-tokens"):
+        assert option.split("=")[0] in fails(capsys, *ways, 64, "--", option, 2)
+    taken = tmp_path / "taken.json"
+    taken.write_text("mine")
+    assert "--overwrite" in fails(capsys, *ways, 64, "--output", taken)
+    assert taken.read_text() == "mine"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in fails(capsys, *ways, 64)
+
+
+def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    original = evaluate.run_eval_lm
+    calls = []
+
+    def fail_second(arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory\nwith details")
+        return original(arguments)
+
+    monkeypatch.setattr(evaluate, "run_eval_lm", fail_second)
+    output = tmp_path / "results.json"
+    message = fails(capsys, "nonoverlapping", corpus, checkpoint, 32, 64, "--output", output, "--", "--cpu")
+    assert message.endswith("failed at length 64, stride 64: out of memory")
+    assert [result["length"] for result in json.loads(output.read_text())["results"]] == [32]

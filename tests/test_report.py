@@ -1,0 +1,96 @@
+"""Results to table and plot."""
+
+import json
+
+import pytest
+from conftest import BIN, run
+
+from fairseq_alibi import report
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Writes a result file: `results("alibi", {(128, 128): 30.0})`."""
+
+    def write(method, perplexities, folder="run", training_length=128, subset="valid"):
+        path = tmp_path / folder / f"{method}.json"
+        path.parent.mkdir(exist_ok=True)
+        content = {
+            "model": {
+                "checkpoint": str(tmp_path / folder / method / "checkpoint.pt"),
+                "position_method": method,
+                "training_length": training_length,
+            },
+            "subset": subset,
+            "results": [{"length": n, "stride": s, "perplexity": p} for (n, s), p in perplexities.items()],
+        }
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def test_table_has_a_row_per_length_and_a_column_per_model(results, tmp_path):
+    files = [
+        results("alibi", {(128, 128): 32.345, (1024, 1024): 31.5, (1024, 256): 31.25}),
+        results("sinusoidal", {(128, 128): 38.9, (2048, 2048): 77.7}),
+    ]
+    out = run(BIN / "fairseq-alibi", "report", *files, "--output", tmp_path / "report").output
+    rows = [line.split() for line in out.splitlines()]
+    assert ["128", "32.34", "38.90"] in rows or ["128", "32.35", "38.90"] in rows
+    assert ["1,024", "31.50", "31.25"] in rows
+    assert ["2,048", "77.70"] in rows
+    assert "alibi, trained on 128, stride 256" in out
+    assert (tmp_path / "report" / "report.md").read_text().startswith("|")
+    assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.md", "report.png"]
+
+
+def test_models_of_the_same_kind_are_told_apart(results):
+    files = [results("alibi", {(128, 128): 32.0}, folder) for folder in ("seed1", "seed2")]
+    labels = [one["label"] for one in report.series(files)]
+    assert labels == [f"alibi, trained on 128 ({folder}/alibi/checkpoint.pt)" for folder in ("seed1", "seed2")]
+    both = [results("alibi", {(128, 128): 32.0}, "seed1"), results("sinusoidal", {(128, 128): 32.0}, "seed1")]
+    assert [one["label"] for one in report.series(both)] == ["alibi, trained on 128", "sinusoidal, trained on 128"]
+
+
+def test_several_files_of_one_model_make_one_series(results, tmp_path):
+    first = results("alibi", {(128, 128): 32.0})
+    second = tmp_path / "more.json"
+    second.write_text(first.read_text().replace('128, "stride": 128', '256, "stride": 256').replace("32.0", "31.0"))
+    (one,) = report.series([first, second])
+    assert one["perplexity"] == {128: 32.0, 256: 31.0}
+
+
+def test_more_series_than_styles_are_all_drawn(results, tmp_path):
+    files = [results("alibi", {(128, 128): 30.0 + n}, f"run{n}") for n in range(11)]
+    report.report(files, tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "cannot be read"), ("{", "is no result"), ("[]", "is no result"), ('{"model": {}}', "is no result")],
+)
+def test_bad_files_are_named_in_one_line(tmp_path, content, named):
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    done = run(BIN / "fairseq-alibi", "report", path, "--output", tmp_path / "report", check=False)
+    assert done.returncode == 1
+    assert str(path) in done.output
+    assert named in done.output.splitlines()[-1]
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_is_not_overwritten_silently(results, tmp_path):
+    files = [results("alibi", {(128, 128): 30.0})]
+    report.report(files, tmp_path)
+    with pytest.raises(ValueError, match="--overwrite"):
+        report.report(files, tmp_path)
+    report.report(files, tmp_path, overwrite=True)
+
+
+def test_an_evaluation_without_results_is_named(results, tmp_path):
+    with pytest.raises(ValueError, match="no result in"):
+        report.report([results("alibi", {})], tmp_path / "report")

@@ -1,0 +1,130 @@
+"""The startup module: fairseq imports in every process, other dataclasses stay strict, starting costs nothing."""
+
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+needs_startup = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python before 3.11 accepts fairseq as it is")
+
+
+def python(code, *options):
+    return run(sys.executable, "-W", "ignore", *options, "-c", code).output
+
+
+@needs_startup
+def test_other_packages_dataclasses_stay_strict():
+    """After fairseq's import too, and even with a class of fairseq's as the default."""
+    code = """
+import dataclasses, fairseq
+from fairseq.dataclass.configs import CommonConfig, FairseqConfig
+class Mutable:
+    __hash__ = None
+for default in (Mutable(), [], CommonConfig()):
+    try:
+        dataclasses.make_dataclass("Theirs", [("field", object, default)])
+    except ValueError as error:
+        print("refused:", error)
+assert CommonConfig.__hash__ is None
+assert FairseqConfig().common == CommonConfig()
+"""
+    assert python(code).count("refused: mutable default") == 3
+
+
+@needs_startup
+def test_fairseq_imports_in_spawned_processes():
+    code = """
+import multiprocessing as mp
+if __name__ == "__main__":
+    context = mp.get_context("spawn")
+    with context.Pool(1) as pool:
+        print(pool.apply(eval, ("__import__('fairseq').__version__",)))
+"""
+    assert "0.12.2" in python(code)
+
+
+@needs_startup
+def test_without_it_fairseq_is_refused():
+    """Else the module would be dead weight."""
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'fairseq' not in f.__module__]; import fairseq"
+    done = run(sys.executable, "-c", code, check=False)
+    assert "mutable default <class 'fairseq.dataclass.configs.CommonConfig'>" in done.output
+
+
+@needs_startup
+def test_start_of_python_costs_less_than_a_millisecond():
+    """The best of several starts: its import and the call, by Python's own clock; and it imports nothing."""
+    code = """
+import sys, time
+del sys.modules["fairseq_alibi_startup"]
+before = set(sys.modules)
+start = time.perf_counter()
+__import__("fairseq_alibi_startup").install()
+seconds = time.perf_counter() - start
+assert set(sys.modules) - before == {"fairseq_alibi_startup"}
+print("seconds", seconds)
+"""
+    best = min(float(python(code).split("seconds")[1]) for _ in range(5))
+    assert best < 1e-3
+    assert "dataclasses" not in python("import sys; print(*sys.modules)")
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_both_kinds_of_install_put_it_into_site_packages(kind, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "checkpoints"))
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(tmp_path)!r})"
+    run(sys.executable, "-c", code, cwd=source)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fairseq_alibi_startup.py", "fairseq_alibi_startup.pth"} <= set(names)
+    assert ("fairseq_alibi/positions.py" in names) == (kind == "wheel")
+    assert not any(name.startswith("fairseq_alibi/startup") for name in names), "a second copy"
+
+
+def test_works_as_a_user_dir_from_any_folder_once_installed(tmp_path, corpus):
+    """`--user-dir fairseq_alibi` finds the package where it lies beside fairseq."""
+    import fairseq
+
+    site = tmp_path / "site"
+    for package in (Path(fairseq.__file__).parent, ROOT / "fairseq_alibi"):
+        shutil.copytree(package, site / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from fairseq_cli.train import cli_main; cli_main()"
+    arguments = [
+        corpus,
+        "--user-dir",
+        "fairseq_alibi",
+        "--arch",
+        "alibi_lm_tiny",
+        "--task",
+        "language_modeling",
+        "--help",
+    ]
+    output = run(sys.executable, "-W", "ignore", "-c", code, *arguments, cwd=tmp_path).output
+    assert "--position-method" in output
+
+
+def test_without_fairseq_the_maths_works_and_the_way_to_get_fairseq_is_named():
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find_spec(name, *a)
+sys.modules["fairseq"] = None
+from fairseq_alibi.positions import ALiBi
+from fairseq_alibi.attention import attention
+print(ALiBi(2).future_mask(2, 2).shape)
+"""
+    output = run(sys.executable, "-c", code).output
+    assert "torch.Size([2, 2, 2])" in output
+    assert "pip install --no-deps fairseq==0.12.2" in output
+
+
+def test_tensor_files_import_neither_fairseq_nor_numpy():
+    for name in ("positions", "attention"):
+        text = (ROOT / "fairseq_alibi" / f"{name}.py").read_text()
+        imports = re.findall(r"^(?:from|import) +([.\w]+)", text, re.MULTILINE)
+        assert {found.split(".")[0] for found in imports} <= {"math", "typing", "torch", ""}, imports
