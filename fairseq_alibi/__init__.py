@@ -6,7 +6,8 @@ Where things are:
     decoder.py          the hooks of fairseq's decoder that we override
     language_model.py   the model `alibi_lm`, its options and architectures
     compatibility.py    repairs of fairseq under numpy 2 and torch's safe loader
-    prepare_data.py     corpora: download, check, tokenize, binarize
+    prepare_data.py     corpora: get, check, tokenize, binarize
+    download.py         a file from several sources, resumed and checked
     evaluate.py         perplexity at several lengths through fairseq-eval-lm
     report.py           results to table and plot
     startup/            lets fairseq be imported on Python 3.11 and newer

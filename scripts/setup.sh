@@ -48,7 +48,10 @@ command -v "${CXX:-c++}" >/dev/null && command -v "${CC:-cc}" >/dev/null ||
   fail "the headers of Python $version are missing, which fairseq needs once: install them (Debian, Ubuntu: apt-get install python$version-dev)"
 
 echo "setup: making $venv with Python $version"
-"$python" -m venv --clear "$venv"
+# An environment of the same Python is brought up to date in place, so that a failure, no network say, costs nothing.
+clear=--clear
+[ "$("$venv/bin/python" -c 'import sys; print(sys.version, sys.base_prefix)' 2>/dev/null)" = "$("$python" -c 'import sys; print(sys.version, sys.base_prefix)')" ] && clear=
+"$python" -m venv $clear "$venv"
 echo "unfinished" >"$stamp"
 log=$venv/setup.log
 

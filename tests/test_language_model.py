@@ -243,6 +243,7 @@ def test_trains_and_evaluates_far_past_its_length_without_overrides(corpus, trai
     scored = int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
     from fairseq.data.data_utils import load_indexed_dataset
 
-    sizes = load_indexed_dataset(str(corpus / "valid")).sizes
+    dataset = load_indexed_dataset(str(corpus / "valid"))
+    sizes = dataset.sizes  # a view into memory of the dataset's, which has to live as long
     blank = (sizes == 1).sum() if break_mode == "complete_doc" else 0  # blank lines separate its documents
     assert scored == sizes.sum() - blank

@@ -1,0 +1,129 @@
+"""Training script, YAML and architecture say the same; fairseq's commands run unmodified with them."""
+
+import dataclasses
+import os
+import shlex
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import BIN, ROOT, run
+from omegaconf import OmegaConf
+
+LENGTHS = [64, 128, 256, 512, 1024, 1536, 2048, 3072]
+
+
+@pytest.fixture(scope="module")
+def script_arguments(tmp_path_factory):
+    """What scripts/train_wikitext103.sh gives fairseq-train, caught by a stand-in for it."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "dict.txt").write_text("")
+    for name in ("fairseq-train", "fairseq-alibi"):
+        (folder / name).write_text('#!/bin/bash\nprintf "%q " "$@"\n')
+        (folder / name).chmod(0o755)
+
+    def arguments(length, *more):
+        path = f"{folder}:{BIN}:{os.environ['PATH']}"
+        script = ROOT / "scripts" / "train_wikitext103.sh"
+        return shlex.split(run("bash", script, folder, "checkpoints", length, *more, PATH=path, VENV="none").output)
+
+    return arguments
+
+
+def config_of_arguments(arguments):
+    """The fairseq config that fairseq-train makes of its arguments, with the architecture applied."""
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_alibi  # noqa: F401
+
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
+
+
+def config_of_yaml(name):
+    """A file of configs/, without what is hydra's."""
+    return {group: keys for group, keys in OmegaConf.load(ROOT / "configs" / name).items() if group != "hydra"}
+
+
+def test_yaml_says_what_the_script_says(script_arguments):
+    cfg = config_of_arguments(script_arguments(512))
+    yaml = config_of_yaml("wikitext103.yaml")
+    for group, keys in yaml.items():
+        theirs = cfg[group] if isinstance(cfg[group], Namespace) else Namespace(**cfg[group])
+        for key in keys:
+            if key in ("_name", "data", "save_dir", "tensorboard_logdir", "user_dir"):
+                continue
+            if key == "fp16":  # the script looks for a GPU itself
+                assert theirs.fp16 == torch.cuda.is_available()
+                assert theirs.cpu != theirs.fp16
+                continue
+            assert getattr(theirs, key) == keys[key], f"{group}.{key}"
+    for group in ("task", "optimizer", "lr_scheduler", "criterion"):
+        assert cfg[group]._name == yaml[group]["_name"]
+
+
+@pytest.mark.parametrize(("name", "arch"), [("wikitext103.yaml", "alibi_lm_wiki103"), ("tiny.yaml", "alibi_lm_tiny")])
+def test_yaml_has_every_size_of_the_architecture(name, arch):
+    """Under hydra, what the YAML leaves out takes the dataclass' default, not the architecture's value."""
+    from fairseq.models import ARCH_CONFIG_REGISTRY
+
+    from fairseq_alibi.language_model import AlibiLanguageModelConfig
+
+    expected = Namespace()
+    ARCH_CONFIG_REGISTRY[arch](expected)
+    defaults = {field.name: field.default for field in dataclasses.fields(AlibiLanguageModelConfig)}
+    under_hydra = {**defaults, **config_of_yaml(name)["model"]}
+    for key, value in vars(expected).items():
+        if key not in ("add_bos_token", "base_shuffle"):  # the task's; without effect while there is no BASE layer
+            assert under_hydra[key] == value, key
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_script_keeps_the_authors_tokens_per_update(script_arguments, length):
+    cfg = config_of_arguments(script_arguments(length))
+    assert cfg.task.tokens_per_sample == length
+    blocks = cfg.dataset.max_tokens // length
+    tokens_per_update = blocks * length * cfg.optimization.update_freq[0]
+    assert tokens_per_update == (8192 if length == 2048 else 9216), "2,048 does not divide 9,216"
+    assert cfg.dataset.required_batch_size_multiple == 1, "or fairseq rounds the blocks down to a multiple of 8"
+
+
+def test_script_passes_arguments_on_and_they_win(script_arguments):
+    arguments = script_arguments(512, "--position-method", "sinusoidal", "--max-update", "7", "--update-freq", "2")
+    cfg = config_of_arguments(arguments)
+    assert (cfg.model.position_method, cfg.optimization.max_update) == ("sinusoidal", 7)
+    assert cfg.optimization.update_freq == [2]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["data"], ["data", "save", "x12"], ["data", "save", "0"], ["data", "save", "-1"]]
+)
+def test_script_without_its_arguments_says_how_it_is_used(arguments):
+    done = run("bash", ROOT / "scripts" / "train_wikitext103.sh", *arguments, check=False)
+    assert done.returncode == 2
+    assert done.output.startswith("usage: ")
+    assert len(done.output.splitlines()) == 1
+
+
+def test_script_names_a_data_folder_that_is_none(tmp_path):
+    done = run("bash", ROOT / "scripts" / "train_wikitext103.sh", tmp_path, tmp_path / "save", 512, check=False)
+    assert done.returncode == 1
+    assert "prepare_wikitext103.sh" in done.output
+    assert not (tmp_path / "save").exists()
+
+
+def test_wikitext103_script_trains(corpus, tmp_path):
+    small = ["--decoder-layers", 1, "--decoder-embed-dim", 32, "--decoder-input-dim", 32, "--decoder-output-dim", 32]
+    small += ["--decoder-ffn-embed-dim", 32, "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"]
+    script = ROOT / "scripts" / "train_wikitext103.sh"
+    run("bash", script, corpus, tmp_path, 64, *small, "--max-update", 2, "--log-interval", 1, "--cpu")
+    assert torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]["position_method"] == "alibi"
+    assert list((tmp_path / "tensorboard" / "train").iterdir())
+
+
+def test_hydra_train_runs_with_the_tiny_config(corpus, tmp_path):
+    overrides = [f"task.data={corpus}", f"checkpoint.save_dir={tmp_path}/save", "optimization.max_update=2"]
+    overrides += [f"hydra.run.dir={tmp_path}/hydra", "dataset.disable_validation=true"]
+    run(BIN / "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "tiny", *overrides)
+    model = torch.load(tmp_path / "save" / "checkpoint_last.pt")["cfg"]["model"]
+    assert (model["decoder_layers"], model["decoder_embed_dim"], model["position_method"]) == (2, 128, "alibi")
