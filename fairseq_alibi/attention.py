@@ -48,6 +48,8 @@ def attention(
     """
     if padding is not None:
         mask = mask_padding(mask, padding)
+    # Four dimensions, or PyTorch's fused CPU kernel declines the mask and attention takes five times as long.
+    mask = mask if mask.dim() == 4 else mask[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout)
 
 
