@@ -6,8 +6,8 @@ non-overlapping   blocks of L tokens; a token sees its own block only, so tokens
 sliding window    windows of L tokens, each `stride` tokens further; a window scores its last `stride` tokens, which see
                   L - stride tokens of context. The first window scores what it holds.
 
-Either way every token of the subset is scored exactly once. fairseq-eval-lm does this right with one process and one
-data worker only, and says nothing when it scores too few tokens: both are fixed here, and the tokens are counted.
+Either way every token of the subset is scored exactly once. fairseq-eval-lm does this right in one process without
+data workers only, and says nothing when it scores too few tokens: so it is run, and the tokens are counted.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def eval_lm_arguments(
     windows = max(1, positions // length)
     arguments = [*extra, "--user-dir", str(Path(__file__).parent), "--path", checkpoint, "--gen-subset", subset]
     arguments += ["--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", windows * stride]
-    arguments += ["--num-workers", 1, "--num-shards", 1, "--distributed-world-size", 1]
+    arguments += ["--num-workers", 0, "--num-shards", 1, "--distributed-world-size", 1]
     return [data, *map(str, arguments)]
 
 
@@ -195,7 +195,7 @@ def evaluate(
     expected = subset_tokens(data, subset)
     content = {
         "model": describe_model(checkpoint),
-        "data": str(Path(data).resolve()),
+        "data": data,
         "subset": subset,
         "options": extra or [],
         "environment": describe_environment(),

@@ -114,10 +114,12 @@ def plot(all_series: list[dict[str, Any]], path: Path) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    perplexities = [perplexity for one in all_series for perplexity in one["perplexity"].values()]
+    if max(perplexities) > 5 * min(perplexities):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity ({', '.join(sorted({one['subset'] for one in all_series}))})")
     axes.grid(alpha=0.3)
