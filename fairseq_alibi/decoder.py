@@ -103,8 +103,9 @@ class DecoderLayer(TransformerDecoderLayerBase):
 class Decoder(TransformerDecoder):
     """fairseq's transformer decoder whose future mask carries the bias of a position method.
 
-    The mask is made once per forward pass, before the layer loop: (H, L, L), shared by the batch, kept between passes
-    and grown when a longer sequence comes. It depends on no option: a model runs at any length.
+    The mask is made once, before the layer loop: (H, L, L), shared by the batch, kept between passes and grown when a
+    longer sequence comes; a bias with parameters is made anew in each pass. It depends on no option: a model runs at
+    any length.
 
     Args:
         args: the model's options, a namespace or fairseq config; not changed.
@@ -153,6 +154,8 @@ class Decoder(TransformerDecoder):
             like = next(self.parameters())
             row = self.position_method.future_mask(1, prev_output_tokens.size(1), compute_dtype(like), like.device)
             incremental_state[STEP_MASK] = {"mask": row}
+        elif any(True for _ in self.position_method.parameters()):
+            self._future_mask = torch.empty(0)  # a learned bias is another one in each pass
         return super().extract_features_scriptable(
             prev_output_tokens, encoder_out, incremental_state, full_context_alignment, *args, **kwargs
         )

@@ -91,8 +91,9 @@ class PositionMethod(nn.Module):
         bias = self.bias(query_length, key_length, device)
         if bias is None:
             bias = torch.zeros(1, query_length, key_length, device=device)
-        future = distances(query_length, key_length, device) < 0
-        return bias.to(dtype).masked_fill_(future, -math.inf)
+        bias, future = bias.to(dtype), distances(query_length, key_length, device) < 0
+        # In place, because at long lengths the mask is the largest tensor of all, unless autograd may need the bias.
+        return bias.masked_fill(future, -math.inf) if bias.requires_grad else bias.masked_fill_(future, -math.inf)
 
 
 class Sinusoidal(PositionMethod):
