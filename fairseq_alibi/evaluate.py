@@ -118,6 +118,7 @@ def describe_model(checkpoint: str) -> dict[str, Any]:
         model, task = state["cfg"]["model"], state["cfg"]["task"]
     except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
         raise ValueError(f"{checkpoint} is no fairseq checkpoint ({str(error).splitlines()[0]})") from error
+    history = state.get("optimizer_history")
     get = model.get if hasattr(model, "get") else lambda name, default=None: getattr(model, name, default)
     if getattr(task, "_name", None) != "language_modeling":
         raise ValueError(f"{checkpoint} was trained for '{getattr(task, '_name', None)}', not for language_modeling")
@@ -126,7 +127,7 @@ def describe_model(checkpoint: str) -> dict[str, Any]:
         "architecture": get("_name") or get("arch"),
         "position_method": get("position_method") or ("learned" if get("decoder_learned_pos") else "sinusoidal"),
         "training_length": task.tokens_per_sample,
-        "updates": state["optimizer_history"][-1]["num_updates"],
+        "updates": history[-1]["num_updates"] if history else None,
     }
 
 

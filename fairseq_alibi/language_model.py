@@ -55,6 +55,8 @@ def check_options(args) -> None:
             f"--no-token-positional-embeddings contradicts --position-method {method}: "
             "use --position-method none for a model without position information"
         )
+    if safe_getattr(args, "base_layers"):
+        raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
     if safe_getattr(args, "decoder_xformers_att_config"):
         raise ValueError(
             "--decoder-xformers-att-config: xFormers' attention takes no bias per head; drop the option, "

@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +34,56 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
+def ways(windows: list[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """Names for each (length, stride) the curve that it is a point of.
+
+    A sliding window belongs with those of equal stride or with those of equal stride / length, whichever are more.
+    """
+    strides = Counter(stride for _, stride in windows)
+    shares = Counter(Fraction(stride, length) for length, stride in windows)
+    names = {}
+    for length, stride in windows:
+        share = Fraction(stride, length)
+        sliding = f"stride {share} of the length" if shares[share] > strides[stride] else f"stride {stride}"
+        names[length, stride] = "non-overlapping" if stride == length else sliding
+    return names
+
+
 def series(files: list[Path]) -> list[dict[str, Any]]:
-    """One series per model and way of evaluation, in the order of the files.
+    """One series per model, subset and way of evaluation, in the order of the files.
 
     Returns:
-        For each: label, subset, training_length (tokens) and perplexity by evaluation length.
+        For each: label, checkpoint, subset, training_length (tokens) and perplexity by evaluation length.
 
     Raises:
         ValueError: see `read_results`.
     """
-    found: dict[tuple, dict[str, Any]] = {}
+    measured: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+    models = {}
     for path in files:
         content = read_results(path)
         model = content["model"]
-        for result in content["results"]:
-            way = "" if result["stride"] == result["length"] else f", stride {result['stride']}"
-            label = f"{model['position_method']}, trained on {model['training_length']}{way}"
+        models[model["checkpoint"]] = model
+        points = measured.setdefault((model["checkpoint"], content["subset"]), {})
+        points.update({(one["length"], one["stride"]): one["perplexity"] for one in content["results"]})
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for (checkpoint, subset), points in measured.items():
+        model = models[checkpoint]
+        names = ways(list(points))
+        for (length, stride), perplexity in points.items():
+            way = names[length, stride]
+            label = f"{model['position_method']}, trained on {model['training_length']}"
             one = found.setdefault(
-                (model["checkpoint"], content["subset"], way),
+                (checkpoint, subset, way),
                 {
-                    "label": label,
-                    "checkpoint": model["checkpoint"],
-                    "subset": content["subset"],
+                    "label": label if way == "non-overlapping" else f"{label}, {way}",
+                    "checkpoint": checkpoint,
+                    "subset": subset,
                     "training_length": model["training_length"],
                     "perplexity": {},
                 },
             )
-            one["perplexity"][result["length"]] = result["perplexity"]
+            one["perplexity"][length] = perplexity
     tell_apart(list(found.values()))
     return list(found.values())
 

@@ -75,7 +75,7 @@ install setuptools wheel cython numpy
 echo "setup: [2/3] fairseq 0.12.2 (compiles for half a minute)"
 install --no-deps fairseq==0.12.2
 echo "setup: [3/3] torch and the other libraries (the one long download)"
-install --editable "$root[test]"
+install --editable "${root}[test]"
 
 "$venv/bin/python" -c 'import fairseq_alibi' || fail "the package was installed but does not import (see above)"
 echo "$state" >"$stamp"

@@ -155,6 +155,7 @@ ADAPTIVE = ["--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-
 
 OPTIONS = {
     "activation checkpointing": ["--checkpoint-activations"],
+    "activations offloaded": ["--checkpoint-activations", "--offload-activations"],
     "LayerDrop": ["--decoder-layerdrop", 0.5],
     "layers to keep": ["--decoder-layers-to-keep", "0,1"],
     "quantization noise": ["--quant-noise-pq", 0.5, "--quant-noise-pq-block-size", 8],
@@ -199,6 +200,7 @@ REFUSED = {
     "--decoder-learned-pos": ["--decoder-learned-pos"],
     "--no-token-positional-embeddings": ["--no-token-positional-embeddings", "--position-method", "sinusoidal"],
     "--decoder-xformers-att-config": ["--decoder-xformers-att-config", "{}"],
+    "--base-layers": ["--base-layers", 1],
     "alibi_max_bias": ["--alibi-max-bias", -1],
     "--adaptive-input-cutoff": ["--adaptive-input"],
     "adaptive_input_factor": [*ADAPTIVE, "--adaptive-input-factor", 2, "--tie-adaptive-weights"],

@@ -62,6 +62,17 @@ def test_several_files_of_one_model_make_one_series(results, tmp_path):
     assert one["perplexity"] == {128: 32.0, 256: 31.0}
 
 
+def test_sliding_windows_are_one_curve_by_equal_stride_or_by_equal_share(results):
+    by_stride = {(length, 32): 30.0 for length in (64, 128, 256)}
+    by_share = {(length, length // 2): 30.0 for length in (64, 128, 256)}
+    assert [one["label"] for one in report.series([results("alibi", by_stride)])] == [
+        "alibi, trained on 128, stride 32"
+    ]
+    (one,) = report.series([results("alibi", by_share)])
+    assert one["label"] == "alibi, trained on 128, stride 1/2 of the length"
+    assert list(one["perplexity"]) == [64, 128, 256]
+
+
 def test_more_series_than_styles_are_all_drawn(results, tmp_path):
     files = [results("alibi", {(128, 128): 30.0 + n}, f"run{n}") for n in range(11)]
     report.report(files, tmp_path / "report")
