@@ -80,6 +80,7 @@ def test_padded_keys_are_not_seen(method, side):
     torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
     assert out.isfinite().all(), "a NaN on padding would reach real tokens through the next layer"
     weights = attention_weights(*qkv[:2], mask, padding)
+    assert weights.isfinite().all()
     torch.testing.assert_close((weights @ qkv[2])[real].double(), expected[real], rtol=2e-5, atol=2e-5)
 
 
