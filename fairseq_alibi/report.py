@@ -108,7 +108,8 @@ def table(all_series: list[dict[str, Any]], style: str) -> str:
     lengths = sorted({length for one in all_series for length in one["perplexity"]})
     rows = [[length, *(one["perplexity"].get(length) for one in all_series)] for length in lengths]
     headers = ["evaluation length", *(one["label"] for one in all_series)]
-    return tabulate(rows, headers, tablefmt=style, floatfmt=".2f", intfmt=",")
+    width = 16 if style == "simple" else None  # a terminal is narrow, Markdown wants a line per row
+    return tabulate(rows, headers, tablefmt=style, floatfmt=".2f", intfmt=",", maxheadercolwidths=width)
 
 
 def plot(all_series: list[dict[str, Any]], path: Path) -> None:
@@ -148,7 +149,7 @@ def plot(all_series: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity ({', '.join(sorted({one['subset'] for one in all_series}))})")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
