@@ -120,7 +120,9 @@ def plot(all_series: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    columns = 1 if max(len(one["label"]) for one in all_series) > 36 else 2  # of the legend, below the curves
+    legend_rows = -(-len(all_series) // columns)
+    figure, axes = plt.subplots(figsize=(7, 4.2 + 0.24 * legend_rows), layout="constrained")
     for one, (line, marker) in zip(all_series, STYLES * (len(all_series) // len(STYLES) + 1)):
         points = sorted(one["perplexity"].items())
         axes.plot(*zip(*points), linestyle=line, marker=marker, label=one["label"])
@@ -149,7 +151,7 @@ def plot(all_series: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("evaluation length (tokens)")
     axes.set_ylabel(f"perplexity ({', '.join(sorted({one['subset'] for one in all_series}))})")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

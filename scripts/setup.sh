@@ -42,7 +42,8 @@ fi
 
 "$python" -c 'import venv, ensurepip' 2>/dev/null ||
   fail "$python has no venv module: install it (Debian, Ubuntu: apt-get install python$version-venv)"
-command -v "${CXX:-c++}" >/dev/null && command -v "${CC:-cc}" >/dev/null ||
+cxx=${CXX:-c++} cc=${CC:-cc}
+command -v "${cxx%% *}" >/dev/null && command -v "${cc%% *}" >/dev/null ||
   fail "no C and C++ compiler, which fairseq needs once: install one (Debian, Ubuntu: apt-get install build-essential; macOS: xcode-select --install)"
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
   fail "the headers of Python $version are missing, which fairseq needs once: install them (Debian, Ubuntu: apt-get install python$version-dev)"
