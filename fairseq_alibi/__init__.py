@@ -1,16 +1,17 @@
 """ALiBi (attention with linear biases) for fairseq: train short, test long.
 
 Where things are:
-    positions.py        the bias and the other position methods (pure torch)
-    attention.py        attention under a mask that carries the bias (pure torch)
-    decoder.py          the hooks of fairseq's decoder that we override
-    language_model.py   the model `alibi_lm`, its options and architectures
-    compatibility.py    repairs of fairseq under numpy 2 and torch's safe loader
-    prepare_data.py     corpora: get, check, tokenize, binarize
-    download.py         a file from several sources, resumed and checked
-    evaluate.py         perplexity at several lengths through fairseq-eval-lm
-    report.py           results to table and plot
-    startup/            lets fairseq be imported on Python 3.11 and newer
+    positions.py          the bias and the other position methods (pure torch)
+    attention.py          attention under a mask that carries the bias (pure torch)
+    decoder.py            the hooks of fairseq's decoder that we override
+    language_model.py     the model `alibi_lm`, its options and architectures
+    compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
+    import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
+    prepare_data.py       corpora: get, check, tokenize, binarize
+    download.py           a file from several sources, resumed and checked
+    evaluate.py           perplexity at several lengths through fairseq-eval-lm
+    report.py             results to table and plot
+    startup/              lets fairseq be imported on Python 3.11 and newer
 
 Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.
 """

@@ -51,7 +51,8 @@ def test_quickstart_with_a_corpus_of_ones_own(clone, corpus):
         done = run("bash", "scripts/quickstart.sh", *arguments, cwd=clone, PATH=path, VENV="none")
     results = clone / "results" / "quickstart"
     assert {"alibi.json", "sinusoidal.json", "report.md", "report.png"} <= {path.name for path in results.iterdir()}
-    assert "alibi, trained on 128" in done.output
+    assert "alibi, trained on 128" in (results / "report.md").read_text()
+    assert "written to results/quickstart/report.md" in done.output
     assert "Warning" not in done.output
     kept = [path for path in results.parent.iterdir() if path != results]
     assert len(kept) == 1, "the results of the first run are kept"
