@@ -207,9 +207,9 @@ def evaluate(
         started = time.perf_counter()
         try:
             loss, scored = run_eval_lm(arguments)
-        except (RuntimeError, AssertionError, KeyError, OSError, SystemExit) as error:
-            reason = str(error).strip().splitlines() or [repr(error)]
-            raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason[0]}") from error
+        except (Exception, SystemExit) as error:  # fairseq raises whatever it likes, over many lines
+            reason = " ".join(str(error).split()) or repr(error)
+            raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason}") from error
         if scored != expected:
             raise ValueError(
                 f"fairseq-eval-lm scored {scored:,} of the {expected:,} tokens of '{subset}' at length {length}: the "

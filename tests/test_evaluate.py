@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -157,6 +158,15 @@ def test_bad_input_is_named_in_one_line(corpus, checkpoint, tmp_path, capsys, mo
     assert "torchrun" in fails(capsys, *ways, 64)
 
 
+def test_data_with_another_dictionary_is_an_error(corpus, checkpoint, tmp_path, capsys):
+    other = tmp_path / "data"
+    shutil.copytree(corpus, other)
+    (other / "dict.txt").write_text((corpus / "dict.txt").read_text() + "".join(f"more{n} 1\n" for n in range(8)))
+    message = fails(capsys, "nonoverlapping", other, checkpoint, 64, "--output", tmp_path / "r.json", "--", "--cpu")
+    assert "size mismatch for decoder.embed_tokens.weight" in message
+    assert not (tmp_path / "r.json").exists()
+
+
 def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):
     original = evaluate.run_eval_lm
     calls = []
@@ -170,5 +180,5 @@ def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypat
     monkeypatch.setattr(evaluate, "run_eval_lm", fail_second)
     output = tmp_path / "results.json"
     message = fails(capsys, "nonoverlapping", corpus, checkpoint, 32, 64, "--output", output, "--", "--cpu")
-    assert message.endswith("failed at length 64, stride 64: out of memory")
+    assert message.endswith("failed at length 64, stride 64: out of memory with details")
     assert [result["length"] for result in json.loads(output.read_text())["results"]] == [32]
