@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoder
-from fairseq.modules import MultiheadAttention
+from fairseq.modules import MultiheadAttention, SinusoidalPositionalEmbedding
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
@@ -100,6 +100,17 @@ class DecoderLayer(TransformerDecoderLayerBase):
         )
 
 
+class SinusoidalEmbedding(SinusoidalPositionalEmbedding):
+    """fairseq's sinusoidal embedding, which counts padding on the left as tokens when it decodes step by step.
+
+    Here it never does: a sequence has the same positions in a full pass and step by step, alone and in a batch.
+    """
+
+    def forward(self, input: Tensor, incremental_state=None) -> Tensor:
+        """(B, L) tokens -> (B, L, C), zero at padding; the decoder takes the last position when it makes one step."""
+        return super().forward(input)
+
+
 class Decoder(TransformerDecoder):
     """fairseq's transformer decoder whose future mask carries the bias of a position method.
 
@@ -121,6 +132,8 @@ class Decoder(TransformerDecoder):
         args.max_target_positions = args.tokens_per_sample  # first size of the sinusoidal table, which grows by itself
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         self.position_method = position_method
+        if position_method.adds_embedding:
+            self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
 
     def build_decoder_layer(self, args, no_encoder_attn=False):
         layer = DecoderLayer(args, no_encoder_attn)

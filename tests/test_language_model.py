@@ -92,15 +92,19 @@ def test_beam_reordering_keeps_keys_and_bias_together(build):
     torch.testing.assert_close(step[:, 0], expected[:, -1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["full", "step by step"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logits(build, side):
-    model = build("alibi_lm_tiny")
+def test_padding_changes_no_logits(build, method, side, way):
+    model = build("alibi_lm_tiny", "--position-method", method)
     alone = [random_tokens(model, 1, n) for n in (11, 7, 1)]
     batch = torch.full((3, 11), model.decoder.padding_idx)
     for row, tokens in zip(batch, alone):
         row[slice(11 - tokens.size(1), None) if side == "left" else slice(tokens.size(1))] = tokens[0]
     with torch.no_grad():
         logits, _ = model(batch)
+        if way == "step by step":
+            state = {}
+            logits = torch.cat([model.decoder(batch[:, : n + 1], incremental_state=state)[0] for n in range(11)], dim=1)
         for row, got, tokens in zip(batch, logits, alone):
             expected, _ = model(tokens)
             torch.testing.assert_close(got[row.ne(model.decoder.padding_idx)], expected[0], rtol=1e-5, atol=1e-5)
