@@ -21,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -61,7 +62,7 @@ class TokenCounter(logging.Handler):
 
 
 def eval_lm_arguments(
-    data: str, checkpoint: str, subset: str, length: int, stride: int, positions: int, extra: list[str]
+    data: str, checkpoint: str, subset: str, length: int, stride: int, positions: int, extra: Sequence[str]
 ) -> list[str]:
     """The arguments of fairseq-eval-lm that score `subset` in windows of `length` tokens, `stride` further each time.
 
@@ -173,7 +174,7 @@ def evaluate(
     output: Path,
     subset: str = "valid",
     positions: int = 4096,
-    extra: Optional[list[str]] = None,
+    extra: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores a subset with each (length, stride) in turn; `output` holds what is done after every one.
 
@@ -198,12 +199,12 @@ def evaluate(
         "model": describe_model(checkpoint),
         "data": data,
         "subset": subset,
-        "options": extra or [],
+        "options": list(extra),
         "environment": describe_environment(),
         "results": [],
     }
     for length, stride in windows:
-        arguments = eval_lm_arguments(data, checkpoint, subset, length, stride, positions, extra or [])
+        arguments = eval_lm_arguments(data, checkpoint, subset, length, stride, positions, extra)
         started = time.perf_counter()
         try:
             loss, scored = run_eval_lm(arguments)

@@ -128,6 +128,7 @@ def import_checkpoint(
     except ValueError as error:
         raise ValueError(f"{source} cannot be imported: {error}") from error
     state["args"], state["cfg"] = None, {**cfg, "model": options}
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
     torch.save(state, partial)
     partial.replace(target)

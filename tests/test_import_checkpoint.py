@@ -85,7 +85,7 @@ def import_checkpoint(*arguments, check=True):
 def test_imported_model_computes_what_the_authors_computed(theirs, trained, corpus, tmp_path, monkeypatch, heads, form):
     from fairseq import checkpoint_utils
 
-    out = tmp_path / "imported.pt"
+    out = tmp_path / "new folder" / "imported.pt"
     done = import_checkpoint(theirs(heads, form), out, "--dict", corpus / "dict.txt")
     assert "dropped: decoder.embed_positions._float_tensor" in done.output
     assert "dropped: max_tokens" in done.output or form == "args"

@@ -46,22 +46,19 @@ def test_no_python(tmp_path):
     assert "no-such-python not found" in lines[0]
 
 
-def test_no_venv_module(tmp_path):
-    status, lines = setup(tmp_path, PYTHON=str(fake_python(tmp_path, missing="import venv")))
+@pytest.mark.parametrize(
+    ("missing", "remedy"), [("import venv", "python3.11-venv"), ("Python.h", "python3.11-dev")], ids=["venv", "headers"]
+)
+def test_incomplete_python(tmp_path, missing, remedy):
+    status, lines = setup(tmp_path, PYTHON=str(fake_python(tmp_path, missing=missing)))
     assert (status, len(lines)) == (1, 1)
-    assert "python3.11-venv" in lines[0]
+    assert remedy in lines[0]
 
 
 def test_no_compiler(tmp_path):
     status, lines = setup(tmp_path, CXX="no-such-compiler")
     assert (status, len(lines)) == (1, 1)
     assert "build-essential" in lines[0]
-
-
-def test_no_headers(tmp_path):
-    status, lines = setup(tmp_path, PYTHON=str(fake_python(tmp_path, missing="Python.h")))
-    assert (status, len(lines)) == (1, 1)
-    assert "python3.11-dev" in lines[0]
 
 
 def test_no_network(tmp_path):
