@@ -5,7 +5,7 @@ Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are t
 
 import copy
 import sys
-from typing import Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from fairseq.distributed import fsdp_wrap
@@ -18,12 +18,27 @@ from torch import Tensor
 from .attention import attention, attention_weights
 from .positions import PositionMethod
 
-#: Where an incremental state carries the step's mask, next to the attention layers' keys and values.
-STEP_MASK = "fairseq_alibi.step_mask"
+#: Where an incremental state holds how many tokens it has read.
+PROGRESS = "fairseq_alibi.progress"
+
+#: Type of fairseq's incremental state: what the modules keep between the steps of decoding.
+IncrementalState = dict[str, dict[str, Optional[Tensor]]]
+
+
+class Pass(NamedTuple):
+    """What the decoder hands its layers when it decodes incrementally, in the place of the mask.
+
+    Args:
+        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`.
+        incremental_state: where keys and values of the tokens before these are and those of these are added.
+    """
+
+    mask: Tensor
+    incremental_state: IncrementalState
 
 
 class SelfAttention(MultiheadAttention):
-    """fairseq's multi-head attention (same parameters, same initial values) that takes a mask of its own per head."""
+    """fairseq's multi-head attention (same parameters, same initial values) under a future mask of its own per head."""
 
     def forward(
         self,
@@ -31,16 +46,17 @@ class SelfAttention(MultiheadAttention):
         key: Optional[Tensor],
         value: Optional[Tensor],
         key_padding_mask: Optional[Tensor] = None,
-        incremental_state: Optional[dict[str, dict[str, Optional[Tensor]]]] = None,
+        incremental_state: Optional[IncrementalState] = None,
         need_weights: bool = True,
         static_kv: bool = False,
-        attn_mask: Optional[Tensor] = None,
+        attn_mask: Union[Tensor, Pass, None] = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """See `MultiheadAttention.forward`; `attn_mask` is (H, T, S) or (1, T, S) and required unless decoding.
+        """See `MultiheadAttention.forward`; `attn_mask` is a future mask or a `Pass`, and required.
 
-        `key` and `value` are the query (this is self-attention); `static_kv` and `before_softmax` do not apply to it.
+        `key` and `value` are the query (this is self-attention); `incremental_state` comes with the pass; `static_kv`
+        and `before_softmax` do not apply.
         """
         query_length, batch, _ = query.shape
 
@@ -48,26 +64,24 @@ class SelfAttention(MultiheadAttention):
             return x.view(query_length, batch, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
         q, k, v = (split_heads(project(query)) for project in (self.q_proj, self.k_proj, self.v_proj))
-
+        mask, incremental_state = attn_mask if isinstance(attn_mask, Pass) else (attn_mask, None)
         if incremental_state is not None:
             k, v, key_padding_mask = self.extend_cache(incremental_state, k, v, key_padding_mask)
-            if attn_mask is None:
-                attn_mask = incremental_state[STEP_MASK]["mask"]
         padding = None if key_padding_mask is None else key_padding_mask.bool()
 
         drops = self.training or self.dropout_module.apply_during_inference
-        out = attention(q, k, v, attn_mask, padding, self.dropout_module.p if drops else 0.0)
+        out = attention(q, k, v, mask, padding, self.dropout_module.p if drops else 0.0)
         out = self.out_proj(out.permute(2, 0, 1, 3).reshape(query_length, batch, -1))
 
         if not (need_weights or need_head_weights):
             return out, None
-        weights = attention_weights(q, k, attn_mask, padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
+        weights = attention_weights(q, k, mask, padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
         return out, weights if need_head_weights else weights.mean(dim=0)
 
     def extend_cache(
-        self, incremental_state: dict[str, dict[str, Optional[Tensor]]], k: Tensor, v: Tensor, padding: Optional[Tensor]
+        self, incremental_state: IncrementalState, k: Tensor, v: Tensor, padding: Optional[Tensor]
     ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Appends this step's keys and values, (B, H, T, D), and padding, (B, T), to the cached ones; returns all."""
+        """Appends new keys and values, (B, H, T, D), and padding, (B, T), to the cached ones; returns all of them."""
         cache = self._get_input_buffer(incremental_state)
         if "prev_key" in cache:
             k = torch.cat([cache["prev_key"], k], dim=2)
@@ -101,14 +115,20 @@ class DecoderLayer(TransformerDecoderLayerBase):
 
 
 class SinusoidalEmbedding(SinusoidalPositionalEmbedding):
-    """fairseq's sinusoidal embedding, which counts padding on the left as tokens when it decodes step by step.
+    """fairseq's sinusoidal embedding, which can go on after tokens that were read before.
 
-    Here it never does: a sequence has the same positions in a full pass and step by step, alone and in a batch.
+    fairseq's own takes padding on the left for tokens when it decodes step by step. Here it never is: a sequence has
+    the same positions in a full pass and step by step, alone and in a batch.
     """
 
+    #: (B, S) tokens before those that `forward` gets.
+    earlier_tokens: Optional[Tensor] = None
+
     def forward(self, input: Tensor, incremental_state=None) -> Tensor:
-        """(B, L) tokens -> (B, L, C), zero at padding; the decoder takes the last position when it makes one step."""
-        return super().forward(input)
+        """(B, T) tokens -> (B, T, C), zero at padding."""
+        if self.earlier_tokens is None:
+            return super().forward(input)
+        return super().forward(torch.cat([self.earlier_tokens, input], dim=1))[:, -input.size(1) :]
 
 
 class Decoder(TransformerDecoder):
@@ -132,6 +152,7 @@ class Decoder(TransformerDecoder):
         args.max_target_positions = args.tokens_per_sample  # first size of the sinusoidal table, which grows by itself
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         self.position_method = position_method
+        self._tokens_before, self._incremental_state = 0, None  # of the pass that is going on
         if position_method.adds_embedding:
             self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
 
@@ -141,37 +162,61 @@ class Decoder(TransformerDecoder):
             layer = checkpoint_wrapper(layer, offload_to_cpu=args.offload_activations)
         return fsdp_wrap(layer, min_num_params=0 if args.checkpoint_activations else args.min_params_to_wrap)
 
-    def buffered_future_mask(self, tensor: Tensor) -> Tensor:
-        """The future mask with the bias for a sequence of L tokens.
+    def buffered_future_mask(self, tensor: Tensor) -> Union[Tensor, Pass]:
+        """The future mask with the bias for T tokens, and with it what was read before them.
 
         Args:
-            tensor: (L, B, C), gives length, device and dtype.
+            tensor: (T, B, C), gives length, device and dtype.
 
         Returns:
-            (H, L, L), or (1, L, L) for a method without bias: a view of the kept mask.
+            What fairseq hands on to the layers. The mask of whole sequences is a view of the kept one, and nothing but
+            a tensor, because activation checkpointing carries gradients to a bias through tensors only.
         """
-        length = tensor.size(0)
-        kept, dtype = self._future_mask, compute_dtype(tensor)
-        if kept.dim() != 3 or kept.size(-1) < length or kept.device != tensor.device or kept.dtype != dtype:
-            self._future_mask = self.position_method.future_mask(length, length, dtype, tensor.device)
-        return self._future_mask[:, :length, :length]
+        length, before, dtype = tensor.size(0), self._tokens_before, compute_dtype(tensor)
+        kept = self._future_mask
+        if before:
+            mask = self.position_method.future_mask(length, before + length, dtype, tensor.device)
+        elif kept.dim() == 3 and kept.size(-1) >= length and kept.device == tensor.device and kept.dtype == dtype:
+            mask = kept[:, :length, :length]
+        else:
+            mask = self._future_mask = self.position_method.future_mask(length, length, dtype, tensor.device)
+        return mask if self._incremental_state is None else Pass(mask, self._incremental_state)
 
     def extract_features_scriptable(
         self, prev_output_tokens, encoder_out, incremental_state=None, full_context_alignment=False, *args, **kwargs
     ):
+        """See `TransformerDecoder.extract_features_scriptable`.
+
+        With an incremental state all tokens that are new to it are read in one pass, be it one or a long prompt, and
+        the features of the last are returned: (B, 1, C).
+        """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
-        # fairseq gives its layers no mask in incremental decoding: the one new token may see everything. It has to see
-        # the bias as well, so the step's row of the mask travels in the incremental state.
-        if incremental_state is not None:
-            like = next(self.parameters())
-            row = self.position_method.future_mask(1, prev_output_tokens.size(1), compute_dtype(like), like.device)
-            incremental_state[STEP_MASK] = {"mask": row}
-        elif any(True for _ in self.position_method.parameters()):
-            self._future_mask = torch.empty(0)  # a learned bias is another one in each pass
-        return super().extract_features_scriptable(
-            prev_output_tokens, encoder_out, incremental_state, full_context_alignment, *args, **kwargs
-        )
+        if any(True for _ in self.position_method.parameters()):
+            self.forget_mask()  # a learned bias is another one in each pass
+        if incremental_state is None:
+            return super().extract_features_scriptable(prev_output_tokens, encoder_out, None, False, *args, **kwargs)
+        # fairseq's loop would pass on the last token only and no mask, so it is told of a pass over the new tokens; the
+        # state reaches the layers with the mask.
+        progress = incremental_state.setdefault(PROGRESS, {"tokens_read": 0})
+        before = progress["tokens_read"]
+        earlier, new = prev_output_tokens[:, :before], prev_output_tokens[:, before:]
+        assert new.size(1) > 0, f"no new token: {before} were read, {prev_output_tokens.size(1)} were given"
+        self._tokens_before, self._incremental_state = before, incremental_state
+        if self.position_method.adds_embedding:
+            self.embed_positions.earlier_tokens = earlier
+        try:
+            x, extra = super().extract_features_scriptable(new, encoder_out, None, False, *args, **kwargs)
+        finally:
+            self._tokens_before, self._incremental_state = 0, None
+            if self.position_method.adds_embedding:
+                self.embed_positions.earlier_tokens = None
+        progress["tokens_read"] = prev_output_tokens.size(1)
+        return x[:, -1:], extra
+
+    def forget_mask(self) -> None:
+        """Has the mask made anew in the next pass, for a bias that has changed."""
+        self._future_mask = torch.empty(0)
 
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given."""

@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass, field
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
@@ -31,6 +32,13 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
         default=8.0,
         metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
     )
+    alibi_length_scale: str = field(
+        default="1.0",
+        metadata={
+            "help": "divides the ALiBi slopes, to reach further than in training; to be overridden at evaluation: a "
+            "number, or auto for evaluation length over training length"
+        },
+    )
 
 
 def check_options(args) -> None:
@@ -55,6 +63,8 @@ def check_options(args) -> None:
             f"--no-token-positional-embeddings contradicts --position-method {method}: "
             "use --position-method none for a model without position information"
         )
+    if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
+        raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
     if safe_getattr(args, "base_layers"):
         raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
     if safe_getattr(args, "decoder_xformers_att_config"):
@@ -82,8 +92,16 @@ class AlibiLanguageModel(TransformerLanguageModel):
         check_options(args)
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        position_method = POSITION_METHODS[args.position_method](args.decoder_attention_heads, args.alibi_max_bias)
+        position_method = POSITION_METHODS[args.position_method].from_options(args.decoder_attention_heads, args)
         return cls(Decoder(args, task.target_dictionary, cls.embed_tokens(args, task), position_method))
+
+    def prepare_for_inference_(self, cfg):
+        """See `BaseFairseqModel.prepare_for_inference_`; fairseq's commands call it once they know the windows."""
+        super().prepare_for_inference_(cfg)
+        # fairseq-eval-lm has taken the context window off the tokens per sample by now.
+        length = cfg.task.tokens_per_sample + cfg.eval_lm.context_window
+        self.decoder.position_method.set_evaluation_length(length)
+        self.decoder.forget_mask()
 
     @classmethod
     def embed_tokens(cls, args, task):

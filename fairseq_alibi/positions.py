@@ -6,7 +6,7 @@ This is the one place where a position method lives: a subclass of `PositionMeth
 """
 
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +62,22 @@ class PositionMethod(nn.Module):
 
     Args:
         num_heads: H.
-        alibi_max_bias: see `alibi_slopes`; only ALiBi uses it.
     """
 
     #: Whether fairseq's sinusoidal embedding is added to the token embeddings.
     adds_embedding = False
 
-    def __init__(self, num_heads: int, alibi_max_bias: float = 8.0):
+    def __init__(self, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+
+    @classmethod
+    def from_options(cls, num_heads: int, args) -> "PositionMethod":
+        """The method as a model's options `args`, a namespace, want it; overridden where there are options."""
+        return cls(num_heads)
+
+    def set_evaluation_length(self, length: int) -> None:
+        """Is told the length of the windows, in tokens, before a model is evaluated."""
 
     def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
         """Bias to add to the scores after their division by sqrt(D): (H, T, S) float32, or None for no bias."""
@@ -108,11 +115,43 @@ class ALiBi(PositionMethod):
     No parameter, no buffer, no embedding, no longest length (Press et al. 2022, section 3). The bias is computed from
     distances, not as one vector m_h * j per head: the two differ by a constant per row, which softmax ignores, but
     distances keep the numbers of near tokens small and so exact in half precision too.
+
+    Args:
+        num_heads: H.
+        max_bias: see `alibi_slopes`.
+        length_scale: what the slopes are divided by: position interpolation for ALiBi (Al-Khateeb et al. 2023, arXiv
+            2310.13017). "auto" is evaluation length over training length, where that is more than 1.
+        training_length: in tokens, for "auto".
+
+    Raises:
+        ValueError: see `alibi_slopes`, and for a length scale that is no positive number and not "auto".
     """
 
-    def __init__(self, num_heads: int, alibi_max_bias: float = 8.0):
+    def __init__(
+        self,
+        num_heads: int,
+        max_bias: float = 8.0,
+        length_scale: Union[float, str] = 1.0,
+        training_length: Optional[int] = None,
+    ):
         super().__init__(num_heads)
-        self.slopes = alibi_slopes(num_heads, alibi_max_bias).float()  # a plain attribute: not part of a checkpoint
+        self.training_length = training_length if length_scale == "auto" else None
+        try:
+            scale = 1.0 if length_scale == "auto" else float(length_scale)
+        except ValueError:
+            scale = math.nan
+        if not 0 < scale < math.inf:
+            raise ValueError(f"alibi_length_scale must be a positive number or auto, not {length_scale}")
+        self.unscaled_slopes = alibi_slopes(num_heads, max_bias)
+        self.slopes = (self.unscaled_slopes / scale).float()  # plain attributes: not part of a checkpoint
+
+    @classmethod
+    def from_options(cls, num_heads: int, args) -> "ALiBi":
+        return cls(num_heads, args.alibi_max_bias, args.alibi_length_scale, args.tokens_per_sample)
+
+    def set_evaluation_length(self, length: int) -> None:
+        if self.training_length:
+            self.slopes = (self.unscaled_slopes / max(1.0, length / self.training_length)).float()
 
     def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
         """See `PositionMethod.bias`. Keys in the future get 0, for `future_mask` to replace."""

@@ -77,6 +77,29 @@ def test_step_by_step_equals_the_full_pass_past_the_training_length(build, metho
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pieces", [(24,), (13, 1, 1, 1, 8), (1, 22, 1), (2, 2, 20)])
+@pytest.mark.parametrize("padded", [0, 5])
+def test_a_prefix_is_read_in_one_pass_and_gone_on_from(build, method, pieces, padded):
+    """Pieces of any length, the first row padded on the left; the training length is 8."""
+    model = build("alibi_lm_tiny", "--position-method", method, "--tokens-per-sample", 8)
+    tokens = random_tokens(model, 3, 24)
+    tokens[0, :padded] = model.decoder.padding_idx
+    passes = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].size(0)))
+    with torch.no_grad():
+        expected, _ = model(tokens)
+        alone, _ = model(tokens[:1, padded:])
+        passes.clear()
+        state, read = {}, 0
+        for piece in pieces:
+            read += piece
+            logits, _ = model.decoder(tokens[:, :read], incremental_state=state)
+            assert logits.shape[:2] == (3, 1)
+            torch.testing.assert_close(logits[:, 0], expected[:, read - 1], rtol=1e-5, atol=1e-5)
+    assert passes == list(pieces)
+    torch.testing.assert_close(logits[:1, 0], alone[:, -1], rtol=1e-5, atol=1e-5)
+
+
 def test_beam_reordering_keeps_keys_and_bias_together(build):
     model = build("alibi_lm_tiny")
     tokens = random_tokens(model, 3, 9)
@@ -206,6 +229,9 @@ REFUSED = {
     "--decoder-xformers-att-config": ["--decoder-xformers-att-config", "{}"],
     "--base-layers": ["--base-layers", 1],
     "alibi_max_bias": ["--alibi-max-bias", -1],
+    "alibi_length_scale must be .* not -2": ["--alibi-length-scale", -2],
+    "alibi_length_scale must be .* not long": ["--alibi-length-scale", "long"],
+    "--quant-noise-scalar": ["--quant-noise-scalar", 0.5],
     "--adaptive-input-cutoff": ["--adaptive-input"],
     "adaptive_input_factor": [*ADAPTIVE, "--adaptive-input-factor", 2, "--tie-adaptive-weights"],
     "--tie-adaptive-weights": ["--tie-adaptive-weights"],
@@ -214,6 +240,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("named", REFUSED)
 def test_contradicting_options_are_refused_with_a_reason(build, named):
+    if named == "--quant-noise-scalar" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     with pytest.raises(ValueError, match=named):
         build("alibi_lm_tiny", *REFUSED[named])
 
@@ -222,6 +250,48 @@ def test_slope_range_changes_the_model(build):
     tokens = torch.arange(4, 30)[None]
     paper, wide = (build("alibi_lm_tiny", "--alibi-max-bias", bias) for bias in (8, 16))
     assert not torch.allclose(paper(tokens)[0], wide(tokens)[0], atol=1e-3)
+
+
+def test_length_scale_divides_the_slopes(build):
+    tokens = torch.arange(4, 30)[None]
+    plain, stretched = (build("alibi_lm_tiny", "--alibi-length-scale", scale) for scale in (1, 4))
+    plain.decoder.position_method.slopes /= 4
+    torch.testing.assert_close(stretched(tokens)[0], plain(tokens)[0])
+
+
+@pytest.mark.parametrize(("stride", "length", "scale"), [(64, 64, 2), (16, 64, 2), (32, 32, 1), (8, 8, 1)])
+def test_automatic_length_scale_is_evaluation_over_training_length(corpus, build, stride, length, scale):
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    model = build("alibi_lm_tiny", "--alibi-length-scale", "auto", "--tokens-per-sample", 32)
+    tokens = random_tokens(model, 1, 20)
+    expected = build("alibi_lm_tiny", "--alibi-length-scale", scale)(tokens)[0]
+    torch.testing.assert_close(model(tokens)[0], build("alibi_lm_tiny")(tokens)[0])  # as trained until told otherwise
+    arguments = [
+        str(corpus),
+        "--path",
+        "x",
+        "--tokens-per-sample",
+        str(stride),
+        "--context-window",
+        str(length - stride),
+    ]
+    model.prepare_for_inference_(
+        convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_eval_lm_parser(), arguments))
+    )
+    torch.testing.assert_close(model(tokens)[0], expected)
+
+
+def test_length_scale_is_overridden_at_evaluation(corpus, train):
+    """The same loss with the number as with auto, another one without."""
+    checkpoint = train(updates=3)
+    losses = []
+    for scale in ("'auto'", 4, 1):
+        arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu", "--gen-subset", "valid"]
+        arguments += ["--tokens-per-sample", 128, "--model-overrides", f"{{'alibi_length_scale': {scale}}}"]
+        losses.append(run(BIN / "fairseq-eval-lm", *arguments).output.split("Loss (base 2): ")[1].split()[0])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_longest_sequence_is_unlimited_unless_asked_for(build):
