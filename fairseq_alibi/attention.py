@@ -1,16 +1,32 @@
-"""Causal self-attention under a future mask that carries the position bias. Pure torch, usable without fairseq.
+"""Causal self-attention with a position bias: under a mask that carries it, or without any mask. Pure torch.
 
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
+
+`masked_attention` is the reference: the bias is folded into the future mask and everything is one call of PyTorch's
+scaled_dot_product_attention. `fused_attention` computes the same for a bias that is linear in distance, and never makes
+a tensor of T x S elements: queries go in chunks, each head reads only the keys that can matter to it, and one vector of
+2 numbers per distance serves as the bias of all chunks.
 """
 
-from typing import Optional
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+#: Queries in a tile of `fused_attention`, by how far its heads reach.
+CHUNKS = (256, 512, 1024)
+
+#: Weight that the keys which `fused_attention` skips may have together, of 1 for all keys of a query.
+EPSILON = 1e-7
 
 
-def mask_padding(mask: Tensor, padding: Tensor) -> Tensor:
+def mask_padding(mask: Tensor, padding: Optional[Tensor]) -> Tensor:
     """Adds padded keys to a future mask.
 
     A padded key gets a very negative number, not -inf: a query on padding that sees nothing but padding then stays
@@ -18,20 +34,25 @@ def mask_padding(mask: Tensor, padding: Tensor) -> Tensor:
     against any real score the weight of a padded key underflows to exactly 0.
 
     Args:
-        mask: (H, T, S) or (1, T, S) future mask.
-        padding: (B, S) bool, True at padded keys.
+        mask: (1, H, T, S), or 1 for H where the heads have one mask.
+        padding: (B, S) bool, True at padded keys; None where there are none.
 
     Returns:
-        (B, H, T, S) or (B, 1, T, S), in the mask's dtype; or the (H, T, S) mask itself where it already says all:
-        padding on the right of every row lies in the future of its real tokens.
+        (B, H, T, S) in the mask's dtype, or the mask itself where there is no padding.
     """
-    followed_by_token = padding[:, :-1] & ~padding[:, 1:]
-    if not followed_by_token.any():
+    if padding is None:
         return mask
     return mask.masked_fill(padding[:, None, None, :], torch.finfo(mask.dtype).min / 2)
 
 
-def attention(
+def padding_before_tokens(padding: Optional[Tensor]) -> Optional[Tensor]:
+    """The padding that attention has to know of, (B, S), or None: what follows the last token lies in its future."""
+    if padding is None or not (padding[:, :-1] & ~padding[:, 1:]).any():
+        return None
+    return padding
+
+
+def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, padding: Optional[Tensor] = None, dropout: float = 0.0
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v, through PyTorch's fused kernels.
@@ -39,23 +60,315 @@ def attention(
     Args:
         q: (B, H, T, D), not yet scaled.
         k, v: (B, H, S, D), in the dtype of q.
-        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; shared by the batch.
-        padding: (B, S) bool, True at padded keys, on either side; None where there are none.
+        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; shared by the batch. float32, or q's dtype.
+        padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; None where there are none.
         dropout: probability that an attention weight is dropped; 0 outside training.
 
     Returns:
         (B, H, T, D). Rows of queries on padding are finite and without meaning.
     """
-    if padding is not None:
-        mask = mask_padding(mask, padding)
     # Four dimensions, or PyTorch's fused CPU kernel declines the mask and attention takes five times as long.
-    mask = mask if mask.dim() == 4 else mask[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_padding(mask[None], padding), dropout_p=dropout)
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor, padding: Optional[Tensor] = None) -> Tensor:
-    """The weights that `attention` gives the keys, for looking at them: (B, H, T, S) float32. Arguments as there."""
-    if padding is not None:
-        mask = mask_padding(mask, padding)
+    """The weights that attention gives the keys, for looking at them: (B, H, T, S) float32. Arguments as above."""
     scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5
-    return torch.softmax(scores.float() + mask, dim=-1)
+    return torch.softmax(scores.float() + mask_padding(mask[None], padding), dim=-1)
+
+
+def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """Distance per head beyond which all keys together have less than `epsilon` of a query's weight.
+
+    Let c be any vector, here the mean key of a sequence and head, and r = max|q_i| max|k_j - c| / sqrt(D) over all of
+    the head's queries and keys. Taking q_i . c / sqrt(D) off all scores of a row changes no weight, and leaves them
+    within r of 0 before the bias. So key j at distance d = i - j weighs, against key i itself, whose bias is 0,
+
+        w_j / w_i <= exp(2 r - m d).
+
+    w_i is at most 1, and the keys beyond a distance x are at the whole distances d > x, so that they weigh together
+
+        sum of w_j <= exp(2 r) sum_{d > x} exp(-m d) <= exp(2 r - m x) / (exp(m) - 1),
+
+    which is epsilon at x = (2 r - ln(epsilon) - ln(exp(m) - 1)) / m. What attention returns changes by at most
+    2 epsilon max|v|, as do its gradients in proportion. Nothing is assumed about the model: with large queries and keys
+    the reach is large.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, H, S, D).
+        slopes: (H,), 0 for a head without bias.
+        epsilon: weight of 1 that may be skipped; 0 skips nothing.
+
+    Returns:
+        (H,) float64 on the CPU: distances in tokens, at least 0, infinite where there is no end.
+    """
+    if epsilon <= 0:
+        return torch.full((len(slopes),), math.inf, dtype=torch.float64)
+    q_norm = torch.linalg.vector_norm(q.float(), dim=-1).amax((0, 2))
+    k_norm = torch.linalg.vector_norm(k.float() - k.float().mean(dim=2, keepdim=True), dim=-1).amax((0, 2))
+    r = (q_norm * k_norm).double().cpu() * q.size(-1) ** -0.5
+    m = slopes.double().cpu()
+    x = (2 * r * 1.001 - math.log(epsilon) - torch.expm1(m).log()) / m  # 0.1% for the rounding of the norms
+    return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0)
+
+
+def distance_vector(slopes: Tensor, longest_chunk: int, key_length: int) -> Tensor:
+    """The bias of all chunks of queries by distance, from 1 - longest_chunk on; -inf where that is in the future.
+
+    Returns:
+        (H, longest_chunk - 1 + S) in the dtype of the slopes.
+    """
+    distance = torch.arange(1 - longest_chunk, key_length, device=slopes.device)
+    return torch.where(distance < 0, -math.inf, -slopes[:, None] * distance)
+
+
+def chunk_bias(vector: Tensor, longest_chunk: int, queries: int, keys: int) -> Tensor:
+    """A view of `distance_vector` as the bias of the last `queries` of `keys` positions, keys in reversed order.
+
+    With the keys reversed the distance is t + s plus a constant, so that both strides are 1 and no element is copied.
+
+    Returns:
+        (1, H, queries, keys).
+    """
+    start = vector.storage_offset() + longest_chunk - queries
+    return vector.as_strided((1, vector.size(0), queries, keys), (0, vector.stride(0), 1, 1), start)
+
+
+class Tile(NamedTuple):
+    """One call of the kernel: some heads, some queries, and the keys that these read, in reversed order."""
+
+    heads: slice
+    queries: slice
+    keys: slice
+
+
+def tiles(query_length: int, key_length: int, reaches: Sequence[float]) -> list[Tile]:
+    """Cuts attention into tiles: heads of like reach together, queries in chunks, keys as far as the reach goes.
+
+    Chunks are short where the reach is, so that few keys are read for nothing, and long where the reach is long, so
+    that reading the keys and adding up their gradients does not outweigh the matrix products.
+
+    Args:
+        query_length, key_length: T and S; no tile has more than 1,024 queries.
+        reaches: per head, see `reach`.
+
+    Returns:
+        Tiles in which every query finds every key of its past at a distance up to the head's reach, at least.
+    """
+    distances = [key_length if x >= key_length else math.ceil(x) for x in reaches]
+    earlier, cut, first = key_length - query_length, [], 0
+    while first < len(distances):
+        last = first + 1
+        while (
+            last < len(distances) and abs(distances[last] - distances[first]) < 0.25 * distances[first] + CHUNKS[0] / 4
+        ):
+            last += 1
+        distance = max(distances[first:last])
+        chunk = min(CHUNKS, key=lambda size: abs(size - distance / 8))
+        for start in range(0, query_length, chunk):
+            stop = min(start + chunk, query_length)
+            farthest = max(0, earlier + start - distance)
+            cut.append(Tile(slice(first, last), slice(start, stop), slice(query_length - stop, key_length - farthest)))
+        first = last
+    return cut
+
+
+class TileBias(NamedTuple):
+    """The bias of every tile.
+
+    Args:
+        vector: see `distance_vector`.
+        longest_chunk: its argument.
+        padding: (B, S) bool, True at padded keys, in reversed order; or None.
+    """
+
+    vector: Tensor
+    longest_chunk: int
+    padding: Optional[Tensor]
+
+    def of(self, tile: Tile) -> Tensor:
+        """(1, H, T, S) view for the heads, queries and keys of a tile; (B, H, T, S) with padding."""
+        queries, keys = (part.stop - part.start for part in (tile.queries, tile.keys))
+        bias = chunk_bias(self.vector[tile.heads], self.longest_chunk, queries, keys)
+        return mask_padding(bias, None if self.padding is None else self.padding[:, tile.keys])
+
+
+class TiledAttention(torch.autograd.Function):
+    """Attention tile by tile through PyTorch's CPU flash kernel, forward and backward.
+
+    It calls the kernel itself, because autograd through slices would make gradients of all keys for every tile.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, cut):
+        """q (B, H, T, D); k, v (B, H, S, D) in reversed order; a `TileBias`; a list of `Tile`. Returns (B, H, T, D)."""
+        batch, heads, queries, dim = q.shape
+        out = q.new_empty(queries, batch, heads, dim).permute(1, 2, 0, 3)  # lies as the output projection reads it
+        logsumexp = bias.vector.new_empty(batch, heads, queries)
+        for tile in cut:
+            h, t, s = tile
+            out[:, h, t], logsumexp[:, h, t] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=bias.of(tile)
+            )
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.bias, ctx.cut = bias, cut
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of q, k and v; those of keys and values are summed in float32 at least."""
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        q_grad = torch.empty_like(q)
+        k_grad, v_grad = (torch.zeros_like(x, dtype=ctx.bias.vector.dtype) for x in (k, v))
+        for tile in ctx.cut:
+            h, t, s = tile
+            q_grad[:, h, t], k_part, v_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(grad[:, h, t], q[:, h, t], k[:, h, s], v[:, h, s], out[:, h, t], logsumexp[:, h, t], 0.0, False),
+                attn_mask=ctx.bias.of(tile),
+            )
+            k_grad[:, h, s] += k_part
+            v_grad[:, h, s] += v_part
+        return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype), None, None
+
+
+def checkpointed_tiles(q: Tensor, k: Tensor, v: Tensor, bias: TileBias, cut: list[Tile], dropout: float) -> Tensor:
+    """`TiledAttention` with dropout and on any device; what a tile needs for its gradients is computed again there."""
+
+    def attend(tile: Tile) -> Tensor:
+        h, t, s = tile
+        mask = bias.of(tile) if q.device.type == "cpu" else bias.of(tile).to(q.dtype)
+        return F.scaled_dot_product_attention(q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=mask, dropout_p=dropout)
+
+    out = torch.empty_like(q)
+    for tile in cut:
+        out[:, tile.heads, tile.queries] = checkpoint(attend, tile, use_reentrant=False)
+    return out
+
+
+#: Queries, and keys, in a block of FlexAttention.
+BLOCK = 128
+
+
+def visible_blocks(query_length: int, key_length: int, reaches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of keys that each block of queries reads: from the reach of its first query to its last query.
+
+    Args:
+        query_length, key_length: T and S.
+        reaches: (H,), see `reach`.
+
+    Returns:
+        For every head and block of queries, int32: the first block of keys (H, T / BLOCK), the first in which some key
+        is in the future of some query (T / BLOCK), and the last (T / BLOCK).
+    """
+    start = torch.arange(key_length - query_length, key_length, BLOCK, device=reaches.device)
+    farthest = (start - reaches[:, None].ceil()).clamp(min=0)
+    last = (start + BLOCK - 1).clamp(max=key_length - 1)
+    return tuple(torch.div(x, BLOCK, rounding_mode="floor").int() for x in (farthest, start, last))
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, padding: Optional[Tensor], reaches: Tensor
+) -> Tensor:
+    """`fused_attention` through PyTorch's FlexAttention: scores get their bias inside the kernel, in float32.
+
+    Blocks of keys beyond the reach are not read. Compiled on a GPU, once per kind of shape. Not yet measured on a GPU.
+
+    Args:
+        q, k, v, slopes, padding: see `fused_attention`.
+        reaches: (H,), see `reach`.
+    """
+    query_length, key_length = q.size(2), k.size(2)
+    earlier = key_length - query_length
+
+    def biased(score, b, h, i, j):
+        return score - slopes[h] * (i + earlier - j)
+
+    def seen(b, h, i, j):
+        past = i + earlier >= j
+        # a query on padding sees itself, or its row would have no weights at all
+        return past if padding is None else past & (~padding[b, j] | (i + earlier == j))
+
+    first, diagonal, last = visible_blocks(query_length, key_length, reaches)
+    whole = first if padding is not None else torch.maximum(first, diagonal.expand_as(first))
+    every = torch.arange(-(-key_length // BLOCK), device=q.device, dtype=torch.int32)
+
+    def listed(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # as many blocks from `start` on, (1, H, ...)
+        indices = (start[..., None] + every).clamp(max=len(every) - 1)
+        return count.contiguous()[None], indices.contiguous()[None]
+
+    blocks = BlockMask.from_kv_blocks(
+        *listed(whole, last - whole + 1),
+        *listed(first, whole - first),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen,
+        seq_lengths=(query_length, key_length),
+    )
+    attend = compiled_flex_attention() if q.device.type == "cuda" else flex_attention
+    return attend(q, k, v, score_mod=biased, block_mask=blocks)
+
+
+@functools.cache
+def compiled_flex_attention():
+    """FlexAttention as one GPU kernel."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def fused_is_faster(device: torch.device, query_length: int, key_length: int, dropout: float) -> bool:
+    """Whether `fused_attention` is the faster one for a bias, by what `scripts/benchmark.sh` measured.
+
+    On the CPU from more than one chunk on. On a GPU this is a guess: without dropout, which FlexAttention lacks, from
+    one block on.
+    """
+    if device.type == "cpu":
+        return query_length > 1 and key_length > CHUNKS[0]
+    return device.type == "cuda" and query_length >= BLOCK and not dropout
+
+
+@torch.compiler.disable
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Optional[Tensor] = None,
+    padding: Optional[Tensor] = None,
+    dropout: float = 0.0,
+    epsilon: float = EPSILON,
+) -> Tensor:
+    """Causal attention with the bias -slopes * (i - j), or none, without a tensor of T x S elements.
+
+    On the CPU through PyTorch's flash kernel, tile by tile. On a GPU through FlexAttention (not yet measured on a GPU).
+    With dropout, and on other devices, through scaled_dot_product_attention, tile by tile, which are recomputed in the
+    backward pass.
+
+    Args:
+        q: (B, H, T, D), not yet scaled.
+        k, v: (B, H, S, D), in the dtype of q.
+        slopes: (H,), at least 0; None for no bias.
+        padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; None where there are none.
+        dropout: probability that an attention weight is dropped; 0 outside training.
+        epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
+
+    Returns:
+        (B, H, T, D). Rows of queries on padding are finite and without meaning.
+    """
+    heads, query_length, key_length = q.size(1), q.size(2), k.size(2)
+    on_cpu = q.device.type == "cpu"
+    if slopes is None:
+        if padding is None and query_length == key_length and not (on_cpu and dropout):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        slopes = q.new_zeros(heads, dtype=torch.float32)
+    # Over short sequences the least reach is most of the past.
+    epsilon = epsilon if key_length > CHUNKS[0] else 0.0
+    reaches = reach(q.detach(), k.detach(), slopes, epsilon)
+    if q.device.type == "cuda" and not dropout:
+        return block_attention(q, k, v, slopes.to(q.device), padding, reaches.to(q.device))
+    slopes = slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
+    longest_chunk = min(query_length, CHUNKS[-1])
+    cut = tiles(query_length, key_length, reaches.tolist())
+    padding = None if padding is None else padding.flip(1)
+    bias = TileBias(distance_vector(slopes, longest_chunk, key_length), longest_chunk, padding)
+    k, v = k.flip(2), v.flip(2)
+    if on_cpu and not dropout:
+        return TiledAttention.apply(q, k, v, bias, cut)
+    return checkpointed_tiles(q, k, v, bias, cut, dropout)

@@ -15,7 +15,14 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor
 
-from .attention import attention, attention_weights
+from .attention import (
+    EPSILON,
+    attention_weights,
+    fused_attention,
+    fused_is_faster,
+    masked_attention,
+    padding_before_tokens,
+)
 from .positions import PositionMethod
 
 #: Where an incremental state holds how many tokens it has read.
@@ -26,19 +33,25 @@ IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
 
 class Pass(NamedTuple):
-    """What the decoder hands its layers when it decodes incrementally, in the place of the mask.
+    """What the decoder hands all of its layers in one pass, in the place of fairseq's future mask.
 
     Args:
-        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`.
-        incremental_state: where keys and values of the tokens before these are and those of these are added.
+        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; None for attention without a mask.
+        slopes, epsilon: see `fused_attention`.
+        padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; or None.
+        incremental_state: where keys and values of the tokens before these are and those of these are added; None for
+            whole sequences. Not fairseq's own argument, with which it reads one token at a time.
     """
 
-    mask: Tensor
-    incremental_state: IncrementalState
+    mask: Optional[Tensor] = None
+    slopes: Optional[Tensor] = None
+    epsilon: float = EPSILON
+    padding: Optional[Tensor] = None
+    incremental_state: Optional[IncrementalState] = None
 
 
 class SelfAttention(MultiheadAttention):
-    """fairseq's multi-head attention (same parameters, same initial values) under a future mask of its own per head."""
+    """fairseq's multi-head attention (same parameters, same initial values) over the keys of a `Pass`."""
 
     def forward(
         self,
@@ -49,53 +62,50 @@ class SelfAttention(MultiheadAttention):
         incremental_state: Optional[IncrementalState] = None,
         need_weights: bool = True,
         static_kv: bool = False,
-        attn_mask: Union[Tensor, Pass, None] = None,
+        attn_mask: Union[Pass, Tensor, None] = None,
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """See `MultiheadAttention.forward`; `attn_mask` is a future mask or a `Pass`, and required.
+        """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask of one over whole sequences.
 
         `key` and `value` are the query (this is self-attention); `incremental_state` comes with the pass; `static_kv`
         and `before_softmax` do not apply.
+
+        Raises:
+            ValueError: weights are wanted of attention without a mask.
         """
         query_length, batch, _ = query.shape
+        run = attn_mask if isinstance(attn_mask, Pass) else Pass(mask=attn_mask, padding=key_padding_mask)
 
         def split_heads(x: Tensor) -> Tensor:  # (T, B, C) -> (B, H, T, D)
             return x.view(query_length, batch, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
         q, k, v = (split_heads(project(query)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        mask, incremental_state = attn_mask if isinstance(attn_mask, Pass) else (attn_mask, None)
-        if incremental_state is not None:
-            k, v, key_padding_mask = self.extend_cache(incremental_state, k, v, key_padding_mask)
-        padding = None if key_padding_mask is None else key_padding_mask.bool()
+        if run.incremental_state is not None:
+            k, v = self.extend_cache(run.incremental_state, k, v)
 
-        drops = self.training or self.dropout_module.apply_during_inference
-        out = attention(q, k, v, mask, padding, self.dropout_module.p if drops else 0.0)
+        dropout = self.dropout_module.p if self.training or self.dropout_module.apply_during_inference else 0.0
+        if run.mask is None:
+            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon)
+        else:
+            out = masked_attention(q, k, v, run.mask, run.padding, dropout)
         out = self.out_proj(out.permute(2, 0, 1, 3).reshape(query_length, batch, -1))
 
         if not (need_weights or need_head_weights):
             return out, None
-        weights = attention_weights(q, k, mask, padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
+        if run.mask is None:
+            raise ValueError("attention weights are there with --attention mask only")
+        weights = attention_weights(q, k, run.mask, run.padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
         return out, weights if need_head_weights else weights.mean(dim=0)
 
-    def extend_cache(
-        self, incremental_state: IncrementalState, k: Tensor, v: Tensor, padding: Optional[Tensor]
-    ) -> tuple[Tensor, Tensor, Optional[Tensor]]:
-        """Appends new keys and values, (B, H, T, D), and padding, (B, T), to the cached ones; returns all of them."""
+    def extend_cache(self, incremental_state: IncrementalState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends new keys and values, (B, H, T, D), to the cached ones; returns all of them."""
         cache = self._get_input_buffer(incremental_state)
-        if "prev_key" in cache:
+        if cache:
             k = torch.cat([cache["prev_key"], k], dim=2)
             v = torch.cat([cache["prev_value"], v], dim=2)
-        padding = self._append_prev_key_padding_mask(
-            key_padding_mask=padding,
-            prev_key_padding_mask=cache.get("prev_key_padding_mask"),
-            batch_size=k.size(0),
-            src_len=k.size(2),
-            static_kv=False,
-        )
-        cache = {"prev_key": k, "prev_value": v, "prev_key_padding_mask": padding}
-        self._set_input_buffer(incremental_state, cache)
-        return k, v, padding
+        self._set_input_buffer(incremental_state, {"prev_key": k, "prev_value": v})
+        return k, v
 
 
 class DecoderLayer(TransformerDecoderLayerBase):
@@ -121,22 +131,22 @@ class SinusoidalEmbedding(SinusoidalPositionalEmbedding):
     the same positions in a full pass and step by step, alone and in a batch.
     """
 
-    #: (B, S) tokens before those that `forward` gets.
+    #: (B, S - T) tokens before those that `forward` gets; none at first.
     earlier_tokens: Optional[Tensor] = None
 
     def forward(self, input: Tensor, incremental_state=None) -> Tensor:
         """(B, T) tokens -> (B, T, C), zero at padding."""
-        if self.earlier_tokens is None:
+        if self.earlier_tokens is None or self.earlier_tokens.size(1) == 0:
             return super().forward(input)
         return super().forward(torch.cat([self.earlier_tokens, input], dim=1))[:, -input.size(1) :]
 
 
 class Decoder(TransformerDecoder):
-    """fairseq's transformer decoder whose future mask carries the bias of a position method.
+    """fairseq's transformer decoder whose attention has the bias of a position method, at any length.
 
-    The mask is made once, before the layer loop: (H, L, L), shared by the batch, kept between passes and grown when a
-    longer sequence comes; a bias with parameters is made anew in each pass. It depends on no option: a model runs at
-    any length.
+    What attention needs is made once in a pass, before the layer loop. With a mask that is the bias folded into the
+    future mask, (H, L, L), shared by the batch, kept between passes and grown when a longer sequence comes; a bias with
+    parameters is made anew in each pass.
 
     Args:
         args: the model's options, a namespace or fairseq config; not changed.
@@ -152,7 +162,10 @@ class Decoder(TransformerDecoder):
         args.max_target_positions = args.tokens_per_sample  # first size of the sinusoidal table, which grows by itself
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         self.position_method = position_method
-        self._tokens_before, self._incremental_state = 0, None  # of the pass that is going on
+        self.attention, self.attention_epsilon = args.attention, args.attention_epsilon
+        self.attention_dropout = args.attention_dropout
+        self._tokens = self._incremental_state = None  # of the pass that is going on
+        self._pass: Optional[Pass] = None
         if position_method.adds_embedding:
             self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
 
@@ -162,57 +175,84 @@ class Decoder(TransformerDecoder):
             layer = checkpoint_wrapper(layer, offload_to_cpu=args.offload_activations)
         return fsdp_wrap(layer, min_num_params=0 if args.checkpoint_activations else args.min_params_to_wrap)
 
-    def buffered_future_mask(self, tensor: Tensor) -> Union[Tensor, Pass]:
-        """The future mask with the bias for T tokens, and with it what was read before them.
+    def buffered_future_mask(self, tensor: Tensor) -> Union[Pass, Tensor]:
+        """What fairseq's layer loop hands on to each layer: the pass over T tokens.
 
         Args:
             tensor: (T, B, C), gives length, device and dtype.
 
         Returns:
-            What fairseq hands on to the layers. The mask of whole sequences is a view of the kept one, and nothing but
-            a tensor, because activation checkpointing carries gradients to a bias through tensors only.
+            A `Pass`, made for the first layer. For a bias with parameters the mask itself, because activation
+            checkpointing carries gradients through tensors only.
         """
-        length, before, dtype = tensor.size(0), self._tokens_before, compute_dtype(tensor)
+        if self._pass is None:
+            self._pass = self.make_pass(tensor)
+        learned = self._pass.mask is not None and self._pass.mask.requires_grad
+        return self._pass.mask if learned and self._incremental_state is None else self._pass
+
+    def make_pass(self, tensor: Tensor) -> Pass:
+        """The pass over T tokens: with a mask or without, and what it has to know of padding and earlier tokens."""
+        queries, keys = tensor.size(0), self._tokens.size(1)
+        padding = padding_before_tokens(self._tokens.eq(self.padding_idx))
+        rest = (self.attention_epsilon, padding, self._incremental_state)
+        if self.takes_no_mask(tensor.device, queries, keys, padding):
+            slopes = self.position_method.slopes
+            return Pass(None, None if slopes is None else slopes.to(tensor.device), *rest)
+        # PyTorch's CPU kernels take a float32 mask in half precision, the GPU's want their own dtype
+        dtype = (
+            torch.promote_types(tensor.dtype, torch.float32) if tensor.device.type == "cpu" else compute_dtype(tensor)
+        )
+        if keys > queries:
+            return Pass(self.position_method.future_mask(queries, keys, dtype, tensor.device), None, *rest)
         kept = self._future_mask
-        if before:
-            mask = self.position_method.future_mask(length, before + length, dtype, tensor.device)
-        elif kept.dim() == 3 and kept.size(-1) >= length and kept.device == tensor.device and kept.dtype == dtype:
-            mask = kept[:, :length, :length]
-        else:
-            mask = self._future_mask = self.position_method.future_mask(length, length, dtype, tensor.device)
-        return mask if self._incremental_state is None else Pass(mask, self._incremental_state)
+        if kept.dim() != 3 or kept.size(-1) < keys or kept.device != tensor.device or kept.dtype != dtype:
+            self._future_mask = self.position_method.future_mask(keys, keys, dtype, tensor.device)
+        return Pass(self._future_mask[:, :keys, :keys], None, *rest)
+
+    def takes_no_mask(self, device: torch.device, queries: int, keys: int, padding: Optional[Tensor]) -> bool:
+        """Whether `fused_attention` runs the pass: as --attention wants it, or where it is faster."""
+        if self.attention == "mask" or self.position_method.needs_mask or queries == 1 < keys:
+            return False  # the mask of one query is one row
+        dropout = self.attention_dropout if self.training else 0.0
+        plain = self.position_method.slopes is None and queries == keys and padding is None and not dropout
+        return self.attention == "fused" or plain or fused_is_faster(device, queries, keys, dropout)
 
     def extract_features_scriptable(
-        self, prev_output_tokens, encoder_out, incremental_state=None, full_context_alignment=False, *args, **kwargs
+        self,
+        prev_output_tokens,
+        encoder_out,
+        incremental_state=None,
+        full_context_alignment=False,
+        *args,
+        all_positions=False,
+        **kwargs,
     ):
         """See `TransformerDecoder.extract_features_scriptable`.
 
         With an incremental state all tokens that are new to it are read in one pass, be it one or a long prompt, and
-        the features of the last are returned: (B, 1, C).
+        the features of the last are returned, (B, 1, C), or with `all_positions` those of all of them, (B, T, C).
         """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
         if any(True for _ in self.position_method.parameters()):
             self.forget_mask()  # a learned bias is another one in each pass
-        if incremental_state is None:
-            return super().extract_features_scriptable(prev_output_tokens, encoder_out, None, False, *args, **kwargs)
-        # fairseq's loop would pass on the last token only and no mask, so it is told of a pass over the new tokens; the
-        # state reaches the layers with the mask.
-        progress = incremental_state.setdefault(PROGRESS, {"tokens_read": 0})
-        before = progress["tokens_read"]
-        earlier, new = prev_output_tokens[:, :before], prev_output_tokens[:, before:]
+        before = 0
+        if incremental_state is not None:
+            progress = incremental_state.setdefault(PROGRESS, {"tokens_read": 0})
+            before = progress["tokens_read"]
+            progress["tokens_read"] = prev_output_tokens.size(1)
+        new = prev_output_tokens[:, before:]
         assert new.size(1) > 0, f"no new token: {before} were read, {prev_output_tokens.size(1)} were given"
-        self._tokens_before, self._incremental_state = before, incremental_state
+        self._tokens, self._incremental_state = prev_output_tokens, incremental_state
         if self.position_method.adds_embedding:
-            self.embed_positions.earlier_tokens = earlier
+            self.embed_positions.earlier_tokens = prev_output_tokens[:, :before]
         try:
+            # Given an incremental state fairseq's loop would pass on the last token only, and no mask. So it is told of
+            # whole sequences, and the state reaches the layers with the pass.
             x, extra = super().extract_features_scriptable(new, encoder_out, None, False, *args, **kwargs)
         finally:
-            self._tokens_before, self._incremental_state = 0, None
-            if self.position_method.adds_embedding:
-                self.embed_positions.earlier_tokens = None
-        progress["tokens_read"] = prev_output_tokens.size(1)
-        return x[:, -1:], extra
+            self._tokens = self._incremental_state = self._pass = None
+        return x if incremental_state is None or all_positions else x[:, -1:], extra
 
     def forget_mask(self) -> None:
         """Has the mask made anew in the next pass, for a bias that has changed."""

@@ -1,6 +1,7 @@
 """The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,11 @@ from fairseq.models.transformer_lm import (
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.utils import safe_getattr
 
+from .attention import EPSILON
 from .decoder import Decoder
 from .positions import POSITION_METHODS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,6 +43,19 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
             "number, or auto for evaluation length over training length"
         },
     )
+    attention: ChoiceEnum(["auto", "mask", "fused"]) = field(
+        default="auto",
+        metadata={
+            "help": "mask: the bias folded into the future mask, the reference; fused: no mask, so that memory and, "
+            "past the reach of the heads, time per token do not grow with the length; auto: the faster one"
+        },
+    )
+    attention_epsilon: float = field(
+        default=EPSILON,
+        metadata={
+            "help": "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
+        },
+    )
 
 
 def check_options(args) -> None:
@@ -53,6 +70,8 @@ def check_options(args) -> None:
     method = args.position_method
     if method not in POSITION_METHODS:
         raise ValueError(f"--position-method {method}: choose one of {', '.join(POSITION_METHODS)}")
+    if not 0 <= args.attention_epsilon < 1:
+        raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if args.decoder_learned_pos:
         raise ValueError(
             f"--decoder-learned-pos contradicts --position-method {method}: drop it (a learned table has no "
@@ -93,6 +112,15 @@ class AlibiLanguageModel(TransformerLanguageModel):
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         position_method = POSITION_METHODS[args.position_method].from_options(args.decoder_attention_heads, args)
+        if position_method.needs_mask and args.attention == "fused":
+            raise ValueError(
+                f"--attention fused: the bias of --position-method {args.position_method} needs a mask; use auto"
+            )
+        if position_method.needs_mask and args.attention == "auto":
+            logger.warning(
+                "--position-method %s needs a mask: attention takes memory that grows with the square of the length",
+                args.position_method,
+            )
         return cls(Decoder(args, task.target_dictionary, cls.embed_tokens(args, task), position_method))
 
     def prepare_for_inference_(self, cfg):

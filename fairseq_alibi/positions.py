@@ -67,6 +67,9 @@ class PositionMethod(nn.Module):
     #: Whether fairseq's sinusoidal embedding is added to the token embeddings.
     adds_embedding = False
 
+    #: (H,) slopes of a bias -slopes * (i - j), which attention can run without a mask; None for any other bias or none.
+    slopes: Optional[Tensor] = None
+
     def __init__(self, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -75,6 +78,11 @@ class PositionMethod(nn.Module):
     def from_options(cls, num_heads: int, args) -> "PositionMethod":
         """The method as a model's options `args`, a namespace, want it; overridden where there are options."""
         return cls(num_heads)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the bias is of a kind that attention can only have from a mask."""
+        return self.slopes is None and type(self).bias is not PositionMethod.bias
 
     def set_evaluation_length(self, length: int) -> None:
         """Is told the length of the windows, in tokens, before a model is evaluated."""

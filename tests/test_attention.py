@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq_alibi.attention import attention, attention_weights
+from fairseq_alibi.attention import attention_weights, masked_attention
 from fairseq_alibi.positions import POSITION_METHODS
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
@@ -49,7 +49,7 @@ def test_output_and_gradients_equal_the_reference(method, dtype, heads, queries,
     qkv = inputs(2, heads, queries, keys, dtype)
     exact = [x.detach().double().requires_grad_() for x in qkv]
     mask = POSITION_METHODS[method](heads).future_mask(queries, keys, dtype)
-    out = attention(*qkv, mask)
+    out = masked_attention(*qkv, mask)
     expected = reference(*exact, method, torch.ones(2, keys, dtype=torch.bool))
     assert out.dtype == dtype
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
@@ -74,7 +74,7 @@ def test_padded_keys_are_not_seen(method, side):
     padding = torch.tensor(PADDINGS[side]).bool()
     qkv = inputs(2, 12, 7, 7, torch.float32)
     mask = POSITION_METHODS[method](12).future_mask(7, 7)
-    out = attention(*qkv, mask, padding)
+    out = masked_attention(*qkv, mask, padding)
     expected = reference(*qkv, method, ~padding)
     real = ~padding[:, None, :, None].expand_as(out)
     torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
@@ -87,6 +87,6 @@ def test_padded_keys_are_not_seen(method, side):
 def test_dropout_drops_weights_and_keeps_the_mean():
     q, k, v = inputs(1, 2, 64, 64, torch.float32)
     mask = POSITION_METHODS["alibi"](2).future_mask(64, 64)
-    mean = torch.stack([attention(q, k, v, mask, dropout=0.3) for _ in range(400)]).mean(0)
-    torch.testing.assert_close(mean, attention(q, k, v, mask), rtol=0, atol=0.3)
-    assert not torch.equal(attention(q, k, v, mask, dropout=0.3), attention(q, k, v, mask))
+    mean = torch.stack([masked_attention(q, k, v, mask, dropout=0.3) for _ in range(400)]).mean(0)
+    torch.testing.assert_close(mean, masked_attention(q, k, v, mask), rtol=0, atol=0.3)
+    assert not torch.equal(masked_attention(q, k, v, mask, dropout=0.3), masked_attention(q, k, v, mask))
