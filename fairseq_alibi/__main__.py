@@ -4,9 +4,9 @@ import argparse
 import sys
 from typing import Optional
 
-from . import __version__, import_checkpoint, report
+from . import __version__, generate, import_checkpoint, report
 
-COMMANDS = {"report": report, "import-checkpoint": import_checkpoint}
+COMMANDS = {"generate": generate, "report": report, "import-checkpoint": import_checkpoint}
 
 
 def main(argv: Optional[list[str]] = None) -> None:

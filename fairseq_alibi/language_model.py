@@ -20,6 +20,7 @@ from fairseq.utils import safe_getattr
 
 from .attention import EPSILON
 from .decoder import Decoder
+from .generate import read_prompts_in_one_pass
 from .positions import POSITION_METHODS
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
             ValueError: see `check_options` and `alibi_slopes`.
         """
         check_options(args)
+        read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
         position_method = POSITION_METHODS[args.position_method].from_options(args.decoder_attention_heads, args)
