@@ -5,6 +5,7 @@ Where things are:
     attention.py          attention under a mask that carries the bias (pure torch)
     decoder.py            the hooks of fairseq's decoder that we override
     language_model.py     the model `alibi_lm`, its options and architectures
+    generate.py           prompts read in one pass; text that continues a prompt
     compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
     import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
     prepare_data.py       corpora: get, check, tokenize, binarize
