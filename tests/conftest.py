@@ -33,6 +33,17 @@ def run(*command, cwd=ROOT, check=True, **environment):
     return done
 
 
+def random_tokens(model, *shape):
+    """Tokens that are words, as a tensor of this shape."""
+    return torch.randint(4, len(model.decoder.dictionary), shape)
+
+
+@pytest.fixture(params=["alibi", "sinusoidal", "none"])
+def method(request):
+    """Every position method."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A fairseq data folder: 40 words, lines of 0 to 12 words, 3,000 / 300 / 300 lines."""

@@ -1,40 +1,38 @@
-"""Attention under the folded mask against a float64 reference written from the formula: outputs and gradients."""
+"""Attention with and without a mask against a float64 reference written from the formula: outputs and gradients."""
 
 import math
 
 import pytest
+import reference
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_alibi.attention import attention_weights, masked_attention
-from fairseq_alibi.positions import POSITION_METHODS
+from fairseq_alibi import attention
+from fairseq_alibi.positions import POSITION_METHODS, alibi_slopes
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
-def reference(q, k, v, method, seen):
-    """softmax over the seen keys of q_i . k_j / sqrt(D) - m_h (i - j), one query after the other, in float64.
+def by_mask(q, k, v, method, padding=None, dropout=0.0):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mask = POSITION_METHODS[method](q.size(1)).future_mask(q.size(2), k.size(2), wide)
+    return attention.masked_attention(q, k, v, mask, padding, dropout)
 
-    `seen` (B, S) tells which keys are no padding.
-    """
-    batch, heads, queries, dim = q.shape
-    keys = k.size(2)
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    slopes += [2 ** (-8 * h / (2 * power)) for h in range(1, 2 * power, 2)]
-    rows = []
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(queries):
-                i = keys - queries + t
-                js = [j for j in range(i + 1) if seen[b, j]]
-                if not js:
-                    rows.append(torch.zeros(dim, dtype=torch.float64))
-                    continue
-                scores = k[b, h, js].double() @ q[b, h, t].double() / math.sqrt(dim)
-                if method == "alibi":
-                    scores = scores - slopes[h] * torch.tensor([i - j for j in js], dtype=torch.float64)
-                rows.append(scores.softmax(0) @ v[b, h, js].double())
-    return torch.stack(rows).view(batch, heads, queries, dim)
+
+def without_mask(q, k, v, method, padding=None, dropout=0.0):
+    return attention.fused_attention(q, k, v, POSITION_METHODS[method](q.size(1)).slopes, padding, dropout)
+
+
+def recomputed(q, k, v, method, padding=None, dropout=0.0):
+    """The way of dropout and of devices without a kernel of their own."""
+    slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
+    vector = attention.distance_vector(slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2))
+    cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
+    bias = attention.TileBias(vector, 1024, None if padding is None else padding.flip(1))
+    return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
+
+
+KERNELS = {"mask": by_mask, "fused": without_mask, "recomputed": recomputed}
 
 
 def inputs(batch, heads, queries, keys, dtype, dim=16, seed=0):
@@ -42,23 +40,37 @@ def inputs(batch, heads, queries, keys, dtype, dim=16, seed=0):
     return [torch.randn(batch, heads, n, dim).to(dtype).requires_grad_() for n in (queries, keys, keys)]
 
 
+def assert_equals_reference(kernel, qkv, method, tolerance, padding=None):
+    """Output and all gradients, at the queries that are no padding."""
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    out = KERNELS[kernel](*qkv, method, padding)
+    expected = reference.attention(*exact, method, None if padding is None else ~padding)
+    assert out.dtype == qkv[0].dtype
+    assert out.isfinite().all(), "a NaN on padding would reach real tokens through the next layer"
+    cotangent = torch.randn_like(expected)
+    if padding is not None:
+        cotangent[padding[:, None, -out.size(2) :, None].expand_as(out)] = 0
+    real = cotangent != 0
+    torch.testing.assert_close(out[real].double(), expected[real], rtol=tolerance, atol=tolerance)
+    ours = torch.autograd.grad(out, qkv, cotangent.to(out.dtype))
+    for a, b in zip(ours, torch.autograd.grad(expected, exact, cotangent)):
+        torch.testing.assert_close(a.double(), b, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("method", POSITION_METHODS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "queries", "keys"), [(12, 20, 20), (8, 1, 1), (1, 33, 33), (12, 1, 40), (3, 5, 40)])
-def test_output_and_gradients_equal_the_reference(method, dtype, heads, queries, keys):
-    qkv = inputs(2, heads, queries, keys, dtype)
-    exact = [x.detach().double().requires_grad_() for x in qkv]
-    mask = POSITION_METHODS[method](heads).future_mask(queries, keys, dtype)
-    out = masked_attention(*qkv, mask)
-    expected = reference(*exact, method, torch.ones(2, keys, dtype=torch.bool))
-    assert out.dtype == dtype
-    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    torch.testing.assert_close(out.double(), expected, **tolerance)
-    cotangent = torch.randn_like(expected)
-    ours = torch.autograd.grad(out, qkv, cotangent.to(dtype))
-    theirs = torch.autograd.grad(expected, exact, cotangent)
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a.double(), b, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+def test_output_and_gradients_equal_the_reference(kernel, method, dtype, heads, queries, keys):
+    assert_equals_reference(kernel, inputs(2, heads, queries, keys, dtype), method, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kernel", ["fused", "recomputed"])
+@pytest.mark.parametrize("method", ["alibi", "none"])
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(12, 700, 700), (8, 300, 1500), (3, 2, 900), (1, 1100, 1100)])
+def test_many_tiles_equal_the_reference(kernel, method, heads, queries, keys):
+    """Chunks that do not divide the length, a prefix before the queries, heads of different reach."""
+    assert_equals_reference(kernel, inputs(1, heads, queries, keys, torch.float32), method, 2e-5)
 
 
 PADDINGS = {
@@ -68,25 +80,156 @@ PADDINGS = {
 }
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("method", POSITION_METHODS)
 @pytest.mark.parametrize("side", PADDINGS)
-def test_padded_keys_are_not_seen(method, side):
-    padding = torch.tensor(PADDINGS[side]).bool()
-    qkv = inputs(2, 12, 7, 7, torch.float32)
-    mask = POSITION_METHODS[method](12).future_mask(7, 7)
-    out = masked_attention(*qkv, mask, padding)
-    expected = reference(*qkv, method, ~padding)
-    real = ~padding[:, None, :, None].expand_as(out)
-    torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
-    assert out.isfinite().all(), "a NaN on padding would reach real tokens through the next layer"
-    weights = attention_weights(*qkv[:2], mask, padding)
-    assert weights.isfinite().all()
-    torch.testing.assert_close((weights @ qkv[2])[real].double(), expected[real], rtol=2e-5, atol=2e-5)
+@pytest.mark.parametrize("times", [1, 90])
+def test_padded_keys_are_not_seen(kernel, method, side, times):
+    padding = torch.tensor(PADDINGS[side]).bool().repeat_interleave(times, dim=1)
+    qkv = inputs(2, 12, 7 * times, 7 * times, torch.float32)
+    assert_equals_reference(kernel, qkv, method, 5e-5, padding)
+    if times == 1:
+        mask = POSITION_METHODS[method](12).future_mask(7, 7)
+        weights = attention.attention_weights(*qkv[:2], mask, padding)
+        expected = reference.attention(*qkv, method, ~padding)
+        real = ~padding[:, None, :, None].expand_as(expected)
+        assert weights.isfinite().all()
+        torch.testing.assert_close((weights @ qkv[2])[real].double(), expected[real], rtol=2e-5, atol=2e-5)
 
 
-def test_dropout_drops_weights_and_keeps_the_mean():
+def test_padding_counts_only_before_tokens():
+    needed = {side: attention.padding_before_tokens(torch.tensor(rows).bool()) for side, rows in PADDINGS.items()}
+    assert needed["right"] is None
+    assert needed["left"].tolist() == torch.tensor(PADDINGS["left"]).bool().tolist()
+    assert needed["both"] is not None
+    assert attention.padding_before_tokens(torch.zeros(2, 5, dtype=torch.bool)) is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dropout_drops_weights_and_keeps_the_mean(kernel):
     q, k, v = inputs(1, 2, 64, 64, torch.float32)
-    mask = POSITION_METHODS["alibi"](2).future_mask(64, 64)
-    mean = torch.stack([masked_attention(q, k, v, mask, dropout=0.3) for _ in range(400)]).mean(0)
-    torch.testing.assert_close(mean, masked_attention(q, k, v, mask), rtol=0, atol=0.3)
-    assert not torch.equal(masked_attention(q, k, v, mask, dropout=0.3), masked_attention(q, k, v, mask))
+    attend = KERNELS[kernel]
+    mean = torch.stack([attend(q, k, v, "alibi", dropout=0.3) for _ in range(400)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v, "alibi"), rtol=0, atol=0.3)
+    assert not torch.equal(attend(q, k, v, "alibi", dropout=0.3), attend(q, k, v, "alibi"))
+
+
+def test_dropped_weights_are_the_same_in_the_backward_pass():
+    """The output is linear in v, and the weights that were kept are its gradient."""
+    q, k, v = inputs(1, 2, 600, 600, torch.float32)
+    out = attention.fused_attention(q, k, v, alibi_slopes(2), dropout=0.5)
+    (v_grad,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close((v_grad * v).sum(), out.sum(), rtol=1e-4, atol=1e-3)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= x.numel():  # a view makes nothing
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_of_length_times_length_is_made_without_a_mask(dropout, padded):
+    length = 4096
+    q, k, v = inputs(1, 2, length, length, torch.float32, dim=8)
+    padding = torch.zeros(1, length, dtype=torch.bool)
+    padding[:, :5] = True
+    attend = {"padding": padding if padded else None, "dropout": dropout}
+    with LargestTensor() as largest:
+        attention.fused_attention(q, k, v, alibi_slopes(2), **attend).sum().backward()
+    assert largest.elements < length * length / 2
+    with LargestTensor() as largest:
+        by_mask(q, k, v, "alibi")
+    assert largest.elements >= 2 * length * length, "or this test sees nothing"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0, 30.0])
+def test_keys_beyond_the_reach_weigh_less_than_epsilon_together(scale):
+    """The largest weight that a row really gives the keys beyond; with small queries and keys it comes close."""
+    q, k, _ = (scale * x.detach() for x in inputs(1, 8, 600, 600, torch.float64))
+    slopes = alibi_slopes(8)
+    for epsilon in (1e-2, 1e-7):
+        distances = attention.reach(q, k, slopes, epsilon)
+        distance = torch.arange(600)[:, None] - torch.arange(600)
+        scores = q @ k.transpose(2, 3) / 4 - slopes[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
+        beyond = weights.masked_fill(distance <= distances[:, None, None], 0.0).sum(-1).amax((0, 2))
+        assert (beyond <= epsilon).all()
+        if scale <= 0.1:
+            assert (beyond[:4] > epsilon / 20).all(), "a reach much longer than needed"
+
+
+def test_large_queries_and_keys_are_not_skipped():
+    """A far key that all queries want, against a slope of 1/2: it gets nearly all weight, so it must be read."""
+    q, k, v = (x.detach() for x in inputs(1, 8, 900, 900, torch.float32))
+    q, k = q / 100, k / 100
+    q[..., 0], k[:, :, 3, 0] = 60.0, 60.0
+    expected = reference.attention(q, k, v)
+    assert (expected[0, 0, -1] - v[0, 0, 3]).abs().max() < 1e-3
+    torch.testing.assert_close(without_mask(q, k, v, "alibi").double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_skipped_depends_on_the_keys_around_their_mean():
+    """A component that all keys of a head have in common changes no weight, and must not make it read more."""
+    q, k, _ = (x.detach() for x in inputs(1, 8, 300, 300, torch.float32))
+    plain = attention.reach(q, k, alibi_slopes(8))
+    torch.testing.assert_close(attention.reach(q, k + 50, alibi_slopes(8)), plain, rtol=1e-3, atol=0)
+    assert (attention.reach(q, k + 50 * torch.randn_like(k), alibi_slopes(8)) > 5 * plain).all()
+
+
+def test_skipping_is_turned_off_by_an_epsilon_of_0():
+    q, k, _ = (x.detach() for x in inputs(1, 4, 30, 30, torch.float32))
+    assert attention.reach(q, k, alibi_slopes(4), 0.0).tolist() == [math.inf] * 4
+    assert attention.reach(q, k, torch.zeros(4)).tolist() == [math.inf] * 4, "without a bias there is no end"
+    assert attention.reach(q, k * math.nan, alibi_slopes(4)).tolist() == [math.inf] * 4
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (256, 256), (3000, 3000), (257, 5000), (1025, 1025)])
+@pytest.mark.parametrize("reaches", [[0, 3.5, 100, 2000], [math.inf] * 4, [700, math.inf, 10, 10]])
+def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
+    read = torch.zeros(4, queries, keys, dtype=torch.int8)
+    for heads, rows, reversed_keys in attention.tiles(queries, keys, reaches):
+        assert rows.stop - rows.start <= 1024
+        read[heads, rows, keys - reversed_keys.stop : keys - reversed_keys.start] += 1
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    for head, longest in enumerate(reaches):
+        assert (read[head][(distance >= 0) & (distance <= longest)] == 1).all()
+    assert read.max() == 1
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 300), (700, 700)])
+@pytest.mark.parametrize("padded", [0, 4])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded):
+    """The way of GPUs, which on a CPU runs forward only and not block by block."""
+    q, k, v = (x.detach() for x in inputs(2, 12, queries, keys, torch.float32))
+    padding = torch.zeros(2, keys, dtype=torch.bool)
+    padding[0, :padded] = True
+    slopes = alibi_slopes(12)
+    reaches = attention.reach(q, k, slopes)
+    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches)
+    assert out.isfinite().all()
+    expected = reference.attention(q, k, v, seen=~padding)
+    real = ~padding[:, None, -queries:, None].expand_as(out)
+    torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (700, 700), (130, 5000), (128, 129)])
+def test_blocks_hold_every_visible_key(queries, keys):
+    reaches = torch.tensor([0.0, 50.5, 1000.0, math.inf], dtype=torch.float64)
+    first, diagonal, last = attention.visible_blocks(queries, keys, reaches)
+    for i in range(queries):
+        row, position = i // attention.BLOCK, keys - queries + i
+        for head, longest in enumerate(reaches.tolist()):
+            assert first[head, row] * attention.BLOCK <= max(0, position - longest)
+        assert diagonal[row] * attention.BLOCK <= position < (last[row] + 1) * attention.BLOCK
+        # whole blocks, those before the diagonal one, must not hold a key of any query's future
+        assert diagonal[row] * attention.BLOCK <= keys - queries + row * attention.BLOCK

@@ -1,136 +1,106 @@
 """The model `alibi_lm` against a float64 reference model, against `transformer_lm`, and its options."""
 
-import math
+import logging
 
 import pytest
+import reference
 import torch
-from conftest import BIN, run
+from conftest import BIN, random_tokens, run
 
-from fairseq_alibi.positions import POSITION_METHODS
-
-
-def reference_logits(state, tokens, method, heads):
-    """Logits of a pre-norm transformer language model in float64, straight from the paper's formulas.
-
-    `state` is the model's state dict, `tokens` one sequence (L,).
-    """
-    p = {name.replace("decoder.", ""): value.double() for name, value in state.items()}
-    layers = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("layers."))
-    width, length = p["embed_tokens.weight"].size(1), len(tokens)
-
-    def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(x, name):
-        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
-
-    x = p["embed_tokens.weight"][tokens] * math.sqrt(width)
-    i = torch.arange(length, dtype=torch.float64)
-    if method == "sinusoidal":  # fairseq: sines, then cosines; the first token is at position 2 (padding index + 1)
-        frequency = torch.exp(torch.arange(width // 2) * -(math.log(10000) / (width // 2 - 1))).double()
-        angle = (i[:, None] + 2) * frequency
-        x = x + torch.cat([angle.sin(), angle.cos()], dim=1)
-    distance = i[:, None] - i[None, :]
-    slopes = [2 ** (-8 * h / heads) for h in range(1, heads + 1)]  # a power of two
-    for n in range(layers):
-        at = f"layers.{n}"
-        h = norm(x, f"{at}.self_attn_layer_norm")
-        q, k, v = (linear(h, f"{at}.self_attn.{name}_proj").view(length, heads, -1) for name in "qkv")
-        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(width // heads)
-        if method == "alibi":
-            scores = scores - torch.tensor(slopes, dtype=torch.float64)[:, None, None] * distance
-        scores = scores.masked_fill(distance < 0, -math.inf)
-        out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(length, width)
-        x = x + linear(out, f"{at}.self_attn.out_proj")
-        h = norm(x, f"{at}.final_layer_norm")
-        x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")
-    return norm(x, "layer_norm") @ p["embed_tokens.weight"].T
+from fairseq_alibi.decoder import Pass
+from fairseq_alibi.positions import POSITION_METHODS, PositionMethod, distances
 
 
-def random_tokens(model, *shape):
-    return torch.randint(4, len(model.decoder.dictionary), shape)
-
-
-@pytest.fixture(params=POSITION_METHODS)
-def method(request):
-    return request.param
-
-
+@pytest.mark.parametrize("attention", ["mask", "fused", "auto"])
 @pytest.mark.parametrize("length", [1, 64, 32 * 64])
-def test_logits_equal_a_float64_reference_model(build, method, length):
-    model = build("alibi_lm_tiny", "--position-method", method, "--tokens-per-sample", 64)
+def test_logits_equal_a_float64_reference_model(build, method, attention, length):
+    arguments = ["--position-method", method, "--attention", attention, "--tokens-per-sample", 64]
+    model = build("alibi_lm_tiny", *arguments)
     tokens = random_tokens(model, 1, length)
     with torch.no_grad():
         logits, _ = model(tokens)
-    expected = reference_logits(model.state_dict(), tokens[0], method, heads=8)
-    torch.testing.assert_close(logits[0].double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0].double(), reference.logits(model, tokens[0]), rtol=1e-4, atol=1e-4)
 
 
-def test_step_by_step_equals_the_full_pass_past_the_training_length(build, method):
-    model = build("alibi_lm_tiny", "--position-method", method, "--tokens-per-sample", 8)
-    tokens = random_tokens(model, 3, 24)
+def test_12_heads_equal_a_float64_reference_model(build):
+    model = build("alibi_lm_tiny", *OPTIONS["12 heads"])
+    tokens = random_tokens(model, 1, 500)
     with torch.no_grad():
-        expected, _ = model(tokens)
-        state = {}
-        steps = [model.decoder(tokens[:, : n + 1], incremental_state=state)[0] for n in range(tokens.size(1))]
-    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-5, atol=1e-5)
+        logits, _ = model(tokens)
+    torch.testing.assert_close(logits[0].double(), reference.logits(model, tokens[0]), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pieces", [(24,), (13, 1, 1, 1, 8), (1, 22, 1), (2, 2, 20)])
-@pytest.mark.parametrize("padded", [0, 5])
-def test_a_prefix_is_read_in_one_pass_and_gone_on_from(build, method, pieces, padded):
-    """Pieces of any length, the first row padded on the left; the training length is 8."""
-    model = build("alibi_lm_tiny", "--position-method", method, "--tokens-per-sample", 8)
-    tokens = random_tokens(model, 3, 24)
-    tokens[0, :padded] = model.decoder.padding_idx
-    passes = []
-    model.decoder.layers[0].register_forward_pre_hook(lambda module, inputs: passes.append(inputs[0].size(0)))
-    with torch.no_grad():
-        expected, _ = model(tokens)
-        alone, _ = model(tokens[:1, padded:])
-        passes.clear()
-        state, read = {}, 0
-        for piece in pieces:
-            read += piece
-            logits, _ = model.decoder(tokens[:, :read], incremental_state=state)
-            assert logits.shape[:2] == (3, 1)
-            torch.testing.assert_close(logits[:, 0], expected[:, read - 1], rtol=1e-5, atol=1e-5)
-    assert passes == list(pieces)
-    torch.testing.assert_close(logits[:1, 0], alone[:, -1], rtol=1e-5, atol=1e-5)
+def test_gradients_are_the_same_with_and_without_a_mask(build, method):
+    gradients = []
+    for attention in ("mask", "fused"):
+        model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention)
+        torch.manual_seed(1)
+        model(random_tokens(model, 2, 600))[0].logsumexp(-1).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_beam_reordering_keeps_keys_and_bias_together(build):
+@pytest.mark.parametrize(
+    ("method", "length", "training", "dropout", "fused"),
+    [
+        ("alibi", 256, False, 0.1, False),
+        ("alibi", 257, False, 0.1, True),
+        ("alibi", 257, True, 0.1, True),
+        ("none", 5, False, 0.1, True),
+        ("none", 5, True, 0.1, False),
+        ("sinusoidal", 5, True, 0.0, True),
+    ],
+)
+def test_auto_takes_the_faster_attention(build, monkeypatch, method, length, training, dropout, fused):
+    from fairseq_alibi import decoder
+
+    model = build("alibi_lm_tiny", "--position-method", method, "--attention-dropout", dropout).train(training)
+    calls = []
+    for name in ("fused_attention", "masked_attention"):
+        original = getattr(decoder, name)
+        monkeypatch.setattr(decoder, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
+    model(random_tokens(model, 2, length))
+    assert calls == ["fused_attention" if fused else "masked_attention"] * 2
+
+
+class Squares(PositionMethod):
+    """A bias that is not linear in distance."""
+
+    def bias(self, query_length, key_length, device=None):
+        return -0.01 * distances(query_length, key_length, device)[None].float() ** 2
+
+
+def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, monkeypatch, caplog):
+    monkeypatch.setitem(POSITION_METHODS, "none", Squares)
+    with caplog.at_level(logging.WARNING, "fairseq_alibi.language_model"):
+        model = build("alibi_lm_tiny", "--position-method", "none")
+    assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method none needs a mask"]
+    assert model(random_tokens(model, 1, 500))[0].isfinite().all()
+    assert model.decoder._future_mask.shape == (1, 500, 500)
+    with pytest.raises(ValueError, match=r"--attention fused.*needs a mask"):
+        build("alibi_lm_tiny", "--position-method", "none", "--attention", "fused")
+
+
+def test_attention_weights_are_there_with_a_mask_only(build):
     model = build("alibi_lm_tiny")
-    tokens = random_tokens(model, 3, 9)
-    order = torch.tensor([2, 0, 0])
-    state = {}
-    with torch.no_grad():
-        for n in range(8):
-            model.decoder(tokens[:, : n + 1], incremental_state=state)
-        model.decoder.reorder_incremental_state_scripting(state, order)
-        reordered = torch.cat([tokens[order, :8], tokens[:, 8:]], dim=1)
-        step, _ = model.decoder(reordered, incremental_state=state)
-        expected, _ = model(reordered)
-    torch.testing.assert_close(step[:, 0], expected[:, -1], rtol=1e-5, atol=1e-5)
+    x, method = torch.randn(9, 2, 128), model.decoder.position_method
+    layer = model.decoder.layers[0].self_attn
+    weights = layer(x, x, x, attn_mask=Pass(mask=method.future_mask(9, 9)), need_weights=True)[1]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+    with pytest.raises(ValueError, match="--attention mask"):
+        layer(x, x, x, attn_mask=Pass(slopes=method.slopes), need_weights=True)
 
 
-@pytest.mark.parametrize("way", ["full", "step by step"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logits(build, method, side, way):
-    model = build("alibi_lm_tiny", "--position-method", method)
-    alone = [random_tokens(model, 1, n) for n in (11, 7, 1)]
-    batch = torch.full((3, 11), model.decoder.padding_idx)
-    for row, tokens in zip(batch, alone):
-        row[slice(11 - tokens.size(1), None) if side == "left" else slice(tokens.size(1))] = tokens[0]
-    with torch.no_grad():
-        logits, _ = model(batch)
-        if way == "step by step":
-            state = {}
-            logits = torch.cat([model.decoder(batch[:, : n + 1], incremental_state=state)[0] for n in range(11)], dim=1)
-        for row, got, tokens in zip(batch, logits, alone):
-            expected, _ = model(tokens)
-            torch.testing.assert_close(got[row.ne(model.decoder.padding_idx)], expected[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("attention", ["mask", "fused"])
+def test_a_compiled_model_gives_the_same_numbers(build, attention):
+    model = build("alibi_lm_tiny", "--attention", attention, "--decoder-layers", 1)
+    compiled = torch.compile(model)
+    for length in (40, 300):
+        tokens = random_tokens(model, 1, length)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_no_position_embedding_unless_the_method_adds_one(build, method):
@@ -200,6 +170,9 @@ OPTIONS = {
         *("--decoder-input-dim", 96, "--decoder-output-dim", 96),
     ],
     "slope range": ["--alibi-max-bias", 16],
+    "attention without a mask": ["--attention", "fused"],
+    "fused, activation checkpointing": ["--attention", "fused", "--checkpoint-activations"],
+    "fused, attention dropout": ["--attention", "fused", "--attention-dropout", 0.3],
 }
 
 
@@ -232,6 +205,7 @@ REFUSED = {
     "alibi_max_bias": ["--alibi-max-bias", -1],
     "alibi_length_scale must be .* not -2": ["--alibi-length-scale", -2],
     "alibi_length_scale must be .* not long": ["--alibi-length-scale", "long"],
+    "--attention-epsilon": ["--attention-epsilon", 1.5],
     "--quant-noise-scalar": ["--quant-noise-scalar", 0.5],
     "--adaptive-input-cutoff": ["--adaptive-input"],
     "adaptive_input_factor": [*ADAPTIVE, "--adaptive-input-factor", 2, "--tie-adaptive-weights"],
@@ -298,28 +272,3 @@ def test_length_scale_is_overridden_at_evaluation(corpus, train):
 def test_longest_sequence_is_unlimited_unless_asked_for(build):
     assert build("alibi_lm_tiny", "--tokens-per-sample", 16).max_positions() > 10**9
     assert build("alibi_lm_tiny", "--max-target-positions", 48).max_positions() == 48
-
-
-def test_autocast_runs_attention_in_its_dtype(build):
-    model = build("alibi_lm_tiny")
-    tokens = random_tokens(model, 2, 33)
-    with torch.no_grad():
-        expected, _ = model(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            half, _ = model(tokens)
-    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.15)
-
-
-@pytest.mark.parametrize("break_mode", ["none", "complete", "complete_doc", "eos"])
-def test_trains_and_evaluates_far_past_its_length_without_overrides(corpus, train, break_mode):
-    checkpoint = train("--sample-break-mode", break_mode, updates=3)
-    arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu", "--max-tokens", 2048]
-    arguments += ["--sample-break-mode", break_mode, "--gen-subset", "valid", "--tokens-per-sample", 1024]
-    output = run(BIN / "fairseq-eval-lm", *arguments).output
-    scored = int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
-    from fairseq.data.data_utils import load_indexed_dataset
-
-    dataset = load_indexed_dataset(str(corpus / "valid"))
-    sizes = dataset.sizes  # a view into memory of the dataset's, which has to live as long
-    blank = (sizes == 1).sum() if break_mode == "complete_doc" else 0  # blank lines separate its documents
-    assert scored == sizes.sum() - blank

@@ -1,0 +1,92 @@
+"""Half precision: the bias adds no error of its own, against float64."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import BIN, random_tokens, run
+
+from fairseq_alibi.attention import fused_attention, masked_attention
+from fairseq_alibi.positions import ALiBi
+
+
+def relative_error(out, expected):
+    """Root mean square of the error over that of the value, per head."""
+    return ((out.double() - expected).square().mean((0, 2, 3)) / expected.square().mean((0, 2, 3))).sqrt()
+
+
+def errors(heads, keys, dtype, queries=32):
+    """Errors per head of the last queries: without any bias, with a mask, without one, and in the authors' way."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 64).to(dtype) for n in (queries, keys, keys))
+    method = ALiBi(heads)
+    mask = method.future_mask(queries, keys)
+    future = torch.zeros_like(mask[:1]).masked_fill_(mask[:1].isneginf(), -torch.inf)
+    expected = reference.attention(q, k, v)
+    found = {"mask": masked_attention(q, k, v, mask), "fused": fused_attention(q, k, v, method.slopes)}
+    authors = (method.slopes[:, None, None] * torch.arange(keys) + future).to(dtype)
+    found["authors"] = F.scaled_dot_product_attention(q, k, v, attn_mask=authors[None])
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=future[None].to(dtype))
+    no_bias = relative_error(plain, reference.attention(q, k, v, "none"))
+    return no_bias, {name: relative_error(out, expected) for name, out in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [8, 12])
+@pytest.mark.parametrize("keys", [64, 1024, 8192, 65536])
+def test_the_bias_adds_no_error_at_any_length(dtype, heads, keys):
+    no_bias, found = errors(heads, keys, dtype)
+    for name in ("mask", "fused"):
+        assert (found[name] <= 1.2 * no_bias).all(), f"{name}: {found[name] / no_bias}"
+
+
+@pytest.mark.parametrize(("dtype", "keys"), [(torch.bfloat16, 1024), (torch.float16, 8192), (torch.bfloat16, 65536)])
+def test_one_vector_of_slope_times_position_loses_whole_positions(dtype, keys):
+    """The counter-example: the authors' bias m * j, in half precision. Equal in exact arithmetic, wrong here."""
+    no_bias, found = errors(8, keys, dtype)
+    assert (found["authors"] > 50 * no_bias).any()
+
+
+@pytest.mark.parametrize("attention", ["mask", "fused"])
+@pytest.mark.parametrize("length", [33, 600])
+def test_autocast_is_within_the_error_of_a_model_without_bias(build, attention, length):
+    """A whole model, in which most of the error is that of the other layers."""
+    error = {}
+    for method in ("alibi", "none"):
+        model = build("alibi_lm_tiny", "--attention", attention, "--position-method", method)
+        torch.manual_seed(0)
+        tokens = random_tokens(model, 1, length)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out, _ = model(tokens)
+        expected = reference.logits(model, tokens[0])
+        error[method] = ((out[0].double() - expected).square().mean() / expected.square().mean()).sqrt()
+    assert error["alibi"] < 1.5 * error["none"] < 0.1
+
+
+@pytest.mark.parametrize("attention", ["mask", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_decodes_as_it_reads(build, attention, dtype):
+    model = build("alibi_lm_tiny", "--attention", attention).to(dtype)
+    tokens = random_tokens(model, 2, 40)
+    state = {}
+    with torch.no_grad():
+        expected, _ = model(tokens)
+        logits = [model.decoder(tokens[:, :read], incremental_state=state)[0] for read in (30, 31, 40)]
+    for got, position in zip(logits, (29, 30, 39)):
+        torch.testing.assert_close(got[:, 0].float(), expected[:, position].float(), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("flags", [["--amp"], ["--fp16", "--fp16-no-flatten-grads"]], ids=" ".join)
+def test_training_flags_that_fairseq_supports_here(train, flags):
+    """What fairseq does on a CPU: --amp changes nothing, --fp16 trains; --bf16 and the rest need a GPU."""
+    assert train(*flags, updates=3).exists()
+
+
+def test_evaluation_in_fp16_gives_the_same_loss(corpus, train):
+    checkpoint = train(updates=3)
+    losses = []
+    for flags in ([], ["--fp16"]):
+        arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu", "--gen-subset", "valid"]
+        output = run(BIN / "fairseq-eval-lm", *arguments, "--tokens-per-sample", 512, *flags).output
+        losses.append(float(output.split("Loss (base 2): ")[1].split(",")[0]))
+    assert losses[1] == pytest.approx(losses[0], abs=0.01)
