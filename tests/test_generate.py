@@ -352,8 +352,8 @@ def test_standard_input_is_one_prompt_of_several_lines(corpus, varied, continued
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_each_prompt_of_a_batch_gets_the_text_it_gets_alone(continued, beam):
-    prompts = ["word1 word2 word3 word4", "", "word7", "word8"]
-    options = ["--beam", beam, "--tokens", 12]
+    prompts = [" ".join(f"word{i}" for i in range(1, 11)), "", *(f"word{i}" for i in range(7, 17))]
+    options = ["--beam", beam, "--tokens", 4]
     alone = [continued(*options, prompt) for prompt in prompts]
     assert continued(*options, *prompts) == "\n".join(alone)
 
