@@ -1,0 +1,533 @@
+"""Speed and peak memory of attention with and without a mask: in one layer, in training, in evaluation.
+
+What is compared, the contenders, takes turns within one run, so that a machine that gets slower does so for all of
+them. The first round warms up and does not count, unless one round alone takes longer than the budget. Medians.
+
+A contender is one entry of a dict: a function for one layer of attention, options of fairseq-train for training,
+options of the model, overridden in a checkpoint, for evaluation.
+"""
+
+import argparse
+import gc
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from fairseq import checkpoint_utils, options, tasks
+from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.trainer import Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from . import attention
+from .attention import fused_attention, masked_attention
+from .benchmark_report import write_report
+from .evaluate import describe_environment, describe_model, subset_tokens, write_json
+from .positions import ALiBi
+
+#: One layer of attention: what is called with q, k, v, the slopes and the future mask.
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "mask": lambda q, k, v, slopes, mask: masked_attention(q, k, v, mask),
+    "fused": lambda q, k, v, slopes, mask: fused_attention(q, k, v, slopes),
+    "no skipping": lambda q, k, v, slopes, mask: fused_attention(q, k, v, slopes, epsilon=0.0),
+    "no bias": lambda q, k, v, slopes, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+}
+#: Training: the architecture, which --full completes, and options of fairseq-train. `transformer_lm` is fairseq's own.
+TRAINING = {
+    "mask": ("alibi_lm", "--attention", "mask"),
+    "fused": ("alibi_lm", "--attention", "fused"),
+    "auto": ("alibi_lm", "--attention", "auto"),
+    "no position": ("alibi_lm", "--position-method", "none"),
+    "transformer_lm": ("transformer_lm",),
+}
+#: Evaluation: options of the model in the place of those in the checkpoint.
+EVALUATION: dict[str, dict[str, Any]] = {
+    "auto": {"attention": "auto"},
+    "no skipping": {"attention": "fused", "attention_epsilon": 0.0},
+    "mask": {"attention": "mask"},
+}
+#: Those that the others are compared with.
+BASES = {
+    "attention": ("mask", "no bias"),
+    "training": ("mask", "transformer_lm"),
+    "evaluation": ("mask", "no skipping"),
+}
+PARTS = ("attention", "training", "evaluation", "memory")
+
+HEADS = 8
+HEAD_DIMS = (64, 128)  # of one layer of attention
+SIZES = (
+    *("--decoder-layers", 4, "--decoder-attention-heads", HEADS, "--decoder-ffn-embed-dim", 1024),
+    *("--decoder-embed-dim", 256, "--decoder-input-dim", 256, "--decoder-output-dim", 256),
+    "--share-decoder-input-output-embed",
+)
+#: Number of types in the vocabulary; with --full that of WikiText-103.
+TYPES = {False: 8_000, True: 267_744}
+#: Bytes from which on evaluation leaves out the contender with a mask.
+LARGEST_MASK = 2e9
+MODELS = {False: "4 layers, width 256, 8 heads, 8,000 types", True: "alibi_lm_wiki103 and transformer_lm_wiki103"}
+PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
+
+#: What the two levels measure; memory has lengths for training and for evaluation.
+QUICK: dict[str, Any] = {
+    "attention": (512, 2048, 4096),
+    "training": (128, 512, 2048),
+    "evaluation": (512, 2048, 8192, 32768),
+    "memory of training": (512, 2048),
+    "memory of evaluation": (2048, 32768),
+    "repeats": 3,
+    "budget": 10.0,
+    "updates": 150,
+}
+ALL_LENGTHS: dict[str, Any] = {
+    "attention": (512, 1024, 2048, 4096, 8192),
+    "training": (128, 256, 512, 1024, 2048, 4096),
+    "evaluation": (512, 2048, 8192, 32768, 131072),
+    "memory of training": (128, 256, 512, 1024, 2048, 4096),
+    "memory of evaluation": (512, 2048, 8192, 32768, 131072),
+    "repeats": 5,
+    "budget": 60.0,
+    "updates": 300,
+}
+
+
+def rows(length: int, tokens: int) -> int:
+    """Sequences of `length` in a batch of about `tokens` tokens, at least one."""
+    return max(1, tokens // length)
+
+
+def alternate(contenders: dict[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, list[float]]:
+    """Runs all contenders in turn, again and again.
+
+    Args:
+        contenders: what to run, by name.
+        repeats: rounds that count.
+        budget: seconds after which no new round begins.
+
+    Returns:
+        Seconds of every counting round, by name; none for a contender that ran out of memory.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    failed = set()
+    begun = time.perf_counter()
+    for _ in range(repeats + 1):
+        for name in [name for name in contenders if name not in failed]:
+            try:
+                synchronize()
+                started = time.perf_counter()
+                contenders[name]()
+                synchronize()
+                seconds[name].append(time.perf_counter() - started)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                failed.add(name)
+        if time.perf_counter() - begun > budget:
+            break
+    return {name: [] if name in failed else times[1:] or times for name, times in seconds.items()}
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that memory ran out, on a GPU or a CPU."""
+    return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
+
+
+def compared(part: str, length: int, batch: int, times: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+    """The measurements of one length, each contender's speed beside that of the part's bases.
+
+    Args:
+        part: attention, training or evaluation.
+        length: tokens in a sequence.
+        batch: number of sequences.
+        times: see `alternate`.
+        more: goes into every measurement.
+
+    Returns:
+        Per contender: what was measured, seconds of every repeat, their median, tokens_per_second, and `times_as_fast`
+        as each base; instead of the last three an `error` where memory ran out.
+    """
+    medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
+    measurements = []
+    for name, seconds in times.items():
+        measurement = {"part": part, "contender": name, "length": length, "rows": batch, **more, "seconds": seconds}
+        if seconds:
+            measurement["median_seconds"] = medians[name]
+            measurement["tokens_per_second"] = batch * length / medians[name]
+            measurement["times_as_fast"] = {b: medians[b] / medians[name] for b in BASES[part] if b in medians}
+        else:
+            measurement["error"] = "out of memory"
+        measurements.append(measurement)
+    return measurements
+
+
+def attention_step(contender: str, length: int, head_dim: int, args: argparse.Namespace) -> Callable[[], None]:
+    """One layer of attention, forward and backward, on random queries, keys and values laid out as in the model."""
+    torch.manual_seed(1)
+    batch, dtype = rows(length, args.tokens), getattr(torch, args.dtype)
+    method = ALiBi(HEADS)
+    slopes, mask = method.slopes.to(args.device), None
+    if contender == "mask":
+        mask = method.future_mask(length, length, dtype, torch.device(args.device))
+    shape = (length, batch, HEADS * head_dim)
+    inputs = [torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    gradient = torch.randn(shape, device=args.device, dtype=dtype)
+
+    def step():
+        q, k, v = (x.view(length, batch, HEADS, head_dim).permute(1, 2, 0, 3) for x in inputs)
+        out = ATTENTION[contender](q, k, v, slopes, mask)
+        torch.autograd.grad(out.permute(2, 0, 1, 3).reshape(shape), inputs, gradient)
+
+    return step
+
+
+def training_config(contender: str, length: int, args: argparse.Namespace, data: str) -> FairseqConfig:
+    """The configuration that fairseq-train would make of a contender's options."""
+    arch, *more = TRAINING[contender]
+    arguments = [data, "--task", "language_modeling", "--tokens-per-sample", length, "--distributed-world-size", 1]
+    arguments += ["--arch", arch + "_wiki103" * args.full, "--dropout", 0.1, "--attention-dropout", 0, "--seed", 1]
+    arguments += ["--optimizer", "adam", "--lr", 1e-4, "--clip-norm", 0.1, *PRECISION[args.dtype], *more]
+    arguments += ["--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp"] if args.full else SIZES
+    arguments += ["--cpu"] if args.device == "cpu" else []
+    parsed = options.parse_args_and_arch(options.get_training_parser(), list(map(str, arguments)))
+    parsed.tpu = False  # which fairseq concludes from --bf16
+    return convert_namespace_to_omegaconf(parsed)
+
+
+def training_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
+    """One update of a model as fairseq-train makes it: forward, loss, backward, optimizer.
+
+    The vocabulary is made up; token of rank r comes with a frequency in proportion to 1 / r, as words do.
+    """
+    types, batch = TYPES[args.full] - 4, rows(length, args.tokens)  # fairseq adds 4 special symbols
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "dict.txt").write_text("".join(f"type{n} 1\n" for n in range(types)), encoding="utf-8")
+        cfg = training_config(contender, length, args, folder)
+        task = tasks.setup_task(cfg.task)
+    torch.manual_seed(1)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    frequency = 1 / torch.arange(1.0, types + 1)
+    text = (torch.multinomial(frequency, batch * (length + 1), replacement=True) + 4).view(batch, length + 1)
+    sample = {
+        "id": torch.arange(batch),
+        "nsentences": batch,
+        "ntokens": batch * length,
+        "net_input": {"src_tokens": text[:, :-1].contiguous(), "src_lengths": torch.full((batch,), length)},
+        "target": text[:, 1:].contiguous(),
+    }
+    return lambda: trainer.train_step([sample], raise_oom=True)
+
+
+def evaluation_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
+    """One pass of the checkpoint's network, without the softmax over the vocabulary, over the beginning of its text.
+
+    Raises:
+        ValueError: the checkpoint does not load.
+    """
+    overrides = {"data": str(args.data), "max_target_positions": None, **EVALUATION[contender]}
+    try:
+        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(args.checkpoint)], overrides)
+    except (RuntimeError, OSError) as error:  # sizes that differ from the dictionary's, or no dictionary
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{args.checkpoint} does not load with --data {args.data}: {reason}") from error
+    decoder = model.to(args.device, getattr(torch, args.dtype)).eval().decoder
+    tokens = first_tokens(str(args.data), length)[None].to(args.device)
+    return torch.no_grad()(lambda: decoder.extract_features(tokens, None))
+
+
+def first_tokens(data: str, length: int) -> Tensor:
+    """The first `length` tokens of the train split of a fairseq data folder, sentences joined: (length,) int64.
+
+    Raises:
+        ValueError: there are not that many.
+    """
+    available = subset_tokens(data, "train")
+    if available < length:
+        raise ValueError(f"{data} holds {available:,} tokens of training text: drop length {length} from --lengths")
+    dataset = load_indexed_dataset(str(Path(data) / "train"))
+    sentences, count = [], 0
+    while count < length:
+        sentences.append(dataset[len(sentences)])
+        count += len(sentences[-1])
+    return torch.cat(sentences)[:length].long()
+
+
+def keys_read(length: int, reaches: list[float]) -> int:
+    """Scores that `fused_attention` computes on a CPU for a sequence, over all heads, given the reach of each."""
+    return sum(
+        math.prod(part.stop - part.start for part in (tile.heads, tile.queries, tile.keys))
+        for tile in attention.tiles(length, length, reaches)
+    )
+
+
+def skipped(step: Callable[[], Any], length: int) -> dict[str, Any]:
+    """What a pass of the model skips, by the reaches that its layers find.
+
+    Returns:
+        skipped_share: scores not computed, of 1 for those that are without skipping; reach_per_head: tokens, the
+        median over the layers, None where it has no end. Both None where attention runs under a mask.
+    """
+    found, original = [], attention.reach
+
+    def recorded(*args, **kwargs):
+        reaches = original(*args, **kwargs)
+        found.append(reaches.tolist())
+        return reaches
+
+    attention.reach = recorded
+    try:
+        step()
+    finally:
+        attention.reach = original
+    if not found:
+        return {"skipped_share": None, "reach_per_head": None}
+    whole = keys_read(length, [math.inf] * len(found[0])) * len(found)
+    medians = [statistics.median(reaches) for reaches in zip(*found)]
+    return {
+        "skipped_share": 1 - sum(keys_read(length, reaches) for reaches in found) / whole,
+        "reach_per_head": [round(reach, 1) if math.isfinite(reach) else None for reach in medians],
+    }
+
+
+def evaluated(length: int) -> list[str]:
+    """The contenders of evaluation: the mask, of 8 heads, only while it is small."""
+    small = HEADS * length * length * 4 < LARGEST_MASK
+    return [name for name, overrides in EVALUATION.items() if small or overrides["attention"] != "mask"]
+
+
+def peak_memory(of: Optional[str], contender: str, length: int, args: argparse.Namespace) -> int:
+    """Bytes of memory at the highest, from here on where on a GPU, else of this process since it began.
+
+    Args:
+        of: training, evaluation, or None for doing nothing.
+        contender, length, args: what is run; training twice, for the optimizer's state comes with the first update.
+    """
+    if args.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+    quiet()
+    if of is not None:
+        step = (training_step if of == "training" else evaluation_step)(contender, length, args)
+        for _ in range(2 if of == "training" else 1):
+            step()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(of: Optional[str], contender: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures peak memory; on a CPU in a fresh process that has imported everything and run nothing."""
+    measurement = {"part": "memory", "of": of, "contender": contender, "length": length, "rows": 1}
+    if of == "training":
+        measurement["rows"] = rows(length, args.tokens)
+    try:
+        if args.device == "cuda":
+            return {**measurement, "peak_memory_bytes": peak_memory(of, contender, length, args)}
+        # Forked from a server that did the imports: a process started from here would inherit this one's peak.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fairseq.trainer", __package__, f"{__package__}.evaluate"])
+        with ProcessPoolExecutor(1, context) as pool:
+            peak = pool.submit(peak_memory, of, contender, length, args).result()
+        return {**measurement, "peak_memory_bytes": peak}
+    except (RuntimeError, BrokenProcessPool) as error:
+        if not (isinstance(error, BrokenProcessPool) or out_of_memory(error)):
+            raise
+        return {**measurement, "error": "out of memory"}
+
+
+def quiet() -> None:
+    """Errors only: fairseq logs every model and every step."""
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("fairseq").setLevel(logging.ERROR)
+
+
+def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the speed of all contenders of a part at one length, see `compared`."""
+    more: dict[str, Any] = {}
+    if part == "attention":
+        more = {"head_dim": head_dim}
+        steps = {name: attention_step(name, length, head_dim, args) for name in ATTENTION}
+    elif part == "training":
+        steps = {name: training_step(name, length, args) for name in TRAINING}
+    else:
+        steps = {name: evaluation_step(name, length, args) for name in evaluated(length)}
+        more = skipped(steps["auto"], length)
+    batch = 1 if part == "evaluation" else rows(length, args.tokens)
+    return compared(part, length, batch, alternate(steps, args.repeats, args.budget), **more)
+
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, int, int, str]]:
+    """What is to be measured, one after the other: (part, length, head_dim, contender).
+
+    The part of memory is `memory of training` or `memory of evaluation`, and only there a job has one contender; on a
+    CPU, what a process takes before it does anything is measured first: `memory`.
+    """
+    level, found = ALL_LENGTHS if args.all_lengths else QUICK, []
+    for part in args.parts:
+        if part == "memory" and args.device == "cpu":
+            found.append(("memory", 0, 0, "imports only"))
+        for name in ("memory of training", "memory of evaluation") if part == "memory" else (part,):
+            lengths = sorted(set(args.lengths or level[name]))
+            if part == "memory":
+                # without skipping the same tensors are made as with it
+                names = {x: list(TRAINING) if "training" in name else evaluated(x) for x in lengths}
+                found += [
+                    (name, x, 0, contender) for x in lengths for contender in names[x] if contender != "no skipping"
+                ]
+            else:
+                found += [(name, x, d, "") for d in (HEAD_DIMS if part == "attention" else (0,)) for x in lengths]
+    return found
+
+
+def train_model(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Trains a small ALiBi model on text of this machine, unless `folder` holds it; returns checkpoint and data."""
+    data, save_dir = Path("data-bin/builtin"), folder / f"model-{args.updates}-updates"
+    checkpoint, log = save_dir / "checkpoint_last.pt", save_dir / "train.log"
+    if not checkpoint.exists():
+        print(f"benchmark: training a model for {args.updates} updates (log in {log})", file=sys.stderr)
+        save_dir.mkdir(parents=True, exist_ok=True)
+        command = [data, "--user-dir", Path(__file__).parent, "--task", "language_modeling"]
+        command += ["--arch", "alibi_lm", *SIZES]
+        command += ["--tokens-per-sample", 512, "--max-tokens", 2048, "--required-batch-size-multiple", 1]
+        command += ["--optimizer", "adam", "--lr", 0.002, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
+        command += ["--warmup-updates", args.updates // 5, "--lr-period-updates", args.updates - args.updates // 5]
+        command += ["--max-update", args.updates, "--disable-validation", "--no-epoch-checkpoints", "--seed", 1]
+        command += ["--save-dir", save_dir, *(["--cpu"] if args.device == "cpu" else [])]
+        with log.open("w", encoding="utf-8") as output:
+            for module, arguments in (
+                ("fairseq_alibi.prepare_data", ["text", data, "--builtin"]),
+                ("fairseq_cli.train", command),
+            ):
+                done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], stdout=output)
+                if done.returncode:
+                    raise ValueError(f"{module} ended with status {done.returncode}: see {log}, or pass --checkpoint")
+    return checkpoint, data
+
+
+def benchmark(args: argparse.Namespace) -> str:
+    """Measures what `args` asks for and writes benchmark.json (after every job), .md and .png; returns the tables.
+
+    Raises:
+        ValueError: bad input, see `parse`; or the result is there already.
+    """
+    result = args.output / "benchmark.json"
+    if result.exists() and not args.overwrite:
+        raise ValueError(f"{result} exists: pass --overwrite to replace it, or another --output")
+    if (args.checkpoint is None) != (args.data is None):
+        raise ValueError("--checkpoint and --data, the folder it was trained on, go together: pass both or neither")
+    args.output.mkdir(parents=True, exist_ok=True)
+    todo = jobs(args)
+    if {"evaluation", "memory"} & set(args.parts):
+        if args.checkpoint is None:
+            args.checkpoint, args.data = train_model(args.output, args)
+        method = describe_model(str(args.checkpoint))["position_method"]
+        if method != "alibi":
+            raise ValueError(f"{args.checkpoint} has the position method {method}: name a checkpoint of an ALiBi model")
+        first_tokens(str(args.data), max(length for part, length, *_ in todo if part.endswith("evaluation")))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    content = {
+        "command": shlex.join(sys.argv),
+        "environment": describe_environment(),
+        "settings": settings,
+        "model": MODELS[args.full],
+        "heads": HEADS,
+        "bases": BASES,
+        "measurements": [],
+    }
+    bar = tqdm(todo, desc="benchmark", unit="job", file=sys.stderr)
+    try:
+        for part, length, head_dim, contender in bar:
+            bar.set_postfix_str(f"{part}, length {length:,}" if length else part)
+            if contender:
+                content["measurements"].append(memory(part.partition(" of ")[2] or None, contender, length, args))
+            else:
+                content["measurements"] += timed(part, length, head_dim, args)
+            write_json(result, content)
+    finally:  # an interrupted run loses nothing
+        bar.close()
+        text = write_report(content, args.output) if content["measurements"] else ""
+    return text
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no such number: pass a whole number of at least 1")
+    return int(text)
+
+
+def some_parts(text: str) -> list[str]:
+    """An argparse type: parts with commas between."""
+    for part in text.split(","):
+        if part not in PARTS:
+            raise argparse.ArgumentTypeError(f"'{part}' is no part: choose of {','.join(PARTS)}, with commas between")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+    """Parses the command line and settles what was left open: device, dtype, repeats, budget and updates."""
+    parser = argparse.ArgumentParser(prog="benchmark.sh", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quick", action="store_true", help="few lengths, few repeats: a few minutes (default)")
+    level.add_argument("--all-lengths", action="store_true", help="lengths up to 131,072 tokens, more repeats")
+    add("--full", action="store_true", help="train the WikiText-103 architecture of the paper, 247M parameters")
+    add("--parts", type=some_parts, default=list(PARTS), help=f"default: {','.join(PARTS)}")
+    add("--lengths", type=positive, nargs="+", metavar="N", help="tokens in a sequence, for every part")
+    add("--tokens", type=positive, default=2048, metavar="N", help="tokens in a batch, at least 1 row (default 2048)")
+    add("--repeats", type=positive, metavar="N", help="rounds that count (default 3, with --all-lengths 5)")
+    add("--budget", type=positive, metavar="SECONDS", help="for one length, after which no new round begins")
+    add("--checkpoint", type=Path, help="ALiBi model for evaluation; default: a small one, trained first")
+    add("--data", type=Path, help="fairseq data folder of the checkpoint")
+    add("--output", type=Path, default=Path("results/benchmark"), metavar="DIR", help="default: results/benchmark")
+    add("--overwrite", action="store_true", help="replace a result that is there")
+    add("--cpu", action="store_true", help="do not use the GPU")
+    add("--dtype", choices=list(PRECISION), help="default: float32 on a CPU, bfloat16 on a GPU")
+    args = parser.parse_args(argv)
+    if args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything looks for a GPU
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    chosen = ALL_LENGTHS if args.all_lengths else QUICK
+    args.repeats, args.budget = args.repeats or chosen["repeats"], args.budget or chosen["budget"]
+    args.updates = chosen["updates"]
+    return args
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    """The command behind scripts/benchmark.sh."""
+    args = parse(argv)
+    quiet()
+    try:
+        print("\n" + benchmark(args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"benchmark: interrupted; what was measured is in {args.output / 'benchmark.json'}")
+    print(f"written to {args.output}/benchmark.json, benchmark.md and benchmark.png")
+
+
+if __name__ == "__main__":
+    main()

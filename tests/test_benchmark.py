@@ -1,0 +1,162 @@
+"""The benchmark measures every contender and says so in JSON, table and plot; no test looks at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import ROOT, run
+from fairseq.data.data_utils import load_indexed_dataset
+
+from fairseq_alibi import attention, benchmark, benchmark_report
+
+
+@pytest.fixture(scope="module")
+def checkpoint(train):
+    """An ALiBi model of 2 layers and 8 heads, trained on `corpus`."""
+    return train()
+
+
+def arguments(*more):
+    return benchmark.parse(["--cpu", *map(str, more)])
+
+
+def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path):
+    options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--output", tmp_path)
+    script = ROOT / "scripts" / "benchmark.sh"
+    out = run("bash", script, *options, "--checkpoint", checkpoint, "--data", corpus).output
+    content = json.loads((tmp_path / "benchmark.json").read_text())
+    found = {}
+    for one in content["measurements"]:
+        part = f"memory of {one['of']}" if one["part"] == "memory" else one["part"]
+        found.setdefault(part, {})[one["contender"], one["length"], one.get("head_dim")] = one
+
+    def expected(names, head_dims=(None,)):
+        return {(name, 300, d) for name in names for d in head_dims}
+
+    assert found.pop("memory of None").keys() == {("imports only", 0, None)}
+    assert found["attention"].keys() == expected(benchmark.ATTENTION, (64, 128))
+    assert found["training"].keys() == found["memory of training"].keys() == expected(benchmark.TRAINING)
+    assert found["evaluation"].keys() == expected(benchmark.EVALUATION)
+    assert found["memory of evaluation"].keys() == expected({"auto", "mask"})
+    for one in content["measurements"]:
+        if one["part"] == "memory":
+            assert one["peak_memory_bytes"] > 2**24
+            continue
+        assert len(one["seconds"]) == 2
+        assert one["rows"] == (1 if one["part"] == "evaluation" else 2)
+        assert one["tokens_per_second"] == pytest.approx(one["rows"] * one["length"] / one["median_seconds"])
+        assert one["times_as_fast"].keys() == set(benchmark.BASES[one["part"]])
+        assert "error" not in one
+    assert content["settings"]["tokens"] == 600
+    assert content["environment"]["torch"] == torch.__version__
+    assert "benchmark.py" in content["command"]
+    markdown = (tmp_path / "benchmark.md").read_text()
+    assert markdown in out
+    assert torch.__version__ in markdown.splitlines()[0]
+    assert [line.split()[1] for line in markdown.splitlines() if line.startswith("|  ")] == ["length", "300"] * 6
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md", "benchmark.png"}
+
+
+def test_text_is_the_beginning_of_the_train_split(corpus):
+    tokens = benchmark.first_tokens(str(corpus), 500)
+    dataset = load_indexed_dataset(str(corpus / "train"))
+    joined = [int(token) for n in range(500) for token in dataset[n]]
+    assert tokens.tolist() == joined[:500]
+
+
+def test_skipped_share_is_of_the_scores_of_all_heads(monkeypatch):
+    # two layers of two heads: one reads 100 keys for every query, the other all 4,096
+    def tiles(queries, keys, reaches):
+        ends = [int(min(reach, keys)) for reach in reaches]
+        return [attention.Tile(slice(h, h + 1), slice(0, queries), slice(0, end)) for h, end in enumerate(ends)]
+
+    monkeypatch.setattr(attention, "tiles", tiles)
+    monkeypatch.setattr(attention, "reach", lambda *_: torch.tensor([100.0, math.inf]))
+    found = benchmark.skipped(lambda: [attention.reach(None) for _ in range(2)], 4096)
+    assert found["skipped_share"] == pytest.approx(1 - (100 + 4096) / (2 * 4096))
+    assert found["reach_per_head"] == [100.0, None]
+    assert benchmark.skipped(lambda: None, 64) == {"skipped_share": None, "reach_per_head": None}
+
+
+def test_contenders_take_turns_and_the_first_round_does_not_count():
+    order = []
+    times = benchmark.alternate({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2, budget=60)
+    assert order == list("ababab")
+    assert [len(seconds) for seconds in times.values()] == [2, 2]
+    # a round that takes longer than the budget is the only one, and counts
+    times = benchmark.alternate({"a": lambda: None}, repeats=2, budget=-1)
+    assert [len(seconds) for seconds in times.values()] == [1]
+
+
+def test_out_of_memory_is_reported_and_the_others_go_on():
+    def fail():
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    times = benchmark.alternate({"mask": fail, "no bias": lambda: None}, repeats=1, budget=60)
+    without, there = benchmark.compared("attention", 64, 1, times, head_dim=64)
+    assert without["error"] == "out of memory"
+    assert there["times_as_fast"].keys() == {"no bias"}
+    assert benchmark_report.cell(without) == "out of memory"
+    assert benchmark_report.cell(there, ("mask", "no bias")).endswith("(- / 1.00)")
+    with pytest.raises(RuntimeError, match="shape"):
+        benchmark.alternate({"a": lambda: torch.zeros(2).view(3)}, repeats=1, budget=60)
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch):
+    def interrupted(part, length, *_):
+        if length > 64:
+            raise KeyboardInterrupt
+        return benchmark.compared(part, length, 1, {"mask": [1.0], "no bias": [2.0]}, head_dim=64)
+
+    monkeypatch.setattr(benchmark, "timed", interrupted)
+    with pytest.raises(SystemExit, match=r"interrupted.*benchmark\.json"):
+        benchmark.main(["--cpu", "--parts", "attention", "--lengths", "64", "128", "--output", str(tmp_path)])
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["measurements"]) == 2
+    assert "1,000.0 (1.00 / 2.00)" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_full_trains_the_architectures_of_wikitext103():
+    for contender in benchmark.TRAINING:
+        cfg = benchmark.training_config(contender, 64, arguments("--full"), "data")
+        assert cfg.model.decoder_layers == 16
+        assert cfg.model.adaptive_input
+        assert cfg.model.dropout == 0.1
+        assert cfg.model.attention_dropout == 0
+        assert cfg.criterion._name == "adaptive_loss"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--parts", "training,speed"], "'speed' is no part"),
+        (["--lengths", "512", "0"], "'0' is no such number"),
+        (["--repeats", "x"], "'x' is no such number"),
+        (["--checkpoint", "missing.pt"], "--data"),
+        (["--checkpoint", "missing.pt", "--data", "missing"], "missing.pt"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(options, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["--cpu", "--output", str(tmp_path), *options])
+    message = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert named in message
+    assert "\n" not in message
+    assert not (tmp_path / "benchmark.json").exists()
+
+
+def test_text_that_is_too_short_and_another_model_are_named(checkpoint, corpus, train, tmp_path):
+    options = ["--cpu", "--parts", "evaluation", "--output", str(tmp_path), "--data", str(corpus)]
+    with pytest.raises(SystemExit, match="drop length 1000000"):
+        benchmark.main([*options, "--checkpoint", str(checkpoint), "--lengths", "1000000"])
+    other = train("--position-method", "none", updates=1)
+    with pytest.raises(SystemExit, match="position method none"):
+        benchmark.main([*options, "--checkpoint", str(other)])
+
+
+def test_a_result_is_not_overwritten_silently(tmp_path):
+    (tmp_path / "benchmark.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--overwrite"):
+        benchmark.main(["--cpu", "--output", str(tmp_path)])
