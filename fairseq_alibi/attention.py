@@ -80,19 +80,19 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor, padding: Optional[Tens
 def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Distance per head beyond which all keys together have less than `epsilon` of a query's weight.
 
-    Let c be any vector, here the mean key of a sequence and head, and r = max|q_i| max|k_j - c| / sqrt(D) over all of
-    the head's queries and keys. Taking q_i . c / sqrt(D) off all scores of a row changes no weight, and leaves them
-    within r of 0 before the bias. So key j at distance d = i - j weighs, against key i itself, whose bias is 0,
+    Let c be any vector, here the mean key of a sequence and head, and K = max|k_j - c| over all its keys. From
+    q_i . (k_j - k_i) = q_i . (k_j - c) - q_i . (k_i - c) follows, with
 
-        w_j / w_i <= exp(2 r - m d).
+        e = max over i of (|q_i| K - q_i . (k_i - c)) / sqrt(D),
 
-    w_i is at most 1, and the keys beyond a distance x are at the whole distances d > x, so that they weigh together
+    that key j at distance d = i - j weighs, against key i itself, whose bias is 0, w_j / w_i <= exp(e - m d). w_i is at
+    most 1. So the keys beyond a whole distance x, those at x + 1, x + 2, ..., weigh together at most
 
-        sum of w_j <= exp(2 r) sum_{d > x} exp(-m d) <= exp(2 r - m x) / (exp(m) - 1),
+        sum_{d > x} exp(e - m d) = exp(e - m x) / (exp(m) - 1),
 
-    which is epsilon at x = (2 r - ln(epsilon) - ln(exp(m) - 1)) / m. What attention returns changes by at most
-    2 epsilon max|v|, as do its gradients in proportion. Nothing is assumed about the model: with large queries and keys
-    the reach is large.
+    which is at most epsilon from x = (e - ln(epsilon) - ln(exp(m) - 1)) / m on, rounded up. What attention returns
+    changes by at most 2 epsilon max|v|, its gradients in proportion. Nothing is assumed of the model: with large
+    queries and keys the reach is large.
 
     Args:
         q: (B, H, T, D).
@@ -101,16 +101,19 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
         epsilon: weight of 1 that may be skipped; 0 skips nothing.
 
     Returns:
-        (H,) float64 on the CPU: distances in tokens, at least 0, infinite where there is no end.
+        (H,) float64 on the CPU: whole distances in tokens, at least 0, infinite where there is no end.
     """
     if epsilon <= 0:
         return torch.full((len(slopes),), math.inf, dtype=torch.float64)
-    q_norm = torch.linalg.vector_norm(q.float(), dim=-1).amax((0, 2))
-    k_norm = torch.linalg.vector_norm(k.float() - k.float().mean(dim=2, keepdim=True), dim=-1).amax((0, 2))
-    r = (q_norm * k_norm).double().cpu() * q.size(-1) ** -0.5
+    q, k = q.float(), k.float()
+    k = k - k.mean(dim=2, keepdim=True)
+    largest = torch.linalg.vector_norm(k, dim=-1).amax(2, keepdim=True)
+    bound = 1.001 * torch.linalg.vector_norm(q, dim=-1) * largest  # 0.1% for rounding
+    own = (q * k[:, :, -q.size(2) :]).sum(-1)
+    e = (bound - own).amax((0, 2)).double().cpu() * q.size(-1) ** -0.5
     m = slopes.double().cpu()
-    x = (2 * r * 1.001 - math.log(epsilon) - torch.expm1(m).log()) / m  # 0.1% for the rounding of the norms
-    return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0)
+    x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
+    return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0).ceil()
 
 
 def distance_vector(slopes: Tensor, longest_chunk: int, key_length: int) -> Tensor:
@@ -156,7 +159,7 @@ def tiles(query_length: int, key_length: int, reaches: Sequence[float]) -> list[
     Returns:
         Tiles in which every query finds every key of its past at a distance up to the head's reach, at least.
     """
-    distances = [key_length if x >= key_length else math.ceil(x) for x in reaches]
+    distances = [int(min(x, key_length)) for x in reaches]
     earlier, cut, first = key_length - query_length, [], 0
     while first < len(distances):
         last = first + 1
@@ -262,7 +265,7 @@ def visible_blocks(query_length: int, key_length: int, reaches: Tensor) -> tuple
         is in the future of some query (T / BLOCK), and the last (T / BLOCK).
     """
     start = torch.arange(key_length - query_length, key_length, BLOCK, device=reaches.device)
-    farthest = (start - reaches[:, None].ceil()).clamp(min=0)
+    farthest = (start - reaches[:, None]).clamp(min=0)
     last = (start + BLOCK - 1).clamp(max=key_length - 1)
     return tuple(torch.div(x, BLOCK, rounding_mode="floor").int() for x in (farthest, start, last))
 

@@ -27,8 +27,6 @@ from tqdm import tqdm
 
 from .decoder import Decoder
 
-#: Prompt tokens per pass: the mask of a pass takes memory in proportion to them times the whole prompt.
-PASS_TOKENS = 1024
 #: Numbers in the largest matrix of scores, positions times V, that is made for a prompt.
 SCORES = 2**24
 
@@ -117,23 +115,21 @@ class PromptReader(EnsembleModel):
             (B, n, k) log-probabilities, averaged over the models, of the (B, n, k) `wanted` tokens after each position.
         """
         positions = max(1, SCORES // (tokens.size(0) * self.types()))
+        features = [
+            model.decoder.extract_features_scriptable(tokens, None, state, all_positions=True)[0]
+            for model, state in zip(self.models, incremental_states)
+        ]
         found = []
-        for start in range(0, tokens.size(1), PASS_TOKENS):
-            end = min(start + PASS_TOKENS, tokens.size(1))
-            features = [
-                model.decoder.extract_features_scriptable(tokens[:, :end], None, state, all_positions=True)[0]
-                for model, state in zip(self.models, incremental_states)
-            ]
-            for first in range(start, end, positions):
-                chunk = slice(first - start, first - start + positions)
-                log_probs = []
-                for model, x in zip(self.models, features):
-                    # The temperature divides what fairseq divides: logits, or the features of an adaptive softmax.
-                    output = model.decoder.output_layer(x[:, chunk]) / temperature
-                    scores = model.get_normalized_probs((output, None), log_probs=True, sample=None)
-                    log_probs.append(scores.gather(2, wanted[:, first : first + scores.size(1)]))
-                average = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
-                found.append(log_probs[0] if len(log_probs) == 1 else average)
+        for first in range(0, tokens.size(1), positions):
+            chunk = slice(first, first + positions)
+            log_probs = []
+            for model, x in zip(self.models, features):
+                # The temperature divides what fairseq divides: logits, or the features of an adaptive softmax.
+                output = model.decoder.output_layer(x[:, chunk]) / temperature
+                scores = model.get_normalized_probs((output, None), log_probs=True, sample=None)
+                log_probs.append(scores.gather(2, wanted[:, chunk]))
+            average = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
+            found.append(log_probs[0] if len(log_probs) == 1 else average)
         return torch.cat(found, dim=1)
 
 
@@ -317,8 +313,7 @@ def generate(
         )
     for one in model.models:
         if isinstance(one.decoder, Decoder):  # it may scale its slopes to the length
-            one.decoder.position_method.set_evaluation_length(length)
-            one.decoder.forget_mask()
+            one.decoder.set_evaluation_length(length)
     arguments = argparse.Namespace(**options, max_len_a=0, max_len_b=length, min_len=1 if stop_at_line_end else length)
     # bos is never a target, and so nothing that a model wants to end with.
     ending = {"lines_in_prompt": True} if stop_at_line_end else {"eos": dictionary.bos(), "free_end": True}

@@ -1,6 +1,8 @@
 """The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
+import contextlib
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 
@@ -17,6 +19,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.utils import safe_getattr
+from omegaconf import DictConfig, open_dict
 
 from .attention import EPSILON
 from .decoder import Decoder
@@ -57,6 +60,23 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
             "help": "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
         },
     )
+    cpu_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
+        },
+    )
+
+
+def fill_in_options(args) -> None:
+    """Gives `args` the defaults of those of this plugin's options that it lacks, as an older checkpoint does.
+
+    fairseq fills in options for a model's own name only, not for those of its architectures.
+    """
+    with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
+        for option in dataclasses.fields(AlibiLanguageModelConfig):
+            if option.name in AlibiLanguageModelConfig.__annotations__ and not hasattr(args, option.name):
+                setattr(args, option.name, option.default)
 
 
 def check_options(args) -> None:
@@ -109,6 +129,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
         Raises:
             ValueError: see `check_options` and `alibi_slopes`.
         """
+        fill_in_options(args)
         check_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
@@ -130,8 +151,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
         super().prepare_for_inference_(cfg)
         # fairseq-eval-lm has taken the context window off the tokens per sample by now.
         length = cfg.task.tokens_per_sample + cfg.eval_lm.context_window
-        self.decoder.position_method.set_evaluation_length(length)
-        self.decoder.forget_mask()
+        self.decoder.set_evaluation_length(length)
 
     @classmethod
     def embed_tokens(cls, args, task):

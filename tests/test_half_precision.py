@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BIN, random_tokens, run
 
+from fairseq_alibi import decoder
 from fairseq_alibi.attention import fused_attention, masked_attention
 from fairseq_alibi.positions import ALiBi
 
@@ -74,6 +75,43 @@ def test_a_model_in_half_precision_decodes_as_it_reads(build, attention, dtype):
         logits = [model.decoder(tokens[:, :read], incremental_state=state)[0] for read in (30, 31, 40)]
     for got, position in zip(logits, (29, 30, 39)):
         torch.testing.assert_close(got[:, 0].float(), expected[:, position].float(), rtol=0.05, atol=0.1)
+
+
+ADAPTIVE = ["--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--checkpoint-activations"], ADAPTIVE], ids=["plain", "checkpointed", "adaptive"]
+)
+def test_bf16_products_on_a_cpu_change_little_and_train(build, monkeypatch, more):
+    monkeypatch.setattr(decoder, "bf16_gain", lambda: 2.5)
+    sizes = ["--decoder-layers", 2, "--decoder-embed-dim", 64, "--decoder-input-dim", 64, "--decoder-output-dim", 64]
+    plain, fast = (build("alibi_lm", *sizes, *more, *flag) for flag in ([], ["--cpu-bf16"]))
+    tokens = random_tokens(plain, 2, 300)
+    out, expected = fast.train(False)(tokens)[0], plain(tokens)[0]
+    assert out.dtype == torch.float32
+    assert 1e-5 < relative_error(out[:, None], expected[:, None]).max() < 0.02
+    losses = [model(tokens)[0].logsumexp(-1).mean() for model in (fast, plain)]
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs in zip(fast.named_parameters(), plain.parameters()):
+        assert ours.dtype == torch.float32
+        if theirs.grad is not None and theirs.grad.norm() > 1e-4:
+            assert (ours.grad - theirs.grad).norm() < 0.1 * theirs.grad.norm(), name
+    state = {}
+    steps = [fast.decoder(tokens[:, :read], incremental_state=state)[0] for read in (290, 291, 300)]
+    assert relative_error(steps[2][:, None], out[:, None, -1:]) < 0.03
+
+
+def test_bf16_products_are_refused_where_they_are_slower(build, monkeypatch):
+    model = build("alibi_lm_tiny", "--cpu-bf16")
+    monkeypatch.setattr(decoder, "bf16_gain", lambda: 0.4)
+    with pytest.raises(ValueError, match=r"--cpu-bf16: .* 0.40 times"):
+        model(random_tokens(model, 1, 5))
+
+
+def test_bf16_gain_is_a_ratio_of_speeds():
+    assert 0.001 < decoder.bf16_gain() < 100
 
 
 @pytest.mark.parametrize("flags", [["--amp"], ["--fp16", "--fp16-no-flatten-grads"]], ids=" ".join)

@@ -258,6 +258,15 @@ def test_automatic_length_scale_is_evaluation_over_training_length(corpus, build
     torch.testing.assert_close(model(tokens)[0], expected)
 
 
+def test_checkpoints_older_than_an_option_load(corpus, train, tmp_path):
+    state = torch.load(train(updates=1))
+    for name in ("position_method", "alibi_max_bias", "alibi_length_scale", "attention", "attention_epsilon"):
+        del state["cfg"]["model"][name]
+    torch.save(state, tmp_path / "old.pt")
+    arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", tmp_path / "old.pt", "--cpu", "--gen-subset", "valid"]
+    assert "Perplexity" in run(BIN / "fairseq-eval-lm", *arguments, "--tokens-per-sample", 64).output
+
+
 def test_length_scale_is_overridden_at_evaluation(corpus, train):
     """The same loss with the number as with auto, another one without."""
     checkpoint = train(updates=3)
