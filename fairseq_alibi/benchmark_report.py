@@ -27,7 +27,7 @@ def tables(content: dict[str, Any]) -> str:
     text = [
         f"{environment['device']}; {environment['platform']}; {versions}; {settings['dtype']}. Median of "
         f"{settings['repeats']} rounds, fewer where one takes long. Batches of about {settings['tokens']:,} tokens, at "
-        "least one sequence."
+        f"least one sequence. Load average at the start: {content['load_average']:.1f}."
     ]
     for part, head_dim, found in groups(content["measurements"]):
         bases = content["bases"].get(part, ())
