@@ -32,6 +32,7 @@ from fairseq import checkpoint_utils, options, tasks
 from fairseq.data.data_utils import load_indexed_dataset
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import BaseFairseqModel
 from fairseq.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
@@ -54,12 +55,14 @@ TRAINING = {
     "mask": ("alibi_lm", "--attention", "mask"),
     "fused": ("alibi_lm", "--attention", "fused"),
     "auto": ("alibi_lm", "--attention", "auto"),
+    "auto, bf16": ("alibi_lm", "--cpu-bf16"),
     "no position": ("alibi_lm", "--position-method", "none"),
     "transformer_lm": ("transformer_lm",),
 }
 #: Evaluation: options of the model in the place of those in the checkpoint.
 EVALUATION: dict[str, dict[str, Any]] = {
     "auto": {"attention": "auto"},
+    "auto, bf16": {"attention": "auto", "cpu_bf16": True},
     "no skipping": {"attention": "fused", "attention_epsilon": 0.0},
     "mask": {"attention": "mask"},
 }
@@ -81,7 +84,7 @@ SIZES = (
 #: Number of types in the vocabulary; with --full that of WikiText-103.
 TYPES = {False: 8_000, True: 267_744}
 #: Bytes from which on evaluation leaves out the contender with a mask.
-LARGEST_MASK = 2e9
+LARGEST_MASK = 3e9
 MODELS = {False: "4 layers, width 256, 8 heads, 8,000 types", True: "alibi_lm_wiki103 and transformer_lm_wiki103"}
 PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 
@@ -240,8 +243,8 @@ def training_step(contender: str, length: int, args: argparse.Namespace) -> Call
     return lambda: trainer.train_step([sample], raise_oom=True)
 
 
-def evaluation_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
-    """One pass of the checkpoint's network, without the softmax over the vocabulary, over the beginning of its text.
+def evaluated_model(contender: str, args: argparse.Namespace) -> BaseFairseqModel:
+    """The checkpoint's model with a contender's options.
 
     Raises:
         ValueError: the checkpoint does not load.
@@ -252,9 +255,27 @@ def evaluation_step(contender: str, length: int, args: argparse.Namespace) -> Ca
     except (RuntimeError, OSError) as error:  # sizes that differ from the dictionary's, or no dictionary
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{args.checkpoint} does not load with --data {args.data}: {reason}") from error
-    decoder = model.to(args.device, getattr(torch, args.dtype)).eval().decoder
+    return model.to(args.device, getattr(torch, args.dtype)).eval()
+
+
+def evaluation_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
+    """One pass of the checkpoint's network, without the softmax over the vocabulary, over the beginning of its text."""
+    decoder = evaluated_model(contender, args).decoder
     tokens = first_tokens(str(args.data), length)[None].to(args.device)
     return torch.no_grad()(lambda: decoder.extract_features(tokens, None))
+
+
+@torch.no_grad()
+def perplexity(contender: str, length: int, args: argparse.Namespace) -> float:
+    """Perplexity per token of the text of `evaluation_step`, scored 1,024 tokens at a time."""
+    model = evaluated_model(contender, args)
+    tokens = first_tokens(str(args.data), length + 1)[None].to(args.device)
+    features, _ = model.decoder.extract_features(tokens[:, :-1], None)
+    total = 0.0
+    for some, targets in zip(features.split(1024, dim=1), tokens[:, 1:].split(1024, dim=1)):
+        log_probs = model.get_normalized_probs((model.decoder.output_layer(some), None), log_probs=True)
+        total -= log_probs.gather(2, targets[..., None]).double().sum().item()
+    return math.exp(total / length)
 
 
 def first_tokens(data: str, length: int) -> Tensor:
@@ -375,7 +396,11 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
         steps = {name: evaluation_step(name, length, args) for name in evaluated(length)}
         more = skipped(steps["auto"], length)
     batch = 1 if part == "evaluation" else rows(length, args.tokens)
-    return compared(part, length, batch, alternate(steps, args.repeats, args.budget), **more)
+    measurements = compared(part, length, batch, alternate(steps, args.repeats, args.budget), **more)
+    for one in measurements:
+        if part == "evaluation" and one["contender"].startswith("auto"):  # the others compute what auto does
+            one["perplexity"] = perplexity(one["contender"], length, args)
+    return measurements
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, int, int, str]]:
@@ -445,7 +470,7 @@ def benchmark(args: argparse.Namespace) -> str:
         method = describe_model(str(args.checkpoint))["position_method"]
         if method != "alibi":
             raise ValueError(f"{args.checkpoint} has the position method {method}: name a checkpoint of an ALiBi model")
-        first_tokens(str(args.data), max(length for part, length, *_ in todo if part.endswith("evaluation")))
+        first_tokens(str(args.data), 1 + max(length for part, length, *_ in todo if part.endswith("evaluation")))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     content = {
         "command": shlex.join(sys.argv),

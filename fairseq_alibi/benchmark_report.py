@@ -13,7 +13,7 @@ CAPTIONS = {
     "milliseconds (times as fast as {bases}).",
     "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}).",
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
-    "(times as fast as {bases}). Skipped: attention scores not computed. Reach per head: tokens, median of the layers.",
+    "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. Reach per head: tokens, median of the layers.",
     "memory of training": "Peak memory of training: MiB{idle}.",
     "memory of evaluation": "Peak memory of evaluation: MiB{idle}.",
 }
@@ -36,8 +36,11 @@ def tables(content: dict[str, Any]) -> str:
         for one in found:
             lines[one["length"]][1 + columns.index(one["contender"])] = cell(one, bases)
         if part == "evaluation":
-            columns += ["skipped", "reach per head"]
+            columns += ["perplexity", "skipped", "reach per head"]
             for one in found:
+                if one["contender"] == "auto":
+                    same = [x["perplexity"] for x in found if x["length"] == one["length"] and "perplexity" in x]
+                    lines[one["length"]].append(" / ".join(f"{value:.2f}" for value in same))
                 if one["contender"] == "auto" and one["skipped_share"] is not None:
                     ends = ["all" if reach is None else f"{reach:,.0f}" for reach in one["reach_per_head"]]
                     lines[one["length"]] += [f"{one['skipped_share']:.1%}", " ".join(ends)]
