@@ -13,7 +13,8 @@ CAPTIONS = {
     "milliseconds (times as fast as {bases}).",
     "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}).",
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
-    "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. Reach per head: tokens, median of the layers.",
+    "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. "
+    "Reach per head: tokens, median of the layers.",
     "memory of training": "Peak memory of training: MiB{idle}.",
     "memory of evaluation": "Peak memory of evaluation: MiB{idle}.",
 }
