@@ -39,7 +39,7 @@ setup(
     # fairseq 0.12.2 itself is not listed: its metadata pins releases that no current pip accepts, so it is installed
     # with --no-deps, and the libraries it really needs stand here.
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.7",
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         "numpy>=2",

@@ -2,7 +2,7 @@
 
 Where things are:
     positions.py          the bias and the other position methods (pure torch)
-    attention.py          attention under a mask that carries the bias (pure torch)
+    attention.py          attention under a mask that carries the bias, and without any mask (pure torch)
     decoder.py            the hooks of fairseq's decoder that we override
     language_model.py     the model `alibi_lm`, its options and architectures
     generate.py           prompts read in one pass; text that continues a prompt
@@ -12,6 +12,7 @@ Where things are:
     download.py           a file from several sources, resumed and checked
     evaluate.py           perplexity at several lengths through fairseq-eval-lm
     report.py             results to table and plot
+    benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
     startup/              lets fairseq be imported on Python 3.11 and newer
 
 Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.

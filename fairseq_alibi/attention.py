@@ -4,8 +4,8 @@ Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are t
 
 `masked_attention` is the reference: the bias is folded into the future mask and everything is one call of PyTorch's
 scaled_dot_product_attention. `fused_attention` computes the same for a bias that is linear in distance, and never makes
-a tensor of T x S elements: queries go in chunks, each head reads only the keys that can matter to it, and one vector of
-2 numbers per distance serves as the bias of all chunks.
+a tensor of T x S elements: queries go in chunks, each head reads only the keys that can matter to it, and one vector,
+with a number for each distance, serves as the bias of all chunks.
 """
 
 import functools
@@ -110,8 +110,8 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     largest = torch.linalg.vector_norm(k, dim=-1).amax(2, keepdim=True)
     bound = 1.001 * torch.linalg.vector_norm(q, dim=-1) * largest  # 0.1% for rounding
     own = (q * k[:, :, -q.size(2) :]).sum(-1)
-    e = (bound - own).amax((0, 2)).double().cpu() * q.size(-1) ** -0.5
-    m = slopes.double().cpu()
+    e = (bound - own).amax((0, 2)).cpu().double() * q.size(-1) ** -0.5
+    m = slopes.cpu().double()
     x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
     return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0).ceil()
 
@@ -317,15 +317,12 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=True)
 
 
-def fused_is_faster(device: torch.device, query_length: int, key_length: int, dropout: float) -> bool:
+def fused_is_faster(device: torch.device, query_length: int, key_length: int) -> bool:
     """Whether `fused_attention` is the faster one for a bias, by what `scripts/benchmark.sh` measured.
 
-    On the CPU from more than one chunk on. On a GPU this is a guess: without dropout, which FlexAttention lacks, from
-    one block on.
+    On a CPU from more than one chunk on. On a GPU it has not been measured, and so is not what is taken unasked.
     """
-    if device.type == "cpu":
-        return query_length > 1 and key_length > CHUNKS[0]
-    return device.type == "cuda" and query_length >= BLOCK and not dropout
+    return device.type == "cpu" and query_length > 1 and key_length > CHUNKS[0]
 
 
 @torch.compiler.disable

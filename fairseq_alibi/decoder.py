@@ -233,7 +233,7 @@ class Decoder(TransformerDecoder):
             return False  # the mask of one query is one row
         dropout = self.attention_dropout if self.training else 0.0
         plain = self.position_method.slopes is None and queries == keys and padding is None and not dropout
-        return self.attention == "fused" or plain or fused_is_faster(device, queries, keys, dropout)
+        return self.attention == "fused" or plain or fused_is_faster(device, queries, keys)
 
     def extract_features_scriptable(
         self,

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_alibi.positions import POSITION_METHODS
+
 # One thread each, here and in spawned commands: tiny models are ten times slower when threads fight for a core.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -38,7 +40,7 @@ def random_tokens(model, *shape):
     return torch.randint(4, len(model.decoder.dictionary), shape)
 
 
-@pytest.fixture(params=["alibi", "sinusoidal", "none"])
+@pytest.fixture(params=POSITION_METHODS)
 def method(request):
     """Every position method."""
     return request.param
