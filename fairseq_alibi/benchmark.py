@@ -35,6 +35,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import BaseFairseqModel
 from fairseq.trainer import Trainer
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from . import attention
@@ -282,6 +283,24 @@ def perplexity(contender: str, length: int, args: argparse.Namespace) -> float:
     return math.exp(total / length)
 
 
+def product_rate(args: argparse.Namespace) -> float:
+    """Floating-point operations per second of this device in one large matrix product, the best of some."""
+    n = 4096 if args.device == "cuda" else 1024
+    x = torch.ones(n, n, device=args.device, dtype=getattr(torch, args.dtype))
+    times = alternate({"product": lambda: x @ x}, 10, 10.0)
+    return 2 * n**3 / min(times["product"])
+
+
+def product_share(step: Callable[[], Any], seconds: float, args: argparse.Namespace) -> float:
+    """The roofline of training: what share of `seconds` an update's matrix products need at `product_rate`.
+
+    Those of the layers and the output; not those inside attention, which are another kernel's.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / product_rate(args) / seconds
+
+
 def first_tokens(data: str, length: int) -> Tensor:
     """The first `length` tokens of the train split of a fairseq data folder, sentences joined: (length,) int64.
 
@@ -402,6 +421,8 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
     batch = 1 if part == "evaluation" else rows(length, args.tokens)
     measurements = compared(part, length, batch, alternate(steps, args.repeats, args.budget), **more)
     for one in measurements:
+        if part == "training" and one["contender"] == "auto" and one["seconds"]:
+            one["product_share"] = product_share(steps["auto"], one["median_seconds"], args)
         if part == "evaluation" and one["contender"].startswith("auto"):  # the others compute what auto does
             one["perplexity"] = perplexity(one["contender"], length, args)
     return measurements

@@ -11,7 +11,8 @@ from .report import STYLES
 CAPTIONS = {
     "attention": "One layer of attention, forward and backward, {heads} heads of head_dim {head_dim}, random inputs: "
     "milliseconds (times as fast as {bases}).",
-    "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}).",
+    "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}). Products: share of "
+    "auto's time that its matrix products outside attention need at the best rate measured here.",
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
     "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. "
     "Reach per head: tokens, median of the layers.",
@@ -36,6 +37,11 @@ def tables(content: dict[str, Any]) -> str:
         lines: dict[int, list[Any]] = {one["length"]: [one["length"], *[""] * len(columns)] for one in found}
         for one in found:
             lines[one["length"]][1 + columns.index(one["contender"])] = cell(one, bases)
+        if part == "training":
+            columns.append("products")
+            for one in found:
+                if "product_share" in one:
+                    lines[one["length"]].append(f"{one['product_share']:.0%}")
         if part == "evaluation":
             columns += ["perplexity", "skipped", "reach per head"]
             for one in found:

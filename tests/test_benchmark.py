@@ -83,11 +83,18 @@ def test_skipped_share_is_of_the_scores_of_all_heads(monkeypatch):
 def test_contenders_take_turns_and_the_first_round_does_not_count():
     order = []
     times = benchmark.alternate({name: lambda name=name: order.append(name) for name in "ab"}, repeats=2, budget=60)
-    assert order == list("ababab")
+    assert order == list("baabba"), "and none is always the first one"
     assert [len(seconds) for seconds in times.values()] == [2, 2]
     # a round that takes longer than the budget is the only one, and counts
     times = benchmark.alternate({"a": lambda: None}, repeats=2, budget=-1)
     assert [len(seconds) for seconds in times.values()] == [1]
+
+
+def test_share_of_products_is_their_operations_over_rate_and_time(monkeypatch):
+    x = torch.ones(16, 32)
+    monkeypatch.setattr(benchmark, "product_rate", lambda args: 1e6)
+    share = benchmark.product_share(lambda: x @ x.T, 0.5, None)
+    assert share == pytest.approx(2 * 16 * 32 * 16 / 1e6 / 0.5)
 
 
 def test_out_of_memory_is_reported_and_the_others_go_on():
