@@ -92,13 +92,13 @@ PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 #: What the two levels measure; memory has lengths for training and for evaluation.
 QUICK: dict[str, Any] = {
     "attention": (512, 2048, 4096),
-    "training": (128, 512, 2048),
-    "evaluation": (512, 2048, 8192, 32768),
-    "memory of training": (512, 2048),
-    "memory of evaluation": (2048, 8192, 32768),
+    "training": (512, 2048),
+    "evaluation": (512, 8192, 32768),
+    "memory of training": (2048,),
+    "memory of evaluation": (8192,),
     "repeats": 3,
-    "budget": 10.0,
-    "updates": 150,
+    "budget": 8.0,
+    "updates": 100,
 }
 ALL_LENGTHS: dict[str, Any] = {
     "attention": (512, 1024, 2048, 4096, 8192),

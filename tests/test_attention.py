@@ -167,6 +167,19 @@ def test_keys_beyond_the_reach_weigh_less_than_epsilon_together(scale):
             assert (beyond[:4] > epsilon / 20).all(), "a reach much longer than needed"
 
 
+@pytest.mark.parametrize("own", [0.0, -4.0, 4.0])
+def test_reach_is_no_longer_than_the_worst_keys_need(own):
+    """The worst case: keys within the reach that the query avoids, and beyond it only keys that it wants most."""
+    largest, slope, epsilon = 8.0, 1 / 64, 1e-3
+    near = math.ceil((largest - own - math.log(epsilon) - math.log(math.expm1(slope))) / slope)
+    scores = torch.tensor([largest] * near + [-largest] * near + [own], dtype=torch.float64)
+    q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), scores[None, None, :, None]
+    (distance,) = attention.reach(q, k, torch.tensor([slope]), epsilon).tolist()
+    assert near - 1 <= distance <= 1.01 * near
+    weights = (scores - slope * torch.arange(2 * near, -1, -1)).softmax(0)
+    assert epsilon / 3 < weights[:near].sum() < epsilon
+
+
 def test_large_queries_and_keys_are_not_skipped():
     """A far key that all queries want, against a slope of 1/2: it gets nearly all weight, so it must be read."""
     q, k, v = (x.detach() for x in inputs(1, 8, 900, 900, torch.float32))
@@ -198,6 +211,8 @@ def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
     read = torch.zeros(4, queries, keys, dtype=torch.int8)
     for heads, rows, reversed_keys in attention.tiles(queries, keys, reaches):
         assert rows.stop - rows.start <= 1024
+        longest = min(max(reaches[heads]), keys)
+        assert reversed_keys.stop - reversed_keys.start <= rows.stop - rows.start + longest, "reads more than it needs"
         read[heads, rows, keys - reversed_keys.stop : keys - reversed_keys.start] += 1
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     for head, longest in enumerate(reaches):
