@@ -56,9 +56,10 @@ def test_beam_reordering_keeps_keys_and_bias_together(build):
     torch.testing.assert_close(step[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_costs_one_row_of_scores(build):
+@pytest.mark.parametrize("attention", ["auto", "fused"])
+def test_a_step_costs_one_row_of_scores(build, attention):
     """Once the prompt is read, a layer gets one token, and attention one query for all keys."""
-    model = build("alibi_lm_tiny", "--tokens-per-sample", 8)
+    model = build("alibi_lm_tiny", "--attention", attention, "--tokens-per-sample", 8)
     tokens, state, masks = random_tokens(model, 1, 700), {}, []
     model.decoder.layers[0].register_forward_pre_hook(
         lambda module, inputs, options: masks.append(options["self_attn_mask"].mask), with_kwargs=True
