@@ -108,11 +108,13 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find_spec(name, *a)
 sys.modules["fairseq"] = None
 from fairseq_alibi.positions import ALiBi
-from fairseq_alibi.attention import attention
-print(ALiBi(2).future_mask(2, 2).shape)
+from fairseq_alibi.attention import fused_attention, masked_attention
+from torch import ones
+x, mask = ones(1, 2, 2, 8), ALiBi(2).future_mask(2, 2)
+print(mask.shape, (masked_attention(x, x, x, mask) == fused_attention(x, x, x)).all())
 """
     output = run(sys.executable, "-c", code).output
-    assert "torch.Size([2, 2, 2])" in output
+    assert "torch.Size([2, 2, 2]) tensor(True)" in output
     assert "pip install --no-deps fairseq==0.12.2" in output
 
 
@@ -120,4 +122,11 @@ def test_tensor_files_import_neither_fairseq_nor_numpy():
     for name in ("positions", "attention"):
         text = (ROOT / "fairseq_alibi" / f"{name}.py").read_text()
         imports = re.findall(r"^(?:from|import) +([.\w]+)", text, re.MULTILINE)
-        assert {found.split(".")[0] for found in imports} <= {"math", "typing", "torch", ""}, imports
+        assert {found.split(".")[0] for found in imports} <= {
+            "collections",
+            "functools",
+            "math",
+            "typing",
+            "torch",
+            "",
+        }, imports
