@@ -309,7 +309,7 @@ def first_tokens(data: str, length: int) -> Tensor:
     """
     available = subset_tokens(data, "train")
     if available < length:
-        raise ValueError(f"{data} holds {available:,} tokens of training text: drop length {length} from --lengths")
+        raise ValueError(f"{data} holds {available:,} tokens of training text, not {length:,}: pass shorter --lengths")
     dataset = load_indexed_dataset(str(Path(data) / "train"))
     sentences, count = [], 0
     while count < length:

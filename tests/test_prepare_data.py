@@ -508,6 +508,7 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
     sleeper.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores interrupts
 
     def interrupt_when_started():
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
