@@ -97,8 +97,8 @@ QUICK: dict[str, Any] = {
     "memory of training": (2048,),
     "memory of evaluation": (8192,),
     "repeats": 3,
-    "budget": 8.0,
-    "updates": 100,
+    "budget": 5.0,
+    "updates": 60,
 }
 ALL_LENGTHS: dict[str, Any] = {
     "attention": (512, 1024, 2048, 4096, 8192),
