@@ -93,9 +93,9 @@ PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 QUICK: dict[str, Any] = {
     "attention": (512, 2048, 4096),
     "training": (512, 2048),
-    "evaluation": (512, 8192, 32768),
+    "evaluation": (512, 4096, 16384),
     "memory of training": (2048,),
-    "memory of evaluation": (8192,),
+    "memory of evaluation": (4096,),
     "repeats": 3,
     "budget": 5.0,
     "updates": 60,
