@@ -22,7 +22,7 @@ def arguments(*more):
 
 
 def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path):
-    options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--output", tmp_path)
+    options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--budget", 600, "--output", tmp_path)
     script = ROOT / "scripts" / "benchmark.sh"
     out = run("bash", script, *options, "--checkpoint", checkpoint, "--data", corpus).output
     content = json.loads((tmp_path / "benchmark.json").read_text())
