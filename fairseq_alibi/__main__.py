@@ -1,12 +1,13 @@
 """The command `fairseq-alibi`, also `python -m fairseq_alibi`."""
 
 import argparse
+import logging
 import sys
 from typing import Optional
 
-from . import __version__, generate, import_checkpoint, report
+from . import __version__, evaluate, generate, import_checkpoint, report
 
-COMMANDS = {"generate": generate, "report": report, "import-checkpoint": import_checkpoint}
+COMMANDS = {"evaluate": evaluate, "generate": generate, "report": report, "import-checkpoint": import_checkpoint}
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -18,6 +19,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         summary = module.__doc__.splitlines()[0]
         module.add_arguments(commands.add_parser(name, help=summary, description=summary))
     args = parser.parse_args(argv)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     try:
         COMMANDS[args.command].main(args)
     except (ValueError, OSError) as error:

@@ -116,14 +116,14 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0).ceil()
 
 
-def distance_vector(slopes: Tensor, longest_chunk: int, key_length: int) -> Tensor:
-    """The bias of all chunks of queries by distance, from 1 - longest_chunk on; -inf where that is in the future.
+def distance_vector(slopes: Tensor, longest_chunk: int, key_length: int, window: int) -> Tensor:
+    """The bias of all chunks of queries by distance, from 1 - longest_chunk on; -inf in the future and past the window.
 
     Returns:
         (H, longest_chunk - 1 + S) in the dtype of the slopes.
     """
     distance = torch.arange(1 - longest_chunk, key_length, device=slopes.device)
-    return torch.where(distance < 0, -math.inf, -slopes[:, None] * distance)
+    return torch.where((distance < 0) | (distance >= window), -math.inf, -slopes[:, None] * distance)
 
 
 def chunk_bias(vector: Tensor, longest_chunk: int, queries: int, keys: int) -> Tensor:
@@ -271,14 +271,14 @@ def visible_blocks(query_length: int, key_length: int, reaches: Tensor) -> tuple
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, padding: Optional[Tensor], reaches: Tensor
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, padding: Optional[Tensor], reaches: Tensor, window: int
 ) -> Tensor:
     """`fused_attention` through PyTorch's FlexAttention: scores get their bias inside the kernel, in float32.
 
     Blocks of keys beyond the reach are not read. Compiled on a GPU, once per kind of shape. Not yet measured on a GPU.
 
     Args:
-        q, k, v, slopes, padding: see `fused_attention`.
+        q, k, v, slopes, padding, window: see `fused_attention`.
         reaches: (H,), see `reach`.
     """
     query_length, key_length = q.size(2), k.size(2)
@@ -288,12 +288,13 @@ def block_attention(
         return score - slopes[h] * (i + earlier - j)
 
     def seen(b, h, i, j):
-        past = i + earlier >= j
+        past = (i + earlier >= j) & (i + earlier - j < window)
         # a query on padding sees itself, or its row would have no weights at all
         return past if padding is None else past & (~padding[b, j] | (i + earlier == j))
 
     first, diagonal, last = visible_blocks(query_length, key_length, reaches)
-    whole = first if padding is not None else torch.maximum(first, diagonal.expand_as(first))
+    everywhere = padding is not None or window < key_length  # then any block may hold a key that is not seen
+    whole = first if everywhere else torch.maximum(first, diagonal.expand_as(first))
     every = torch.arange(-(-key_length // BLOCK), device=q.device, dtype=torch.int32)
 
     def listed(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # as many blocks from `start` on, (1, H, ...)
@@ -334,6 +335,7 @@ def fused_attention(
     padding: Optional[Tensor] = None,
     dropout: float = 0.0,
     epsilon: float = EPSILON,
+    window: Optional[int] = None,
 ) -> Tensor:
     """Causal attention with the bias -slopes * (i - j), or none, without a tensor of T x S elements.
 
@@ -348,26 +350,28 @@ def fused_attention(
         padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; None where there are none.
         dropout: probability that an attention weight is dropped; 0 outside training.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
+        window: number of keys that a query sees, the last ones, itself included; None for all.
 
     Returns:
         (B, H, T, D). Rows of queries on padding are finite and without meaning.
     """
     heads, query_length, key_length = q.size(1), q.size(2), k.size(2)
     on_cpu = q.device.type == "cpu"
+    window = key_length if window is None else min(window, key_length)
     if slopes is None:
-        if padding is None and query_length == key_length and not (on_cpu and dropout):
+        if padding is None and window == query_length == key_length and not (on_cpu and dropout):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         slopes = q.new_zeros(heads, dtype=torch.float32)
     # Over short sequences the least reach is most of the past.
     epsilon = epsilon if key_length > CHUNKS[0] else 0.0
-    reaches = reach(q.detach(), k.detach(), slopes, epsilon)
+    reaches = reach(q.detach(), k.detach(), slopes, epsilon).clamp(max=window - 1)
     if q.device.type == "cuda" and not dropout:
-        return block_attention(q, k, v, slopes.to(q.device), padding, reaches.to(q.device))
+        return block_attention(q, k, v, slopes.to(q.device), padding, reaches.to(q.device), window)
     slopes = slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
     longest_chunk = min(query_length, CHUNKS[-1])
     cut = tiles(query_length, key_length, reaches.tolist())
     padding = None if padding is None else padding.flip(1)
-    bias = TileBias(distance_vector(slopes, longest_chunk, key_length), longest_chunk, padding)
+    bias = TileBias(distance_vector(slopes, longest_chunk, key_length, window), longest_chunk, padding)
     k, v = k.flip(2), v.flip(2)
     if on_cpu and not dropout:
         return TiledAttention.apply(q, k, v, bias, cut)

@@ -28,8 +28,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from fairseq import checkpoint_utils, options, tasks
-from fairseq.data.data_utils import load_indexed_dataset
+from fairseq import options, tasks
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import BaseFairseqModel
@@ -41,8 +40,9 @@ from tqdm import tqdm
 from . import attention
 from .attention import fused_attention, masked_attention
 from .benchmark_report import write_report
-from .evaluate import describe_environment, describe_model, subset_tokens, write_json
+from .inputs import describe_model, load_model, open_subset, positive, read_checkpoint, subset_tokens
 from .positions import ALiBi
+from .results import describe_environment, write_json
 
 #: One layer of attention: what is called with q, k, v, the slopes and the future mask.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -252,15 +252,11 @@ def evaluated_model(contender: str, args: argparse.Namespace) -> BaseFairseqMode
     """The checkpoint's model with a contender's options.
 
     Raises:
-        ValueError: the checkpoint does not load.
+        ValueError: the checkpoint does not load, or not with this data.
     """
-    overrides = {"data": str(args.data), "max_target_positions": None, **EVALUATION[contender]}
-    try:
-        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(args.checkpoint)], overrides)
-    except (RuntimeError, OSError) as error:  # sizes that differ from the dictionary's, or no dictionary
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{args.checkpoint} does not load with --data {args.data}: {reason}") from error
-    return model.to(args.device, getattr(torch, args.dtype)).eval()
+    path, overrides = str(args.checkpoint), {"max_target_positions": None, **EVALUATION[contender]}
+    model = load_model(path, read_checkpoint(path), str(args.data), overrides)
+    return model.to(args.device, getattr(torch, args.dtype))
 
 
 def evaluation_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
@@ -310,7 +306,7 @@ def first_tokens(data: str, length: int) -> Tensor:
     available = subset_tokens(data, "train")
     if available < length:
         raise ValueError(f"{data} holds {available:,} tokens of training text, not {length:,}: pass shorter --lengths")
-    dataset = load_indexed_dataset(str(Path(data) / "train"))
+    dataset = open_subset(data, "train")
     sentences, count = [], 0
     while count < length:
         sentences.append(dataset[len(sentences)])
@@ -391,7 +387,7 @@ def memory(of: Optional[str], contender: str, length: int, args: argparse.Namesp
             return {**measurement, "peak_memory_bytes": peak_memory(of, contender, length, args)}
         # Forked from a server that did the imports: a process started from here would inherit this one's peak.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fairseq.trainer", __package__, f"{__package__}.evaluate"])
+        context.set_forkserver_preload(["fairseq.trainer", __package__, f"{__package__}.inputs"])
         with ProcessPoolExecutor(1, context) as pool:
             peak = pool.submit(peak_memory, of, contender, length, args).result()
         return {**measurement, "peak_memory_bytes": peak}
@@ -520,13 +516,6 @@ def benchmark(args: argparse.Namespace) -> str:
         bar.close()
         text = write_report(content, args.output) if content["measurements"] else ""
     return text
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no such number: pass a whole number of at least 1")
-    return int(text)
 
 
 def some_parts(text: str) -> list[str]:

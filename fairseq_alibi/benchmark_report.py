@@ -7,6 +7,7 @@ from typing import Any, Optional
 from tabulate import tabulate
 
 from .report import STYLES
+from .results import write_text, written_whole
 
 CAPTIONS = {
     "attention": "One layer of attention, forward and backward, {heads} heads of head_dim {head_dim}, random inputs: "
@@ -87,8 +88,8 @@ def cell(one: dict[str, Any], bases: Sequence[str] = ()) -> str:
     return f"{speed} ({' / '.join('-' if ratio is None else f'{ratio:.2f}' for ratio in ratios)})"
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> bool:
-    """Draws tokens per second and peak memory against length to a PNG, a panel per table; False if there is none."""
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Draws tokens per second and peak memory against length to a PNG, a panel per table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,8 +97,6 @@ def plot(found: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = groups(found)
-    if not panels:
-        return False
     names = list(dict.fromkeys(one["contender"] for *_, group in panels for one in group))  # one style each in all
     columns = min(2, len(panels))
     figure, all_axes = plt.subplots(
@@ -137,7 +136,6 @@ def plot(found: list[dict[str, Any]], path: Path) -> bool:
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-    return True
 
 
 def write_report(content: dict[str, Any], folder: Path) -> str:
@@ -148,10 +146,8 @@ def write_report(content: dict[str, Any], folder: Path) -> str:
         folder: where to.
     """
     text = tables(content)
-    partial = folder / "benchmark.partial.md"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "benchmark.md")
-    partial = folder / "benchmark.partial.png"
-    if plot(content["measurements"], partial):
-        partial.replace(folder / "benchmark.png")
+    write_text(folder / "benchmark.md", text)
+    if groups(content["measurements"]):
+        with written_whole(folder / "benchmark.png") as partial:
+            plot(content["measurements"], partial)
     return text

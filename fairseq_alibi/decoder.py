@@ -42,6 +42,8 @@ class Pass(NamedTuple):
         mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; None for attention without a mask.
         slopes, epsilon: see `fused_attention`.
         padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; or None.
+        window: number of keys that a query sees, the last ones, itself included; None for all.
+        last: number of queries, the last ones, that the last layer is computed for; None for all.
         incremental_state: where keys and values of the tokens before these are and those of these are added; None for
             whole sequences. Not fairseq's own argument, with which it reads one token at a time.
     """
@@ -50,11 +52,16 @@ class Pass(NamedTuple):
     slopes: Optional[Tensor] = None
     epsilon: float = EPSILON
     padding: Optional[Tensor] = None
+    window: Optional[int] = None
+    last: Optional[int] = None
     incremental_state: Optional[IncrementalState] = None
 
 
 class SelfAttention(MultiheadAttention):
     """fairseq's multi-head attention (same parameters, same initial values) over the keys of a `Pass`."""
+
+    #: Whether its layer is the last one, whose output nothing but the output layer reads.
+    in_last_layer = False
 
     def forward(
         self,
@@ -71,43 +78,54 @@ class SelfAttention(MultiheadAttention):
     ) -> tuple[Tensor, Optional[Tensor]]:
         """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask of one over whole sequences.
 
+        In the last layer only the queries that the pass wants have an output: (last, B, C) then, not (T, B, C).
         `key` and `value` are the query (this is self-attention); `incremental_state` comes with the pass; `static_kv`
         and `before_softmax` do not apply.
 
         Raises:
             ValueError: weights are wanted of attention without a mask.
         """
-        query_length, batch, _ = query.shape
         run = attn_mask if isinstance(attn_mask, Pass) else Pass(mask=attn_mask, padding=key_padding_mask)
+        batch = query.size(1)
 
         def split_heads(x: Tensor) -> Tensor:  # (T, B, C) -> (B, H, T, D)
-            return x.view(query_length, batch, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+            return x.view(x.size(0), batch, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
-        q, k, v = (split_heads(project(query)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = (split_heads(project(query)) for project in (self.k_proj, self.v_proj))
+        if self.in_last_layer and run.last is not None:
+            query = query[-run.last :]
+        q = split_heads(self.q_proj(query))
         if run.incremental_state is not None:
-            k, v = self.extend_cache(run.incremental_state, k, v)
+            k, v = self.extend_cache(run.incremental_state, k, v, run.window)
 
         dropout = self.dropout_module.p if self.training or self.dropout_module.apply_during_inference else 0.0
         if run.mask is None:
-            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon)
+            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon, run.window)
         else:
-            out = masked_attention(q, k, v, run.mask, run.padding, dropout)
-        out = self.out_proj(out.permute(2, 0, 1, 3).reshape(query_length, batch, -1))
+            mask = run.mask[:, -q.size(2) :]
+            out = masked_attention(q, k, v, mask, run.padding, dropout)
+        out = self.out_proj(out.permute(2, 0, 1, 3).reshape(query.shape))
 
         if not (need_weights or need_head_weights):
             return out, None
         if run.mask is None:
             raise ValueError("attention weights are there with --attention mask only")
-        weights = attention_weights(q, k, run.mask, run.padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
+        weights = attention_weights(q, k, mask, run.padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
         return out, weights if need_head_weights else weights.mean(dim=0)
 
-    def extend_cache(self, incremental_state: IncrementalState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends new keys and values, (B, H, T, D), to the cached ones; returns all of them."""
+    def extend_cache(
+        self, incremental_state: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None
+    ) -> tuple[Tensor, Tensor]:
+        """Appends new keys and values, (B, H, T, D), to the cached ones; returns all of them.
+
+        With a window the last window - 1 stay in the cache: the next query, which has its own key, sees no more.
+        """
         cache = self._get_input_buffer(incremental_state)
         if cache:
             k = torch.cat([cache["prev_key"], k], dim=2)
             v = torch.cat([cache["prev_value"], v], dim=2)
-        self._set_input_buffer(incremental_state, {"prev_key": k, "prev_value": v})
+        kept = slice(0 if window is None else max(0, k.size(2) - (window - 1)), None)
+        self._set_input_buffer(incremental_state, {"prev_key": k[:, :, kept], "prev_value": v[:, :, kept]})
         return k, v
 
 
@@ -121,6 +139,10 @@ class DecoderLayer(TransformerDecoderLayerBase):
         """See `TransformerDecoderLayerBase.forward`."""
         with cpu_bf16_products(self.cpu_bf16, x):
             return super().forward(x, *args, **kwargs)
+
+    def residual_connection(self, x, residual):
+        """See `TransformerDecoderLayerBase.residual_connection`; `x` may be of the last tokens alone."""
+        return super().residual_connection(x, residual[-x.size(0) :])
 
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         return SelfAttention(
@@ -173,10 +195,11 @@ class Decoder(TransformerDecoder):
         args.no_token_positional_embeddings = not position_method.adds_embedding
         args.max_target_positions = args.tokens_per_sample  # first size of the sinusoidal table, which grows by itself
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
+        self.layers[-1].self_attn.in_last_layer = True
         self.position_method = position_method
         self.attention, self.attention_epsilon = args.attention, args.attention_epsilon
         self.attention_dropout = args.attention_dropout
-        self._tokens = self._incremental_state = None  # of the pass that is going on
+        self._tokens = self._incremental_state = self._window = self._last = None  # of the pass that is going on
         self._pass: Optional[Pass] = None
         if position_method.adds_embedding:
             self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
@@ -212,7 +235,7 @@ class Decoder(TransformerDecoder):
         """The pass over T tokens: with a mask or without, and what it has to know of padding and earlier tokens."""
         queries, keys = tensor.size(0), self._tokens.size(1)
         padding = padding_before_tokens(self._tokens.eq(self.padding_idx))
-        rest = (self.attention_epsilon, padding, self._incremental_state)
+        rest = (self.attention_epsilon, padding, self._window, self._last, self._incremental_state)
         if self.takes_no_mask(tensor.device, queries, keys, padding):
             slopes = self.position_method.slopes
             return Pass(None, None if slopes is None else slopes.to(tensor.device), *rest)
@@ -220,8 +243,9 @@ class Decoder(TransformerDecoder):
         dtype = (
             torch.promote_types(tensor.dtype, torch.float32) if tensor.device.type == "cpu" else compute_dtype(tensor)
         )
-        if keys > queries:
-            return Pass(self.position_method.future_mask(queries, keys, dtype, tensor.device), None, *rest)
+        if keys > queries or self._window is not None:
+            mask = self.position_method.future_mask(queries, keys, dtype, tensor.device, self._window)
+            return Pass(mask, None, *rest)
         kept = self._future_mask
         if kept.dim() != 3 or kept.size(-1) < keys or kept.device != tensor.device or kept.dtype != dtype:
             self._future_mask = self.position_method.future_mask(keys, keys, dtype, tensor.device)
@@ -231,6 +255,8 @@ class Decoder(TransformerDecoder):
         """Whether `fused_attention` runs the pass: as --attention wants it, or where it is faster."""
         if self.attention == "mask" or self.position_method.needs_mask or queries == 1 < keys:
             return False  # the mask of one query is one row
+        if self._window is not None:
+            return True  # the mask would be another one in each pass
         dropout = self.attention_dropout if self.training else 0.0
         plain = self.position_method.slopes is None and queries == keys and padding is None and not dropout
         return self.attention == "fused" or plain or fused_is_faster(device, queries, keys)
@@ -242,13 +268,20 @@ class Decoder(TransformerDecoder):
         incremental_state=None,
         full_context_alignment=False,
         *args,
-        all_positions=False,
+        last: Optional[int] = None,
+        window: Optional[int] = None,
         **kwargs,
     ):
         """See `TransformerDecoder.extract_features_scriptable`.
 
-        With an incremental state all tokens that are new to it are read in one pass, be it one or a long prompt, and
-        the features of the last are returned, (B, 1, C), or with `all_positions` those of all of them, (B, T, C).
+        With an incremental state all tokens that are new to it are read in one pass, be it one or a long prompt.
+
+        Args:
+            last: number of tokens, the last ones, whose features are wanted: (B, last, C). The last layer does no more
+                for the others than they need as keys. Default: all new tokens; the last one with an incremental state.
+            window: number of tokens, the last ones, itself included, that a token attends to in every layer. With an
+                incremental state no more keys are kept, and `prev_output_tokens` holds before the new tokens the last
+                window - 1 alone.
         """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
@@ -258,10 +291,13 @@ class Decoder(TransformerDecoder):
         if incremental_state is not None:
             progress = incremental_state.setdefault(PROGRESS, {"tokens_read": 0})
             before = progress["tokens_read"]
-            progress["tokens_read"] = prev_output_tokens.size(1)
+            read = prev_output_tokens.size(1)
+            progress["tokens_read"] = read if window is None else min(read, window - 1)
+            last = 1 if last is None else last
         new = prev_output_tokens[:, before:]
         assert new.size(1) > 0, f"no new token: {before} were read, {prev_output_tokens.size(1)} were given"
         self._tokens, self._incremental_state = prev_output_tokens, incremental_state
+        self._window, self._last = window, last
         if self.position_method.adds_embedding:
             self.embed_positions.earlier_tokens = prev_output_tokens[:, :before]
         try:
@@ -269,8 +305,8 @@ class Decoder(TransformerDecoder):
             # whole sequences, and the state reaches the layers with the pass.
             x, extra = super().extract_features_scriptable(new, encoder_out, None, False, *args, **kwargs)
         finally:
-            self._tokens = self._incremental_state = self._pass = None
-        return x if incremental_state is None or all_positions else x[:, -1:], extra
+            self._tokens = self._incremental_state = self._window = self._last = self._pass = None
+        return x if last is None else x[:, -last:], extra
 
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`."""

@@ -1,315 +1,502 @@
-"""Perplexity of a checkpoint at several lengths through fairseq-eval-lm: one table, one JSON file.
+"""Perplexity of checkpoints at many lengths: by windows or as one stream, exact, each scored token once.
 
-Two ways to cut a subset into windows (Press et al. 2022, section 4 and appendix B):
+Three ways to give the tokens of a subset their context, L tokens being the length of a window:
 
 non-overlapping   blocks of L tokens; a token sees its own block only, so tokens early in a block see little.
-sliding window    windows of L tokens, each `stride` tokens further; a window scores its last `stride` tokens, which see
-                  L - stride tokens of context. The first window scores what it holds.
+sliding window    windows of L tokens, each `stride` tokens further; a window scores its last `stride` tokens.
+streaming         no windows: in every layer a token attends to the last L tokens, itself included.
 
-Either way every token of the subset is scored exactly once. fairseq-eval-lm does this right in one process without
-data workers only, and says nothing when it scores too few tokens: so it is run, and the tokens are counted.
+The first two are those of the paper (Press et al. 2022, section 4 and appendix B) and give the loss of fairseq-eval-lm,
+without what makes that slow (see `scoring`). A checkpoint is read once for all lengths. Its results stand in one JSON
+file, written after each length; what is there is not done again.
 """
 
 import argparse
+import ast
 import json
-import logging
 import math
-import os
-import platform
-import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from datetime import datetime, timezone
+import zlib
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
-import fairseq
 import numpy
 import torch
-from fairseq import checkpoint_utils, options
-from fairseq.data.data_utils import load_indexed_dataset
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq_cli import eval_lm
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
 from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
 
-from . import __version__
+from .generate import text_options
+from .inputs import describe_model, load_model, one_line, positive, read_checkpoint, read_dictionary, read_subset
+from .results import describe_environment, now, write_json, written_whole
+from .scoring import Scored, score_stream, score_windows
 
-#: What decides which tokens are scored with which context: set here, so not for the user to pass on.
-FIXED_OPTIONS = (
-    *("--path", "--gen-subset", "--tokens-per-sample", "--context-window", "--max-tokens", "--batch-size"),
-    *("--num-workers", "--num-shards", "--shard-id", "--distributed-world-size"),
-)
+#: Options of the task that change what a model reads or is to predict.
+OTHER_TEXT = ("add_bos_token", "future_target", "past_target", "self_target")
 
-
-class TokenCounter(logging.Handler):
-    """Reads from fairseq-eval-lm's log how many tokens it scored, and whether it left some out."""
-
-    def __init__(self):
-        super().__init__()
-        self.scored = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("skipping tokens with inf scores"):
-            raise ValueError(
-                "the model gives infinite scores: it has diverged, train it anew or use another checkpoint"
-            )
-        found = re.match(r"Evaluated ([\d,]+) tokens", str(record.msg))
-        if found:
-            self.scored = int(found.group(1).replace(",", ""))
+#: Multiples of the training length at which a model is evaluated unless told otherwise.
+MULTIPLES = (1, 2, 4, 8, 16)
 
 
-def eval_lm_arguments(
-    data: str, checkpoint: str, subset: str, length: int, stride: int, positions: int, extra: Sequence[str]
-) -> list[str]:
-    """The arguments of fairseq-eval-lm that score `subset` in windows of `length` tokens, `stride` further each time.
+class Way(NamedTuple):
+    """How the subset is cut: windows of `length` tokens, `stride` further each time, or streaming without a stride."""
 
-    fairseq counts only a window's new tokens against `--max-tokens`, so `positions`, the tokens in a batch with their
-    context, is turned into whole windows first.
+    length: int
+    stride: Optional[int]
+
+    @property
+    def name(self) -> str:
+        """As messages and files name it."""
+        return f"length {self.length}, " + ("streaming" if self.stride is None else f"stride {self.stride}")
+
+
+class Text:
+    """A subset and what its losses are divided by.
+
+    Args:
+        stream: (N,) tokens.
+        dictionary: theirs.
+        marker: what tells the parts of a word, as fairseq's --remove-bpe has it: "@@ " at all parts but the last,
+            "sentencepiece" for its underline in front of the first; None where tokens are words.
     """
-    windows = max(1, positions // length)
-    arguments = [*extra, "--user-dir", str(Path(__file__).parent), "--path", checkpoint, "--gen-subset", subset]
-    arguments += ["--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", windows * stride]
-    arguments += ["--num-workers", 0, "--num-shards", 1, "--distributed-world-size", 1]
-    return [data, *map(str, arguments)]
+
+    def __init__(self, stream: Tensor, dictionary: Dictionary, marker: Optional[str]):
+        self.stream = stream
+        symbols = [dictionary[n] for n in range(len(dictionary))]
+        eos = stream == dictionary.eos()
+        if marker == "sentencepiece":
+            begins = torch.tensor([symbol.startswith("\u2581") for symbol in symbols])[stream] | eos
+            self.goes_on = torch.cat([~begins[1:], begins.new_tensor([False])])
+            lengths = [len(symbol) - symbol.startswith("\u2581") for symbol in symbols]
+        elif marker is not None:
+            end = marker.rstrip()
+            self.goes_on = torch.tensor([symbol.endswith(end) for symbol in symbols])[stream]
+            lengths = [len(symbol) - len(end) * symbol.endswith(end) for symbol in symbols]
+        else:
+            self.goes_on = torch.zeros_like(eos)
+            lengths = [len(symbol) for symbol in symbols]
+        self.divided = marker is not None
+        self.tokens, self.words = len(stream), int((~self.goes_on).sum())
+        # A word is followed by a space or its line's end; an empty line has an end all the same.
+        empty = eos & torch.cat([eos.new_tensor([True]), eos[:-1]])
+        of_words = torch.tensor(lengths)[stream[~eos]].sum()
+        self.characters = int(of_words) + self.words - int(eos.sum()) + int(empty.sum())
+
+    def words_of_fairseq(self, stride: int) -> int:
+        """What fairseq-eval-lm --remove-bpe divides by: there a word that is cut by a window's end counts twice."""
+        ends = torch.arange(stride - 1, self.tokens + stride - 1, stride).clamp(max=self.tokens - 1)
+        return self.words + int(self.goes_on[ends].sum())
+
+    def measures(self, bits: float, stride: Optional[int]) -> dict[str, Any]:
+        """Losses and perplexities for all bits together."""
+        found = {"tokens": self.tokens, "loss": bits / self.tokens, "perplexity": perplexity(bits / self.tokens)}
+        if self.divided:
+            found.update(words=self.words, word_loss=bits / self.words, word_perplexity=perplexity(bits / self.words))
+            if stride is not None:
+                found["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
+        return {**found, "characters": self.characters, "bits_per_character": bits / self.characters}
 
 
-def run_eval_lm(arguments: list[str]) -> tuple[float, int]:
-    """Runs fairseq-eval-lm in this process, so that its imports and progress bar are the terminal's.
+def perplexity(bits: float) -> float:
+    """2 ** bits, infinite where that is too large for a float."""
+    return 2**bits if bits < 1024 else math.inf
+
+
+def read_text(data: str, subset: str, marker: Optional[str]) -> Text:
+    """A subset of a fairseq data folder.
+
+    Raises:
+        ValueError: there is no such folder, dictionary or subset, or the files are broken.
+    """
+    dictionary, stream = read_dictionary(data), read_subset(data, subset)
+    if int(stream.max()) >= len(dictionary):
+        raise ValueError(
+            f"{data}/{subset}.bin holds type {int(stream.max()):,}, but dict.txt {len(dictionary):,} types: "
+            "they are not of one preparation, prepare the folder anew"
+        )
+    return Text(stream, dictionary, marker)
+
+
+def position_bins(length: int) -> list[int]:
+    """First positions of the bins in which losses are summed up: each alone up to 8, then four to an octave."""
+    edges = [*range(8), *(round(2 ** (n / 4)) for n in range(12, 4 * length.bit_length() + 1))]
+    return [edge for edge in dict.fromkeys(edges) if edge < length]
+
+
+def by_position(length: int, sums: numpy.ndarray, counts: numpy.ndarray) -> list[dict[str, Any]]:
+    """Loss by position in the window.
+
+    Args:
+        length: of a window.
+        sums: (length,) bits at each position.
+        counts: (length,) tokens scored there.
 
     Returns:
-        The loss per scored token in bits, and the number of tokens scored.
+        Per bin: first and last position, counted from the window's start, 0; tokens; loss in bits. Position p has p
+        tokens of the window before it. Without bins in which nothing was scored.
     """
-    counter = TokenCounter()
-    logger = logging.getLogger("fairseq_cli.eval_lm")
-    logger.addHandler(counter)
-    try:
-        args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
-        results = eval_lm.main(convert_namespace_to_omegaconf(args))
-    finally:
-        logger.removeHandler(counter)
-    return float(results["loss"]), counter.scored
+    edges = position_bins(length)
+    found = []
+    for first, end in zip(edges, [*edges[1:], length]):
+        tokens = int(counts[first:end].sum())
+        if tokens:
+            found.append(
+                {"first": first, "last": end - 1, "tokens": tokens, "loss": float(sums[first:end].sum()) / tokens}
+            )
+    return found
 
 
-def subset_tokens(data: str, subset: str) -> int:
-    """Number of tokens in a subset of a fairseq data folder, end-of-sentence tokens included.
-
-    Raises:
-        ValueError: the folder has no such subset.
-    """
-    dataset = load_indexed_dataset(str(Path(data) / subset))
-    if dataset is None:
-        found = sorted(path.stem for path in Path(data).glob("*.idx"))
-        raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(found) or 'none'}): pass --subset")
-    return int(dataset.sizes.sum())
-
-
-def describe_model(checkpoint: str) -> dict[str, Any]:
-    """What a result has to say about its model: architecture, position method, training length, updates.
-
-    Raises:
-        ValueError: the file is missing, no checkpoint, or not of a language model.
-    """
-    if not Path(checkpoint).is_file():
-        raise ValueError(f"there is no checkpoint {checkpoint}: name a checkpoint_best.pt or checkpoint_last.pt")
-    try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
-        model, task = state["cfg"]["model"], state["cfg"]["task"]
-    except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
-        raise ValueError(f"{checkpoint} is no fairseq checkpoint ({str(error).splitlines()[0]})") from error
-    history = state.get("optimizer_history")
-    get = model.get if hasattr(model, "get") else lambda name, default=None: getattr(model, name, default)
-    if getattr(task, "_name", None) != "language_modeling":
-        raise ValueError(f"{checkpoint} was trained for '{getattr(task, '_name', None)}', not for language_modeling")
-    return {
-        "checkpoint": checkpoint,
-        "architecture": get("_name") or get("arch"),
-        "position_method": get("position_method") or ("learned" if get("decoder_learned_pos") else "sinusoidal"),
-        "training_length": task.tokens_per_sample,
-        "updates": history[-1]["num_updates"] if history else None,
-    }
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions and hardware, to lie beside every result."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "fairseq_alibi": __version__,
-        "commit": git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fairseq": fairseq.__version__,
-        "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "platform": platform.platform(),
-    }
-
-
-def git_commit() -> Optional[str]:
-    """The commit of this package's source, None for an installed copy or without git."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def scores(model: BaseFairseqModel, text: Text, way: Way, positions: int) -> Iterator[Scored]:
+    """The scored tokens of a text, in its order."""
+    if way.stride is None:
+        return score_stream(model, text.stream, way.length)
+    return score_windows(model, text.stream, way.length, way.stride, positions)
 
 
 def evaluate(
-    data: str,
-    checkpoint: str,
-    windows: list[tuple[int, int]],
-    output: Path,
-    subset: str = "valid",
-    positions: int = 4096,
-    extra: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Scores a subset with each (length, stride) in turn; `output` holds what is done after every one.
+    model: BaseFairseqModel, text: Text, way: Way, positions: int = 4096, positionwise: bool = False, title: str = ""
+) -> tuple[dict[str, Any], Tensor]:
+    """Scores a text in one way, with a progress bar.
 
     Args:
-        data: fairseq data folder.
-        checkpoint: of a language model.
-        windows: length and stride in tokens; stride = length is non-overlapping.
-        output: JSON file to write.
-        subset: train, valid, test, ...
+        model: language model, in evaluation mode.
+        text: see `read_text`.
+        way: length and stride.
         positions: tokens in a batch, context included.
-        extra: more arguments for fairseq-eval-lm.
+        positionwise: whether the result has the loss by position in the window.
+        title: of the progress bar.
 
     Returns:
-        What the file holds: model, data, environment, and per window the tokens scored, loss (bits per token),
-        perplexity and seconds.
+        The result: length, stride, tokens, loss, perplexity, ..., and the (N,) float32 losses of all tokens in bits.
 
     Raises:
-        ValueError: bad input, or fairseq-eval-lm scored other than all tokens of the subset.
+        ValueError: the model gives a loss that is no number, or cannot be evaluated in this way.
     """
-    expected = subset_tokens(data, subset)
-    content = {
-        "model": describe_model(checkpoint),
-        "data": data,
-        "subset": subset,
-        "options": list(extra),
-        "environment": describe_environment(),
-        "results": [],
+    losses = torch.full((text.tokens,), math.nan)
+    sums, counts = numpy.zeros(way.length), numpy.zeros(way.length, dtype=int)
+    started = time.perf_counter()
+    with tqdm(total=text.tokens, desc=title, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for first, position, found in scores(model, text, way, positions):
+            bits = found / math.log(2)
+            if not bits.isfinite().all():
+                raise ValueError(f"{way.name}: a loss is {bits[~bits.isfinite()][0]:g}; the model has diverged")
+            losses[first : first + bits.numel()] = bits.flatten()
+            if positionwise:
+                sums[position : position + bits.size(1)] += bits.double().sum(0).numpy()
+                counts[position : position + bits.size(1)] += len(bits)
+            bar.update(bits.numel())
+    seconds = time.perf_counter() - started
+    result = {
+        "length": way.length,
+        "stride": way.stride,
+        "context_window": None if way.stride is None else way.length - way.stride,
+        **text.measures(losses.double().sum().item(), way.stride),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(text.tokens / seconds, 1),
+        "finished": now(),
     }
-    for length, stride in windows:
-        arguments = eval_lm_arguments(data, checkpoint, subset, length, stride, positions, extra)
-        started = time.perf_counter()
+    if positionwise:
+        result["by_position"] = by_position(way.length, sums, counts)
+    return result, losses
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """CRC-32 of tensors, to tell whether they are the same as before."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+def read_results(path: Path, subject: dict[str, Any], overwrite: bool) -> list[dict[str, Any]]:
+    """What an earlier run of the same evaluation left, to go on from; nothing where there is no file.
+
+    Raises:
+        ValueError: the file is of something else and not to be overwritten.
+    """
+    if overwrite or not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        differ = [name for name in subject if content["subject"].get(name) != subject[name]]
+        results = content["results"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        differ, results = ["content"], []
+    if differ:
+        raise ValueError(
+            f"{path} exists and is of another evaluation ({', '.join(differ)}): pass --overwrite to replace it, or "
+            "another --output"
+        )
+    return results
+
+
+class LossFile:
+    """The losses of single tokens, an array for each way, in one .npz file that is never seen half-written.
+
+    Args:
+        path: of the file; None to keep nothing.
+        overwrite: whether to begin anew.
+
+    Raises:
+        ValueError: there is a file that holds something else.
+    """
+
+    def __init__(self, path: Optional[Path], stream: Tensor, overwrite: bool):
+        self.path, self.arrays = path, {"tokens": stream.numpy()}
+        if path is None or overwrite or not path.exists():
+            return
         try:
-            loss, scored = run_eval_lm(arguments)
-        except (Exception, SystemExit) as error:  # fairseq raises whatever it likes, over many lines
-            reason = " ".join(str(error).split()) or repr(error)
-            raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason}") from error
-        if scored != expected:
-            raise ValueError(
-                f"fairseq-eval-lm scored {scored:,} of the {expected:,} tokens of '{subset}' at length {length}: the "
-                "model was built with a longest sequence (pass -- --model-overrides \"{'max_target_positions': N}\"), "
-                "or an option passed on drops tokens"
-            )
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss at length {length} is {loss}: the model has diverged, use another checkpoint")
-        result = {
-            "length": length,
-            "stride": stride,
-            "context_window": length - stride,
-            "tokens": scored,
-            "loss": loss,
-            "perplexity": 2**loss,
-            "seconds": round(time.perf_counter() - started, 2),
-            "command": shlex.join(["fairseq-eval-lm", *arguments]),
-        }
-        content["results"].append(result)
+            with numpy.load(path) as kept:
+                same = numpy.array_equal(kept["tokens"], self.arrays["tokens"])
+                self.arrays = dict(kept)
+        except (OSError, ValueError, KeyError):
+            same = False
+        if not same:
+            raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
+
+    def lacks(self, way: Way) -> bool:
+        """Whether the losses of a way are wanted and not there."""
+        return self.path is not None and way.name not in self.arrays
+
+    def add(self, way: Way, losses: Tensor) -> None:
+        """Adds the (N,) losses of a way, bits."""
+        if self.path is not None:
+            self.arrays[way.name] = losses.numpy()
+            with written_whole(self.path) as partial:
+                numpy.savez(partial, **self.arrays)
+
+
+def result_file(checkpoint: str, args: argparse.Namespace) -> Path:
+    """Where the results of a checkpoint go: beside it, or into the folder that was asked for."""
+    path = Path(checkpoint)
+    if args.output is None:
+        return path.with_name(f"{path.stem}_{args.subset}.json")
+    return args.output / f"{path.resolve().parent.name}_{path.stem}_{args.subset}.json"
+
+
+def ways(args: argparse.Namespace, training_length: int) -> list[Way]:
+    """The ways that `args` asks for.
+
+    Raises:
+        ValueError: a stride is longer than a length.
+    """
+    lengths = args.lengths or [training_length * multiple for multiple in MULTIPLES]
+    found = []
+    for length in lengths:
+        stride = None if args.streaming else args.stride or length
+        if args.stride_fraction is not None:
+            stride = max(1, int(length * args.stride_fraction))
+        if stride is not None and stride > length:
+            raise ValueError(f"stride {stride} is longer than the length {length} and would skip tokens")
+        found.append(Way(length, stride))
+    return list(dict.fromkeys(found))
+
+
+def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates a checkpoint in all ways that are wanted and not in `output` yet, which is written after each.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: bad input.
+    """
+    state = read_checkpoint(checkpoint)
+    description = describe_model(checkpoint, state)
+    task = state["cfg"]["task"]
+    other = [name for name in OTHER_TEXT if task.get(name)]
+    if other or task.get("output_dictionary_size", -1) > 0:
+        option = (other or ["output_dictionary_size"])[0].replace("_", "-")
+        raise ValueError(
+            f"{checkpoint} was trained with --{option}: use scripts/eval_nonoverlapping.sh with -- --{option}"
+        )
+    wanted = ways(args, description["training_length"])
+    model = load_model(checkpoint, state, args.data, args.model_overrides)
+    subject = {
+        "weights": checksum(model.parameters()),
+        "text": checksum([text.stream]),
+        "model_overrides": args.model_overrides,
+        "dtype": args.dtype,
+        "remove_bpe": args.remove_bpe,
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    results = read_results(output, subject, args.overwrite)
+    losses = LossFile(args.save_token_losses, text.stream, args.overwrite)
+    content = {
+        "model": {**description, "parameters": parameters},
+        "data": args.data,
+        "subset": args.subset,
+        "subject": subject,
+        "settings": {"max_tokens": args.max_tokens, "command": shlex.join(sys.argv)},
+        "environment": describe_environment(),
+        "results": results,
+    }
+    model = model.to(args.device, getattr(torch, args.dtype))
+    for way in wanted:
+        (found,) = [one for one in results if (one["length"], one["stride"]) == way] or [None]
+        if found and not losses.lacks(way) and (found.get("by_position") or not args.by_position):
+            print(f"{way.name}: perplexity {found['perplexity']:.2f} (in {output} already)")
+            continue
+        title = f"{Path(checkpoint).resolve().parent.name}: {way.name}"
+        try:
+            result, of_tokens = evaluate(model, text, way, args.max_tokens, args.by_position, title)
+        except RuntimeError as error:
+            raise ValueError(f"{title}: {one_line(error)}") from error
+        losses.add(way, of_tokens)
+        if found:
+            results.remove(found)
+        results.append(result)
         write_json(output, content)
-        print(f"length {length}, stride {stride}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
+        print(f"{title}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
     return content
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no length or stride: pass a whole number of at least 1")
-    return int(text)
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Parses the command line; what follows `--` goes to fairseq-eval-lm as it is."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fairseq_alibi.evaluate",
-        description="Perplexity at several lengths, through fairseq-eval-lm.",
-        epilog="What follows -- goes to fairseq-eval-lm, for example: -- --fp16 --softmax-batch 256",
-    )
-    ways = parser.add_subparsers(dest="way", required=True)
-    nonoverlapping = ways.add_parser("nonoverlapping", help="blocks of each LENGTH")
-    sliding = ways.add_parser("sliding", help="windows of one LENGTH, each STRIDE tokens further")
-    for way in (nonoverlapping, sliding):
-        way.add_argument("data", metavar="DATA", help="fairseq data folder")
-        way.add_argument("checkpoint", metavar="CHECKPOINT")
-        way.add_argument("--subset", default="valid", help="valid (default), test, ...")
-        way.add_argument(
-            "--output", type=Path, help="JSON file; default: beside the checkpoint, named by what it holds"
-        )
-        way.add_argument("--overwrite", action="store_true", help="replace the JSON file if it exists")
-        way.add_argument(
-            "--positions", type=positive, default=4096, help="tokens in a batch, context included (default 4096)"
-        )
-    nonoverlapping.add_argument("lengths", metavar="LENGTH", type=positive, nargs="+")
-    sliding.add_argument("length", metavar="LENGTH", type=positive)
-    sliding.add_argument("strides", metavar="STRIDE", type=positive, nargs="+")
-    end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    args.extra = argv[end + 1 :]
-    return args
-
-
-def main(argv: Optional[list[str]] = None) -> None:
-    """The command behind scripts/eval_nonoverlapping.sh and scripts/eval_sliding_window.sh."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    # fairseq logs its whole configuration once per run; errors and warnings still come through
-    logging.getLogger().setLevel(logging.WARNING)
-    eval_lm.logger.setLevel(logging.INFO)
-    eval_lm.logger.propagate = False
-    try:
-        if args.way == "sliding":
-            too_long = [stride for stride in args.strides if stride > args.length]
-            if too_long:
-                raise ValueError(
-                    f"stride {too_long[0]} is longer than the window of {args.length} and would skip tokens"
-                )
-            windows = [(args.length, stride) for stride in args.strides]
-            name = f"sliding_{args.length}_{args.subset}.json"
-        else:
-            windows = [(length, length) for length in args.lengths]
-            name = f"nonoverlapping_{args.subset}.json"
-        fixed = [option for option in args.extra if option.partition("=")[0] in FIXED_OPTIONS]
-        if fixed:
-            raise ValueError(f"{fixed[0]} decides what is scored and is set by this command: drop it")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("fairseq-eval-lm under torchrun scores one process's share only: run one process")
-        output = args.output or Path(args.checkpoint).parent / name
-        if output.exists() and not args.overwrite:
-            raise ValueError(f"{output} exists: pass --overwrite to replace it, or another --output")
-        content = evaluate(args.data, args.checkpoint, windows, output, args.subset, args.positions, args.extra)
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate: {error}")
+def table(content: dict[str, Any], wanted: list[Way]) -> str:
+    """The results of a checkpoint for the terminal."""
     model = content["model"]
-    print(f"\n{model['position_method']}, trained on {model['training_length']} tokens, evaluated on {args.subset}")
-    columns = ("length", "stride", "context_window", "tokens", "loss", "perplexity", "seconds")
-    rows = [[result[column] for column in columns] for result in content["results"]]
-    formats = (",", ",", ",", ",", ".4f", ".2f", ".1f")
-    print(tabulate(rows, [column.replace("_", " ") for column in columns], floatfmt=formats, intfmt=","))
-    print(f"\nwritten to {output}")
+    names = {
+        "length": ("length", ","),
+        "stride": ("stride", ","),
+        "loss": ("loss", ".4f"),
+        "perplexity": ("perplexity", ".2f"),
+        "word_perplexity": ("word perplexity", ",.2f"),
+        "bits_per_character": ("bits per character", ".4f"),
+        "tokens_per_second": ("tokens/s", ",.0f"),
+        "seconds": ("seconds", ",.1f"),
+    }
+    results = [one for way in wanted for one in content["results"] if (one["length"], one["stride"]) == way]
+    columns = [name for name in names if any(name in one for one in results)]
+    rows = [["streaming" if one.get(name) is None else one[name] for name in columns] for one in results]
+    text = (
+        f"{model['position_method']}, trained on {model['training_length']} tokens, evaluated on the "
+        f"{results[0]['tokens']:,} tokens of {content['subset']}: {model['checkpoint']}\n"
+    )
+    formats = [names[name][1] for name in columns]
+    headers = [names[name][0] for name in columns]
+    return text + tabulate(rows, headers, floatfmt=formats, intfmt=",", maxheadercolwidths=10, numalign="right")
 
 
-if __name__ == "__main__":
-    main()
+def log_to_tensorboard(folder: Path, content: dict[str, Any], name: str) -> None:
+    """Writes the results of a checkpoint as scalars against length, in one folder a checkpoint."""
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(folder / name)) as writer:
+        for one in content["results"]:
+            way = "streaming" if one["stride"] is None else "non-overlapping"
+            if one["stride"] not in (None, one["length"]):
+                way = f"stride {one['stride']}"
+            for measure in ("loss", "perplexity", "tokens_per_second"):
+                writer.add_scalar(f"{content['subset']}/{measure}/{way}", one[measure], one["length"])
+
+
+def some_lengths(text: str) -> list[int]:
+    """An argparse type: lengths with commas between."""
+    return [positive(part) for part in text.split(",")]
+
+
+def fraction(text: str) -> Fraction:
+    """An argparse type: a share of the length, as 1/4 or 0.25."""
+    try:
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share of the length: pass one above 0 and up to 1, as 1/4")
+    return share
+
+
+def options_of_model(text: str) -> dict[str, Any]:
+    """An argparse type: options by name, written as a Python dictionary."""
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+    return overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fairseq-alibi evaluate`."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="fairseq data folder")
+    add("checkpoints", metavar="CHECKPOINT", nargs="+")
+    add(
+        "--lengths",
+        type=some_lengths,
+        metavar="N,N,...",
+        help="tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)",
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--stride", type=positive, metavar="N", help="sliding window: tokens from one window to the next")
+    way.add_argument(
+        "--stride-fraction", type=fraction, metavar="F", help="the same as a share of each length, as 1/4 or 0.25"
+    )
+    way.add_argument("--streaming", action="store_true", help="one stream: a token attends to the last N tokens")
+    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--by-position", action="store_true", help="also the loss by position in the window")
+    add("--save-token-losses", type=Path, metavar="FILE", help="the loss of every token, in bits, as numpy's .npz")
+    add(
+        *("--remove-bpe", "--post-process"),
+        nargs="?",
+        const="@@ ",
+        metavar="MARKER",
+        help="also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece",
+    )
+    add("--max-tokens", type=positive, default=4096, metavar="N", help="in a batch, context included (default 4096)")
+    add("--model-overrides", type=options_of_model, default={}, metavar="DICT", help="options of the model, by name")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default float32)")
+    add("--cpu", action="store_true", help="do not use the GPU")
+    add("--output", type=Path, metavar="DIR", help="folder for the JSON files (default: beside each checkpoint)")
+    add("--overwrite", action="store_true", help="replace results that are there; without it they are gone on from")
+    add("--tensorboard-logdir", type=Path, metavar="DIR", help="also write scalars against length")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what cannot be done before anything is.
+
+    Raises:
+        ValueError: names what contradicts what.
+    """
+    if args.by_position and args.streaming:
+        raise ValueError("--by-position: a stream has no windows, and so no positions in them; drop one of the two")
+    if args.save_token_losses is not None:
+        if len(args.checkpoints) > 1:
+            raise ValueError("--save-token-losses: the file is of one checkpoint, evaluate one at a time")
+        if args.save_token_losses.suffix != ".npz":
+            raise ValueError(f"--save-token-losses {args.save_token_losses}: the file's name has to end in .npz")
+    files: dict[Path, str] = {}
+    for checkpoint in args.checkpoints:
+        if not Path(checkpoint).is_file():
+            raise ValueError(f"there is no checkpoint {checkpoint}: name a checkpoint_best.pt or checkpoint_last.pt")
+        path = result_file(checkpoint, args)
+        if path in files:
+            raise ValueError(f"{files[path]} and {checkpoint} would both be written to {path}: drop --output")
+        files[path] = checkpoint
+
+
+def main(args: argparse.Namespace) -> None:
+    """`fairseq-alibi evaluate`: a table for each checkpoint, and where its results are."""
+    check_arguments(args)
+    args.device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    if args.remove_bpe is None and text_options(Path(args.data))["bpe"] == "subword_nmt":
+        args.remove_bpe = "@@ "
+    text = read_text(args.data, args.subset, args.remove_bpe)
+    tables = []
+    try:
+        for checkpoint in args.checkpoints:
+            output = result_file(checkpoint, args)
+            content = evaluate_checkpoint(checkpoint, text, output, args)
+            tables.append(f"{table(content, ways(args, content['model']['training_length']))}\nwritten to {output}")
+            if args.tensorboard_logdir is not None:
+                log_to_tensorboard(args.tensorboard_logdir, content, output.stem)
+    except KeyboardInterrupt:
+        sys.exit("\nfairseq-alibi evaluate: interrupted; the same command goes on with the length that was not done")
+    finally:
+        print("".join(f"\n{table}\n" for table in tables), end="")

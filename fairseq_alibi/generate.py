@@ -8,7 +8,6 @@ Shapes: B sentences, R = B * beam hypotheses, V types.
 
 import argparse
 import json
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -116,7 +115,7 @@ class PromptReader(EnsembleModel):
         """
         positions = max(1, SCORES // (tokens.size(0) * self.types()))
         features = [
-            model.decoder.extract_features_scriptable(tokens, None, state, all_positions=True)[0]
+            model.decoder.extract_features_scriptable(tokens, None, state, last=tokens.size(1))[0]
             for model, state in zip(self.models, incremental_states)
         ]
         found = []
@@ -414,7 +413,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`fairseq-alibi generate`: prints prompts with their continuations, an empty line between them."""
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     options = check_arguments(args)
     texts = read_prompts(args.prompts)
     chosen = text_options(Path(args.data))

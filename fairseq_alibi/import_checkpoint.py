@@ -8,19 +8,19 @@ fine-tunes it (--finetune-from-model).
 
 import argparse
 import dataclasses
-import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
+from .inputs import read_checkpoint, types_in
 from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .positions import POSITION_METHODS
+from .results import written_whole
 
 #: What the fork's options and weights hold besides fairseq's: the length of its bias table, an unused embedding.
 DROPPED_OPTIONS = {"max_tokens"}
@@ -77,9 +77,7 @@ def import_weights(
     Raises:
         ValueError: weights are missing, left over or of another shape, or made for another dictionary.
     """
-    # plain embeddings, or adaptive input: a table (0) and a projection (1) per band of the dictionary
-    tables = re.compile(r"decoder\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
-    types = sum(len(value) for name, value in weights.items() if tables.fullmatch(name))
+    types = types_in(weights)
     if not types:
         raise ValueError("it holds no table of token embeddings")
     if dictionary is None:
@@ -112,14 +110,8 @@ def import_checkpoint(
     Raises:
         ValueError: what is wrong with the source or the dictionary, in one line.
     """
-    try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(str(source))
-        old_model = state["cfg"]["model"]
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {source}") from error
-    except Exception as error:  # whatever a broken or unsafe file raises deep inside torch or fairseq
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        raise ValueError(f"{source} is refused: {reason.strip()}") from error
+    state = read_checkpoint(str(source))
+    old_model = state["cfg"]["model"]
     cfg = {name: plain(group) for name, group in state["cfg"].items()}
     try:
         options, dropped_options = import_options(old_model, cfg["task"], position_method)
@@ -128,10 +120,8 @@ def import_checkpoint(
     except ValueError as error:
         raise ValueError(f"{source} cannot be imported: {error}") from error
     state["args"], state["cfg"] = None, {**cfg, "model": options}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(target)
+    with written_whole(target) as partial:
+        torch.save(state, partial)
     return [*dropped_options, *dropped_weights]
 
 

@@ -97,8 +97,14 @@ class PositionMethod(nn.Module):
         key_length: int,
         dtype: torch.dtype = torch.float32,
         device: Optional[torch.device] = None,
+        window: Optional[int] = None,
     ) -> Tensor:
         """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
+
+        Args:
+            query_length, key_length: T and S.
+            dtype, device: of the mask.
+            window: number of keys that a query sees, the last ones, itself included; None for all.
 
         Returns:
             (H, T, S), or (1, T, S) for a method without bias, in `dtype`, to be added to the scores of every batch row.
@@ -106,9 +112,10 @@ class PositionMethod(nn.Module):
         bias = self.bias(query_length, key_length, device)
         if bias is None:
             bias = torch.zeros(1, query_length, key_length, device=device)
-        bias, future = bias.to(dtype), distances(query_length, key_length, device) < 0
+        bias, distance = bias.to(dtype), distances(query_length, key_length, device)
+        unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
         # In place, because at long lengths the mask is the largest tensor of all, unless autograd may need the bias.
-        return bias.masked_fill(future, -math.inf) if bias.requires_grad else bias.masked_fill_(future, -math.inf)
+        return bias.masked_fill(unseen, -math.inf) if bias.requires_grad else bias.masked_fill_(unseen, -math.inf)
 
 
 class Sinusoidal(PositionMethod):

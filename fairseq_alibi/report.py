@@ -10,6 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .results import write_text, written_whole
+
 #: Line style and marker per series, so that a plot can be read in black and white too.
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
 
@@ -169,13 +171,9 @@ def report(files: list[Path], output: Path, overwrite: bool = False) -> str:
     all_series = series(files)
     if not all_series:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
-    output.mkdir(parents=True, exist_ok=True)
-    partial = text.with_suffix(".partial")
-    partial.write_text(table(all_series, "github") + "\n", encoding="utf-8")
-    partial.replace(text)
-    partial = picture.with_suffix(".partial.png")
-    plot(all_series, partial)
-    partial.replace(picture)
+    write_text(text, table(all_series, "github") + "\n")
+    with written_whole(picture) as partial:
+        plot(all_series, partial)
     return table(all_series, "simple")
 
 

@@ -26,7 +26,7 @@ def without_mask(q, k, v, method, padding=None, dropout=0.0):
 def recomputed(q, k, v, method, padding=None, dropout=0.0):
     """The way of dropout and of devices without a kernel of their own."""
     slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
-    vector = attention.distance_vector(slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2))
+    vector = attention.distance_vector(slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2), k.size(2))
     cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
     bias = attention.TileBias(vector, 1024, None if padding is None else padding.flip(1))
     return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
@@ -230,7 +230,7 @@ def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded):
     padding[0, :padded] = True
     slopes = alibi_slopes(12)
     reaches = attention.reach(q, k, slopes)
-    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches)
+    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches, k.size(2))
     assert out.isfinite().all()
     expected = reference.attention(q, k, v, seen=~padding)
     real = ~padding[:, None, -queries:, None].expand_as(out)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run
 
-from fairseq_alibi import evaluate
+from fairseq_alibi import eval_lm
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +98,22 @@ def test_sliding_window_equals_scoring_each_token_with_its_own_context(corpus, c
             log_probs = model.get_normalized_probs(model(source[None, begin:end]), log_probs=True)[0]
             loss -= log_probs[start - begin :].gather(1, stream[start:end, None]).sum().item()
     output = tmp_path / "results.json"
-    evaluate.main(["sliding", str(corpus), str(checkpoint), "24", "8", "--output", str(output), "--", "--cpu"])
+    eval_lm.main(["sliding", str(corpus), str(checkpoint), "24", "8", "--output", str(output), "--", "--cpu"])
     result = json.loads(output.read_text())["results"][0]
     assert result["loss"] == pytest.approx(loss / len(stream) / math.log(2), rel=1e-5)
 
 
 def test_a_batch_holds_no_more_positions_than_asked_for():
-    arguments = evaluate.eval_lm_arguments("data", "checkpoint", "valid", 128, 1, 1024, [])
+    arguments = eval_lm.eval_lm_arguments("data", "checkpoint", "valid", 128, 1, 1024, [])
     assert arguments[arguments.index("--max-tokens") + 1] == "8", "eight windows of 128, one new token each"
-    arguments = evaluate.eval_lm_arguments("data", "checkpoint", "valid", 4096, 4096, 1024, [])
+    arguments = eval_lm.eval_lm_arguments("data", "checkpoint", "valid", 4096, 4096, 1024, [])
     assert arguments[arguments.index("--max-tokens") + 1] == "4096", "never less than one window"
 
 
 def fails(capsys, *argv):
     """Runs the command in this process; returns its one line."""
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([str(part) for part in argv])
+        eval_lm.main([str(part) for part in argv])
     assert stopped.value.code not in (0, None)
     message = str(stopped.value.code)
     if stopped.value.code == 2:  # argparse prints its line itself
@@ -168,7 +168,7 @@ def test_data_with_another_dictionary_is_an_error(corpus, checkpoint, tmp_path, 
 
 
 def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):
-    original = evaluate.run_eval_lm
+    original = eval_lm.run_eval_lm
     calls = []
 
     def fail_second(arguments):
@@ -177,7 +177,7 @@ def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypat
             raise RuntimeError("out of memory\nwith details")
         return original(arguments)
 
-    monkeypatch.setattr(evaluate, "run_eval_lm", fail_second)
+    monkeypatch.setattr(eval_lm, "run_eval_lm", fail_second)
     output = tmp_path / "results.json"
     message = fails(capsys, "nonoverlapping", corpus, checkpoint, 32, 64, "--output", output, "--", "--cpu")
     assert message.endswith("failed at length 64, stride 64: out of memory with details")

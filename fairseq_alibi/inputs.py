@@ -1,0 +1,207 @@
+"""What a command is given: checkpoints and data folders, read safely, every fault one line that names the remedy."""
+
+import argparse
+import contextlib
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.models import BaseFairseqModel
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor
+
+from .language_model import AlibiLanguageModelConfig
+
+#: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
+EMBEDDING_TABLE = re.compile(r"decoder\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no such number: pass a whole number of at least 1")
+    return int(text)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, be it many lines or nothing, as one line of at most 300 characters."""
+    return (" ".join(str(error).split()) or repr(error))[:300]
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A fairseq checkpoint, through torch's safe loader, which refuses a file that could run code.
+
+    Returns:
+        fairseq's state: `cfg`, `model`, `optimizer_history` and more.
+
+    Raises:
+        ValueError: the file is missing, no checkpoint, or not safe.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}: name a checkpoint_best.pt or checkpoint_last.pt")
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(path)
+        state["cfg"]["model"], state["cfg"]["task"], state["model"]
+    except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
+        lines = str(error).splitlines() or [repr(error)]
+        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
+        raise ValueError(f"{path} is no fairseq checkpoint ({reason})") from error
+    return state
+
+
+def describe_model(path: str, state: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+    """What a result has to say about its model: architecture, position method, training length, updates.
+
+    Args:
+        path: of the checkpoint.
+        state: its content, see `read_checkpoint`; read where it is not given.
+
+    Raises:
+        ValueError: see `read_checkpoint`, or it is no language model's.
+    """
+    state = state or read_checkpoint(path)
+    model, task = state["cfg"]["model"], state["cfg"]["task"]
+    history = state.get("optimizer_history")
+    get = model.get if hasattr(model, "get") else lambda name, default=None: getattr(model, name, default)
+    if getattr(task, "_name", None) != "language_modeling":
+        raise ValueError(f"{path} was trained for '{getattr(task, '_name', None)}', not for language_modeling")
+    return {
+        "checkpoint": path,
+        "architecture": get("_name") or get("arch"),
+        "position_method": get("position_method") or ("learned" if get("decoder_learned_pos") else "sinusoidal"),
+        "training_length": task.tokens_per_sample,
+        "updates": history[-1]["num_updates"] if history else None,
+    }
+
+
+def types_in(weights: dict[str, Tensor]) -> int:
+    """Number of types that a model's weights are for; 0 without a table of token embeddings."""
+    return sum(len(value) for name, value in weights.items() if EMBEDDING_TABLE.fullmatch(name))
+
+
+def read_dictionary(data: str) -> Dictionary:
+    """The dictionary of a fairseq data folder.
+
+    Raises:
+        ValueError: there is none, or it is no dictionary.
+    """
+    path = Path(data) / "dict.txt"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: name the data folder the model was trained on")
+    try:
+        return Dictionary.load(str(path))
+    except Exception as error:  # fairseq raises whatever it likes
+        raise ValueError(f"{path} is no dictionary of fairseq's ({one_line(error)})") from error
+
+
+def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[str, Any]) -> None:
+    """Checks that a checkpoint was trained with the dictionary of `data`, as far as it knows: by its number of types
+    and, where the folder it was trained on is still there, by the types.
+
+    Raises:
+        ValueError: it was not.
+    """
+    types = types_in(state["model"])
+    if types not in (0, len(dictionary)):
+        raise ValueError(
+            f"{path} was trained with {types:,} types, but {data}/dict.txt has {len(dictionary):,}: name the data "
+            "folder it was trained on"
+        )
+    trained_on = Path(str(state["cfg"]["task"].data)) / "dict.txt"
+    if trained_on.is_file() and not trained_on.samefile(Path(data) / "dict.txt"):
+        theirs = Dictionary.load(str(trained_on))
+        differ = (n for n, (a, b) in enumerate(zip(dictionary.symbols, theirs.symbols)) if a != b)
+        if (number := next(differ, None)) is not None:
+            raise ValueError(
+                f"{data}/dict.txt is not the dictionary of {path}: type {number:,} is '{dictionary[number]}', in "
+                f"{trained_on} '{theirs[number]}'; name the data folder it was trained on"
+            )
+
+
+def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Puts options of the model in the place of those in a checkpoint's state.
+
+    Raises:
+        ValueError: a model has no such option.
+    """
+    model = state["cfg"]["model"]
+    for name, value in overrides.items():
+        if name not in AlibiLanguageModelConfig.__dataclass_fields__:
+            raise ValueError(f"a language model has no option '{name}' to override")
+        with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
+            setattr(model, name, value)
+    state["args"] = None  # an old checkpoint's, of which `cfg` was made
+
+
+def load_model(
+    path: str, state: dict[str, Any], data: str, overrides: Optional[dict[str, Any]] = None
+) -> BaseFairseqModel:
+    """The model of a checkpoint, on the CPU, for evaluation.
+
+    Args:
+        path: of the checkpoint.
+        state: its content, see `read_checkpoint`.
+        data: fairseq data folder.
+        overrides: options of the model in the place of those in the checkpoint, by name.
+
+    Raises:
+        ValueError: the data folder has no dictionary or another one; or the model cannot be built from its options.
+    """
+    dictionary = read_dictionary(data)
+    check_dictionary(dictionary, data, path, state)
+    override_options(state, overrides or {})
+    state["cfg"]["task"]["data"] = data
+    try:
+        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
+    except Exception as error:  # whatever options that do not fit raise deep inside torch or fairseq
+        raise ValueError(f"{path} cannot be loaded: {one_line(error)}") from error
+    return model.eval()
+
+
+def subset_tokens(data: str, subset: str) -> int:
+    """Number of tokens in a subset of a fairseq data folder, end-of-sentence tokens included.
+
+    Raises:
+        ValueError: see `read_subset`.
+    """
+    dataset = open_subset(data, subset)  # has to live as long as its sizes are looked at, which lie in its file
+    return int(dataset.sizes.sum())
+
+
+def open_subset(data: str, subset: str):
+    """A subset of a fairseq data folder, as fairseq's dataset of sentences.
+
+    Raises:
+        ValueError: the folder has no such subset, or the files are broken or hold nothing.
+    """
+    path = Path(data) / subset
+    try:
+        dataset = load_indexed_dataset(str(path))
+    except Exception as error:  # an .idx or .bin that is cut short, or something else
+        raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
+    if dataset is None:
+        found = sorted(path.stem for path in Path(data).glob("*.idx"))
+        raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(found) or 'none'}): pass --subset")
+    return dataset
+
+
+def read_subset(data: str, subset: str) -> Tensor:
+    """All tokens of a subset, sentence after sentence, each with its end-of-sentence token: (N,) int32.
+
+    Raises:
+        ValueError: the folder has no such subset, or the files are broken or hold nothing.
+    """
+    dataset = open_subset(data, subset)
+    if not len(dataset):
+        raise ValueError(f"{Path(data) / subset}.bin holds no text: prepare the folder anew")
+    try:
+        return torch.cat([dataset[n].int() for n in range(len(dataset))])
+    except Exception as error:  # numpy's, for a .bin that is shorter than its .idx says
+        raise ValueError(
+            f"{Path(data) / subset}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the "
+            f"folder anew ({one_line(error)})"
+        ) from error

@@ -1,0 +1,167 @@
+"""Loss of every token of a text, by windows or as one stream: only what is scored passes the output layer.
+
+Shapes: N tokens of the text, B windows in a batch, L tokens in a window, of which n are scored, C model width, V types.
+
+fairseq-eval-lm computes log-probabilities of all V types at all L positions and keeps n of them. Here the last layer
+computes n queries, the output layer reads n features, a few hundred at a time, and of an adaptive softmax each token
+has its head and, where it needs one, its own tail.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fairseq.models import BaseFairseqModel
+from torch import Tensor
+
+from .decoder import Decoder
+from .windows import batches, windows
+
+#: Scores of types that are in memory at once.
+SCORES = 1 << 22
+
+#: Least and most tokens that a stream reads in one pass.
+CHUNK = (512, 4096)
+
+
+class Scored(NamedTuple):
+    """Consecutive tokens of the text that were scored.
+
+    Args:
+        first: number of the first of them.
+        position: that of the first of each window in its window, from 0 on.
+        losses: (B, n) float32, nats; the windows one after the other.
+    """
+
+    first: int
+    position: int
+    losses: Tensor
+
+
+def cross_entropies(project, features: Tensor, targets: Tensor, types: int) -> Tensor:
+    """-log softmax(project(features)) at the targets, some rows at a time: (n,) float32, nats.
+
+    Args:
+        project: (n, C) -> (n, V) scores.
+        features: (n, C).
+        targets: (n,) int64.
+        types: V.
+    """
+    rows = max(1, SCORES // types)
+    chunks = zip(features.split(rows), targets.split(rows))
+    return torch.cat([F.cross_entropy(project(x).float(), wanted, reduction="none") for x, wanted in chunks])
+
+
+def output_losses(decoder, features: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target, without a tensor of n x V elements.
+
+    Args:
+        decoder: fairseq's, with an output layer or an adaptive softmax.
+        features: (n, C), what the output layer reads.
+        targets: (n,) int64.
+
+    Returns:
+        (n,) float32, -log p(target) in nats.
+    """
+    softmax = getattr(decoder, "adaptive_softmax", None)
+    if softmax is None:
+        return cross_entropies(decoder.output_layer, features, targets, len(decoder.dictionary))
+    # The head tells frequent types and bands of rare ones; within its band a rare type is told by the band's tail.
+    (in_head, *in_tails), rows = softmax.adapt_target(targets)
+    losses = cross_entropies(softmax.head, features, in_head, softmax.cutoff[0] + len(softmax.tail))
+    for band, (tail, wanted, which) in enumerate(zip(softmax.tail, in_tails, rows)):
+        if which is not None:
+            types = softmax.cutoff[band + 1] - softmax.cutoff[band]
+            losses[which] += cross_entropies(tail, features[which], wanted, types)
+    return losses
+
+
+def source_of(stream: Tensor, end_of_sentence: int) -> Tensor:
+    """What a model reads to predict a stream, (N,): the stream, moved by one behind an end of sentence."""
+    return torch.cat([stream.new_tensor([end_of_sentence]), stream[:-1]])
+
+
+def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
+    """(B, L) tokens -> (B, n, C) features of the last n, as the output layer reads them."""
+    if isinstance(model.decoder, Decoder):
+        return model.decoder.extract_features_scriptable(tokens, None, last=last)[0]
+    return model.extract_features(tokens)[0][:, -last:]
+
+
+@torch.no_grad()
+def score_windows(
+    model: BaseFairseqModel, stream: Tensor, length: int, stride: int, positions: int
+) -> Iterator[Scored]:
+    """Scores a text by windows, see `windows`; the losses equal those of fairseq-eval-lm.
+
+    Args:
+        model: language model of fairseq's, in evaluation mode; of this plugin's, the last layer is computed for the
+            scored tokens only.
+        stream: (N,) tokens of the text.
+        length, stride: L and stride, in tokens.
+        positions: tokens in a batch, context included; a batch has one window at least.
+    """
+    device = next(model.parameters()).device
+    source = source_of(stream, model.decoder.dictionary.eos())
+    prepare(model, length)
+    for batch in batches(windows(len(stream), length, stride), positions):
+        scored = batch[0].scored
+        tokens, last = batch[0].shape
+        inputs = torch.stack([source[window.begin : window.end] for window in batch]).to(device).long()
+        targets = stream[scored : batch[-1].end].to(device).long()
+        features = last_features(model, inputs, last)
+        losses = output_losses(model.decoder, features.reshape(len(targets), -1), targets)
+        yield Scored(scored, tokens - last, losses.view(len(batch), last).cpu())
+
+
+@torch.no_grad()
+def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterator[Scored]:
+    """Scores a text as one stream: a token attends, in every layer, to the last `window` tokens, itself included.
+
+    With x(0, i) the embedding of input i, layer l computes x(l, i) from x(l - 1, i) and attention over the keys and
+    values of x(l - 1, j) for i - window < j <= i, the bias being that of the distance i - j; input 0 is the end of
+    sentence in front of the text. So each key and value is computed once and kept for `window` tokens, and memory
+    is constant. Through the layers a token learns of what lies up to layers x (window - 1) tokens back.
+
+    Args:
+        model: of this plugin, in evaluation mode, with a position method that knows distances only.
+        stream: (N,) tokens of the text.
+        window: W, tokens.
+
+    Raises:
+        ValueError: the model has absolute positions or is none of this plugin's.
+    """
+    decoder = model.decoder
+    if not isinstance(decoder, Decoder):
+        raise ValueError("streaming needs a model of this plugin (alibi_lm): evaluate this one by windows")
+    if decoder.position_method.adds_embedding:
+        raise ValueError(
+            "streaming: the model adds a position to each token, and a stream has no first one; use windows"
+        )
+    device = next(model.parameters()).device
+    source = source_of(stream, decoder.dictionary.eos())
+    prepare(model, window)
+    chunk, state = min(max(window, CHUNK[0]), CHUNK[1]), {}
+    for first in range(0, len(stream), chunk):
+        end = min(first + chunk, len(stream))
+        inputs = source[max(0, first - (window - 1)) : end].to(device).long()[None]
+        targets = stream[first:end].to(device).long()
+        features = decoder.extract_features_scriptable(inputs, None, state, last=end - first, window=window)[0]
+        yield Scored(first, first, output_losses(decoder, features[0], targets)[None].cpu())
+
+
+def prepare(model: BaseFairseqModel, length: int) -> None:
+    """Tells a model the length at which it is evaluated.
+
+    Raises:
+        ValueError: the model has a longest sequence, and this is longer.
+    """
+    longest = model.max_decoder_positions()
+    if length > longest:
+        raise ValueError(
+            f"length {length:,} is longer than the model's longest sequence, {longest:,}: evaluate it at up to that "
+            "or, where its positions go on, pass --model-overrides \"{'max_target_positions': N}\""
+        )
+    if isinstance(model.decoder, Decoder):
+        model.decoder.set_evaluation_length(length)
