@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fairseq.models import BaseFairseqModel
+from fairseq.models.transformer import TransformerDecoderBase
 from torch import Tensor
 
 from .decoder import Decoder
@@ -86,7 +87,7 @@ def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
     """(B, L) tokens -> (B, n, C) features of the last n, as the output layer reads them."""
     if isinstance(model.decoder, Decoder):
         return model.decoder.extract_features_scriptable(tokens, None, last=last)[0]
-    return model.extract_features(tokens)[0][:, -last:]
+    return model.decoder.extract_features(tokens, None)[0][:, -last:]
 
 
 @torch.no_grad()
@@ -155,8 +156,10 @@ def prepare(model: BaseFairseqModel, length: int) -> None:
     """Tells a model the length at which it is evaluated.
 
     Raises:
-        ValueError: the model has a longest sequence, and this is longer.
+        ValueError: the model has a longest sequence, and this is longer; or it is no transformer.
     """
+    if not isinstance(model.decoder, TransformerDecoderBase):
+        raise ValueError(f"{type(model).__name__} is no transformer: evaluate it with scripts/eval_nonoverlapping.sh")
     longest = model.max_decoder_positions()
     if length > longest:
         raise ValueError(

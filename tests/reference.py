@@ -13,10 +13,11 @@ def slopes(heads, max_bias=8):
     return slopes(lower, max_bias) + slopes(2 * lower, max_bias)[0::2][: heads - lower]
 
 
-def attention(q, k, v, method="alibi", seen=None):
+def attention(q, k, v, method="alibi", seen=None, window=math.inf):
     """softmax over the seen keys j <= i of q_i . k_j / sqrt(D) - m_h (i - j), and its product with v.
 
-    q (B, H, T, D); k, v (B, H, S, D); seen (B, S), False at padding. Rows that see nothing are 0.
+    q (B, H, T, D); k, v (B, H, S, D); seen (B, S), False at padding; of the keys the last `window` ones alone. Rows
+    that see nothing are 0.
     """
     q, k, v = q.double(), k.double(), v.double()
     heads, queries, keys = q.size(1), q.size(2), k.size(2)
@@ -25,15 +26,18 @@ def attention(q, k, v, method="alibi", seen=None):
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.size(-1))
     if method == "alibi":
         scores = scores - torch.tensor(slopes(heads), dtype=torch.float64)[:, None, None] * distance
-    hidden = (distance < 0).expand(scores.shape)
+    hidden = ((distance < 0) | (distance >= window)).expand(scores.shape)
     if seen is not None:
         hidden = hidden | ~seen[:, None, None, :]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
     return torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
-def logits(model, tokens):
-    """Logits of a pre-norm transformer language model for one sequence: tokens (L,) -> (L, V)."""
+def logits(model, tokens, window=math.inf):
+    """Logits of a pre-norm transformer language model for one sequence: tokens (L,) -> (L, V).
+
+    A token attends to the last `window` tokens, itself included.
+    """
     p = {name.replace("decoder.", ""): value.double() for name, value in model.state_dict().items()}
     method = {"ALiBi": "alibi", "Sinusoidal": "sinusoidal"}.get(type(model.decoder.position_method).__name__, "none")
     heads, layers = model.decoder.layers[0].self_attn.num_heads, len(model.decoder.layers)
@@ -57,7 +61,7 @@ def logits(model, tokens):
         q, k, v = (
             linear(h, f"{at}.self_attn.{name}_proj").view(1, length, heads, -1).transpose(1, 2) for name in "qkv"
         )
-        out = attention(q, k, v, method)[0].transpose(0, 1).reshape(length, width)
+        out = attention(q, k, v, method, window=window)[0].transpose(0, 1).reshape(length, width)
         x = x + linear(out, f"{at}.self_attn.out_proj")
         h = norm(x, f"{at}.final_layer_norm")
         x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")

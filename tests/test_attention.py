@@ -13,20 +13,23 @@ from fairseq_alibi.positions import POSITION_METHODS, alibi_slopes
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
 
 
-def by_mask(q, k, v, method, padding=None, dropout=0.0):
+def by_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
     wide = torch.promote_types(q.dtype, torch.float32)
-    mask = POSITION_METHODS[method](q.size(1)).future_mask(q.size(2), k.size(2), wide)
+    mask = POSITION_METHODS[method](q.size(1)).future_mask(q.size(2), k.size(2), wide, window=window)
     return attention.masked_attention(q, k, v, mask, padding, dropout)
 
 
-def without_mask(q, k, v, method, padding=None, dropout=0.0):
-    return attention.fused_attention(q, k, v, POSITION_METHODS[method](q.size(1)).slopes, padding, dropout)
+def without_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
+    slopes = POSITION_METHODS[method](q.size(1)).slopes
+    return attention.fused_attention(q, k, v, slopes, padding, dropout, window=window)
 
 
 def recomputed(q, k, v, method, padding=None, dropout=0.0):
     """The way of dropout and of devices without a kernel of their own."""
     slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
-    vector = attention.distance_vector(slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2), k.size(2))
+    vector = attention.distance_vector(
+        slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2), k.size(2)
+    )
     cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
     bias = attention.TileBias(vector, 1024, None if padding is None else padding.flip(1))
     return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
@@ -40,11 +43,11 @@ def inputs(batch, heads, queries, keys, dtype, dim=16, seed=0):
     return [torch.randn(batch, heads, n, dim).to(dtype).requires_grad_() for n in (queries, keys, keys)]
 
 
-def assert_equals_reference(kernel, qkv, method, tolerance, padding=None):
+def assert_equals_reference(kernel, qkv, method, tolerance, padding=None, **window):
     """Output and all gradients, at the queries that are no padding."""
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    out = KERNELS[kernel](*qkv, method, padding)
-    expected = reference.attention(*exact, method, None if padding is None else ~padding)
+    out = KERNELS[kernel](*qkv, method, padding, **window)
+    expected = reference.attention(*exact, method, None if padding is None else ~padding, **window)
     assert out.dtype == qkv[0].dtype
     assert out.isfinite().all(), "a NaN on padding would reach real tokens through the next layer"
     cotangent = torch.randn_like(expected)
@@ -71,6 +74,15 @@ def test_output_and_gradients_equal_the_reference(kernel, method, dtype, heads, 
 def test_many_tiles_equal_the_reference(kernel, method, heads, queries, keys):
     """Chunks that do not divide the length, a prefix before the queries, heads of different reach."""
     assert_equals_reference(kernel, inputs(1, heads, queries, keys, torch.float32), method, 2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["mask", "fused"])
+@pytest.mark.parametrize("method", POSITION_METHODS)
+@pytest.mark.parametrize("window", [1, 7, 256, 300, 5000])
+@pytest.mark.parametrize(("queries", "keys"), [(700, 700), (600, 899), (1, 300)])
+def test_queries_see_a_window_of_keys(kernel, method, window, queries, keys):
+    qkv = inputs(2, 3, queries, keys, torch.float32)
+    assert_equals_reference(kernel, qkv, method, 5e-5, window=window)
 
 
 PADDINGS = {
@@ -222,17 +234,18 @@ def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 300), (700, 700)])
 @pytest.mark.parametrize("padded", [0, 4])
+@pytest.mark.parametrize("window", [10**6, 200])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded):
+def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded, window):
     """The way of GPUs, which on a CPU runs forward only and not block by block."""
     q, k, v = (x.detach() for x in inputs(2, 12, queries, keys, torch.float32))
     padding = torch.zeros(2, keys, dtype=torch.bool)
     padding[0, :padded] = True
     slopes = alibi_slopes(12)
-    reaches = attention.reach(q, k, slopes)
-    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches, k.size(2))
+    reaches = attention.reach(q, k, slopes).clamp(max=window - 1)
+    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches, window)
     assert out.isfinite().all()
-    expected = reference.attention(q, k, v, seen=~padding)
+    expected = reference.attention(q, k, v, seen=~padding, window=window)
     real = ~padding[:, None, -queries:, None].expand_as(out)
     torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
 
