@@ -497,6 +497,6 @@ def main(args: argparse.Namespace) -> None:
             if args.tensorboard_logdir is not None:
                 log_to_tensorboard(args.tensorboard_logdir, content, output.stem)
     except KeyboardInterrupt:
-        sys.exit("\nfairseq-alibi evaluate: interrupted; the same command goes on with the length that was not done")
+        sys.exit("fairseq-alibi evaluate: interrupted; the same command goes on with the length that was not done")
     finally:
         print("".join(f"\n{table}\n" for table in tables), end="")

@@ -10,6 +10,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
@@ -172,6 +173,29 @@ def subset_tokens(data: str, subset: str) -> int:
     return int(dataset.sizes.sum())
 
 
+def check_index(path: Path) -> None:
+    """Checks that an index is whole and its text not empty, before fairseq stumbles over them with a traceback.
+
+    Args:
+        path: of the .idx and .bin, without a suffix; they may be missing.
+
+    Raises:
+        ValueError: one of them is cut short.
+    """
+    index, text = path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")
+    if not index.is_file():
+        return
+    with index.open("rb") as file:
+        head = file.read(26)  # of the mapped format: 9 bytes of magic, version, type, and the number of sentences
+    if head and not MMapIndexedDataset.Index._HDR_MAGIC.startswith(head[:9]):
+        return  # another format of fairseq's
+    sentences = int.from_bytes(head[18:], "little")
+    if len(head) < 26 or index.stat().st_size < 26 + 12 * sentences:  # 4 bytes of size and 8 of place for each
+        raise ValueError(f"{index} is cut short: prepare the folder anew")
+    if not text.is_file() or not text.stat().st_size:
+        raise ValueError(f"{text} is missing or empty: prepare the folder anew")
+
+
 def open_subset(data: str, subset: str):
     """A subset of a fairseq data folder, as fairseq's dataset of sentences.
 
@@ -179,6 +203,7 @@ def open_subset(data: str, subset: str):
         ValueError: the folder has no such subset, or the files are broken or hold nothing.
     """
     path = Path(data) / subset
+    check_index(path)
     try:
         dataset = load_indexed_dataset(str(path))
     except Exception as error:  # an .idx or .bin that is cut short, or something else

@@ -35,6 +35,14 @@ def run(*command, cwd=ROOT, check=True, **environment):
     return done
 
 
+def fairseqs_own(corpus, checkpoint, *arguments):
+    """Loss and tokens that the plain fairseq-eval-lm prints."""
+    command = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--gen-subset", "valid", "--cpu"]
+    output = run(BIN / "fairseq-eval-lm", *command, *arguments).output
+    loss = float(output.split("Loss (base 2): ")[1].split(",")[0])
+    return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
+
+
 def random_tokens(model, *shape):
     """Tokens that are words, as a tensor of this shape."""
     return torch.randint(4, len(model.decoder.dictionary), shape)
@@ -97,3 +105,25 @@ def train(corpus, tmp_path_factory):
         return save_dir / "checkpoint_last.pt"
 
     return train_model
+
+
+@pytest.fixture(scope="session")
+def sharpened(train, tmp_path_factory):
+    """Trains as `train`, a model whose scores depend strongly on the context, which few updates do not bring about."""
+
+    def train_sharp(*arguments, **options):
+        state = torch.load(train(*arguments, updates=20, **options))
+        for name, value in state["model"].items():
+            if "self_attn" in name:
+                value *= 8
+        path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_last.pt"
+        torch.save(state, path)
+        return path
+
+    return train_sharp
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sharpened):
+    """A trained ALiBi model, see `sharpened`."""
+    return sharpened()

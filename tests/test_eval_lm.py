@@ -6,29 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import BIN, ROOT, run
+from conftest import ROOT, fairseqs_own, run
 
 from fairseq_alibi import eval_lm
-
-
-@pytest.fixture(scope="module")
-def checkpoint(train, tmp_path_factory):
-    """A model whose scores depend strongly on the context, which 20 updates alone do not bring about."""
-    state = torch.load(train(updates=20))
-    for name, value in state["model"].items():
-        if "self_attn" in name:
-            value *= 8
-    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_last.pt"
-    torch.save(state, path)
-    return path
-
-
-def fairseqs_own(corpus, checkpoint, *arguments):
-    """Loss and tokens that the plain command prints."""
-    command = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--gen-subset", "valid", "--cpu"]
-    output = run(BIN / "fairseq-eval-lm", *command, *arguments).output
-    loss = float(output.split("Loss (base 2): ")[1].split(",")[0])
-    return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
 
 
 def script(name, *arguments, check=True):

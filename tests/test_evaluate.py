@@ -1,0 +1,391 @@
+"""`fairseq-alibi evaluate` against fairseq-eval-lm and against scores computed by hand."""
+
+import json
+import math
+import shutil
+
+import numpy
+import pytest
+import torch
+from conftest import BIN, fairseqs_own, run
+from fairseq.data import Dictionary
+
+from fairseq_alibi import evaluate
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.inputs import read_subset
+
+ADAPTIVE = (
+    *("--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"),
+    *("--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp", "--tie-adaptive-weights"),
+    *(
+        "--decoder-normalize-before",
+        "--decoder-layers",
+        2,
+        "--decoder-embed-dim",
+        64,
+        "--decoder-input-dim",
+        64,
+        "--decoder-output-dim",
+        64,
+    ),
+)
+
+NAMES = ("embed", "input", "output")
+
+
+def command(*arguments):
+    """Runs `fairseq-alibi evaluate` in this process."""
+    main(["evaluate", *(str(part) for part in arguments), "--cpu"])
+
+
+def results(folder):
+    """Of the one file in a folder: its results by length and stride."""
+    (path,) = folder.glob("*.json")
+    return {(one["length"], one["stride"]): one for one in json.loads(path.read_text())["results"]}
+
+
+def fails(capsys, *arguments):
+    """Runs the command; returns its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert stopped.value.code not in (0, None)
+    message = str(stopped.value.code)
+    if stopped.value.code == 2:  # argparse prints its line itself
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="session")
+def bpe_corpus(corpus, tmp_path_factory):
+    """The corpus, in which every third word is called the first part of another."""
+    folder = tmp_path_factory.mktemp("bpe") / "data"
+    shutil.copytree(corpus, folder)
+    lines = (corpus / "dict.txt").read_text().splitlines()
+    marked = [line.replace(" ", "@@ ", 1) if n % 3 == 0 else line for n, line in enumerate(lines)]
+    (folder / "dict.txt").write_text("\n".join(marked) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe_checkpoint(bpe_corpus, checkpoint, tmp_path_factory):
+    """A checkpoint that was trained on `bpe_corpus`, for all that it knows."""
+    state = torch.load(checkpoint)
+    state["cfg"]["task"]["data"] = str(bpe_corpus)
+    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_last.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["plain", "adaptive", "transformer_lm"])
+def test_loss_is_that_of_fairseq_eval_lm(corpus, checkpoint, sharpened, tmp_path, kind):
+    if kind == "adaptive":
+        checkpoint = sharpened(*ADAPTIVE, arch="alibi_lm")
+    if kind == "transformer_lm":
+        sizes = ("--decoder-normalize-before", "--decoder-layers", 1, *(f"--decoder-{n}-dim=64" for n in NAMES))
+        checkpoint = sharpened(*sizes, "--decoder-attention-heads", 4, arch="transformer_lm")
+    longest = 32 if kind == "transformer_lm" else 200  # fairseq's own model is limited to what it was trained on
+    command(corpus, checkpoint, "--lengths", f"16,{longest}", "--output", tmp_path)
+    command(corpus, checkpoint, "--lengths", 32, "--stride", 12, "--output", tmp_path)
+    command(corpus, checkpoint, "--lengths", "24,32", "--stride-fraction", "1/4", "--output", tmp_path)
+    found = results(tmp_path)
+    assert found.keys() == {(16, 16), (longest, longest), (32, 12), (24, 6), (32, 8)}
+    for (length, stride), one in found.items():
+        arguments = ("--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", 300)
+        loss, tokens = fairseqs_own(corpus, checkpoint, *arguments)
+        assert one["loss"] == pytest.approx(loss, abs=1e-4)
+        assert (one["tokens"], one["context_window"]) == (tokens, length - stride)
+        assert one["perplexity"] == pytest.approx(2 ** one["loss"])
+    assert found[32, 8]["loss"] != pytest.approx(found[16, 16]["loss"], abs=1e-3), "context matters to this model"
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 16), (32, 12), (20, 1)])
+def test_words_are_counted_as_remove_bpe_does_and_rightly(bpe_corpus, bpe_checkpoint, tmp_path, length, stride):
+    """fairseq's own looks for the marker "subword_nmt", which no type has, unless it is told the right one."""
+    command(bpe_corpus, bpe_checkpoint, "--lengths", length, "--stride", stride, "--output", tmp_path, "--remove-bpe")
+    one = results(tmp_path)[length, stride]
+    arguments = ("--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", 64)
+    assert one["fairseq_remove_bpe_loss"] == pytest.approx(
+        fairseqs_own(bpe_corpus, bpe_checkpoint, *arguments, "--remove-bpe", "@@ ")[0], abs=1e-4
+    )
+    symbols = Dictionary.load(str(bpe_corpus / "dict.txt")).symbols
+    text = " ".join(symbols[n] for n in read_subset(str(bpe_corpus), "valid")).replace("@@ ", "")
+    assert one["words"] == len(text.split(" "))
+    assert one["word_loss"] * one["words"] == pytest.approx(one["loss"] * one["tokens"])
+    assert one["word_perplexity"] == pytest.approx(2 ** one["word_loss"])
+
+
+def test_characters_are_those_of_the_text(tmp_path):
+    """Lines, an empty one among them, with single spaces and line ends; whatever the parts of the words."""
+    dictionary = Dictionary()
+    symbols = {"lo@@", "wer", "a", "\u2581low", "\u2581a", "er"}
+    for symbol in sorted(symbols):
+        dictionary.add_symbol(symbol)
+
+    def text(line, marker):
+        return evaluate.Text(dictionary.encode_line(line.replace("\n", " </s> "), append_eos=False), dictionary, marker)
+
+    lines = "a lower a\n\nlower\n"
+    by_bpe = text("a lo@@ wer a\n\nlo@@ wer\n", "@@ ")
+    assert (by_bpe.tokens, by_bpe.words, by_bpe.characters) == (9, 7, len(lines))
+    by_pieces = text("\u2581a \u2581low er \u2581a\n\n\u2581low er\n", "sentencepiece")
+    assert (by_pieces.tokens, by_pieces.words, by_pieces.characters) == (9, 7, len(lines))
+    by_words = text("a a\n\na\n", None)
+    assert (by_words.tokens, by_words.words, by_words.characters) == (6, 6, len("a a\n\na\n"))
+    measures = by_bpe.measures(34.0, 3)
+    assert measures["bits_per_character"] == pytest.approx(34 / len(lines))
+    assert measures["word_loss"] == pytest.approx(34 / 7)
+
+
+def test_bpe_of_prepared_data_is_known(bpe_corpus, bpe_checkpoint, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(bpe_corpus, data)
+    command(data, bpe_checkpoint, "--lengths", 64, "--output", tmp_path / "without")
+    (data / "bpe.codes").write_text("#version: 0.2\n")
+    command(data, bpe_checkpoint, "--lengths", 64, "--output", tmp_path / "with")
+    assert "word_loss" not in results(tmp_path / "without")[64, 64]
+    assert "word_loss" in results(tmp_path / "with")[64, 64]
+
+
+def test_streaming_is_a_way_of_its_own(corpus, checkpoint, tmp_path, capsys):
+    command(corpus, checkpoint, "--lengths", "32,5000", "--streaming", "--output", tmp_path)
+    out = capsys.readouterr().out
+    command(corpus, checkpoint, "--lengths", "5000", "--output", tmp_path)
+    found = results(tmp_path)
+    assert found[32, None]["context_window"] is None
+    assert found[5000, None]["loss"] == pytest.approx(found[5000, 5000]["loss"], abs=1e-5), "all of the text"
+    assert found[32, None]["loss"] != pytest.approx(found[5000, None]["loss"], abs=1e-4)
+    assert "streaming" in out.splitlines()[-3]
+
+
+def test_losses_of_tokens_and_positions_add_up_to_the_loss(corpus, checkpoint, tmp_path):
+    file = tmp_path / "losses.npz"
+    options = ("--save-token-losses", file, "--output", tmp_path)
+    command(corpus, checkpoint, "--lengths", "10,64", *options, "--by-position")
+    command(corpus, checkpoint, "--lengths", 64, "--stride", 16, *options, "--by-position")
+    found, kept = results(tmp_path), numpy.load(file)
+    assert set(kept) == {"tokens", "length 10, stride 10", "length 64, stride 64", "length 64, stride 16"}
+    assert kept["tokens"].tolist() == read_subset(str(corpus), "valid").tolist()
+    for (length, stride), one in found.items():
+        losses = kept[f"length {length}, stride {stride}"]
+        assert losses.mean() == pytest.approx(one["loss"], rel=1e-5)
+        position = numpy.arange(len(losses))
+        if stride == length:
+            position %= length
+        else:
+            position = numpy.where(position < 64, position, 48 + position % 16)
+        for bucket in one["by_position"]:
+            there = losses[(position >= bucket["first"]) & (position <= bucket["last"])]
+            assert bucket["tokens"] == len(there) > 0
+            assert bucket["loss"] == pytest.approx(there.mean(), rel=1e-4)
+        assert sum(bucket["tokens"] for bucket in one["by_position"]) == one["tokens"]
+        assert one["by_position"][-1]["last"] == length - 1
+
+
+def test_bins_of_positions_cover_all_and_get_longer():
+    for length in (1, 5, 8, 9, 100, 4096):
+        edges = evaluate.position_bins(length)
+        assert edges[: min(length, 8)] == list(range(min(length, 8)))
+        assert edges == sorted(set(edges))
+        assert edges[-1] < length
+    assert [edge for edge in edges if edge >= 1000] == [1024, 1218, 1448, 1722, 2048, 2435, 2896, 3444]
+
+
+def test_what_is_done_is_not_done_again(corpus, checkpoint, tmp_path, monkeypatch, capsys):
+    """An interrupted sweep goes on with the next length; one file takes all ways."""
+    scored, original = [], evaluate.evaluate
+
+    def interrupted(model, text, way, *rest):
+        scored.append(way.length)
+        if way.length == 64 and scored.count(64) == 1:
+            raise KeyboardInterrupt
+        return original(model, text, way, *rest)
+
+    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    sweep = (corpus, checkpoint, "--lengths", "16,64,128", "--output", tmp_path)
+    assert "interrupted" in fails(capsys, *sweep)
+    assert results(tmp_path).keys() == {(16, 16)}
+    command(*sweep)
+    assert scored == [16, 64, 64, 128]
+    assert results(tmp_path).keys() == {(16, 16), (64, 64), (128, 128)}
+    assert "(in " in capsys.readouterr().out
+    command(*sweep, "--by-position", "--save-token-losses", tmp_path / "losses.npz")
+    assert scored[4:] == [16, 64, 128], "more is wanted of each"
+    command(*sweep, "--by-position", "--save-token-losses", tmp_path / "losses.npz")
+    assert len(scored) == 7
+
+
+def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint, train, tmp_path, capsys):
+    sweep = (corpus, checkpoint, "--lengths", "16", "--output", tmp_path)
+    command(*sweep)
+    (path,) = tmp_path.glob("*.json")
+    before = path.read_text()
+    assert "model_overrides" in fails(capsys, *sweep, "--model-overrides", "{'alibi_length_scale': '2'}")
+    other = tmp_path / checkpoint.parent.name / checkpoint.name
+    other.parent.mkdir()
+    shutil.copy(train(updates=3), other)
+    message = fails(capsys, corpus, other, "--lengths", 32, "--output", tmp_path)
+    assert "weights" in message
+    assert "--overwrite" in message
+    assert path.read_text() == before
+    command(corpus, other, "--lengths", 32, "--output", tmp_path, "--overwrite")
+    assert results(tmp_path).keys() == {(32, 32)}
+    taken = tmp_path / "taken.npz"
+    taken.write_text("mine")
+    assert "taken.npz exists" in fails(
+        capsys, corpus, other, "--lengths", 32, "--output", tmp_path, "--save-token-losses", taken
+    )
+    path.write_text("mine")
+    assert "--overwrite" in fails(capsys, *sweep)
+    assert path.read_text() == taken.read_text() == "mine"
+
+
+def test_overrides_change_the_model(corpus, checkpoint, tmp_path):
+    for name, override in (
+        ("plain", "{}"),
+        ("scaled", "{'alibi_length_scale': '1e-6'}"),
+        ("mask", "{'attention': 'mask'}"),
+    ):
+        command(corpus, checkpoint, "--lengths", 64, "--output", tmp_path / name, "--model-overrides", override)
+    plain, scaled, mask = (results(tmp_path / name)[64, 64]["loss"] for name in ("plain", "scaled", "mask"))
+    assert scaled != pytest.approx(plain, abs=1e-4)
+    assert mask == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_gives_nearly_the_same(corpus, checkpoint, tmp_path, dtype):
+    command(corpus, checkpoint, "--lengths", 64, "--output", tmp_path / "float32")
+    command(corpus, checkpoint, "--lengths", 64, "--output", tmp_path / dtype, "--dtype", dtype)
+    exact, half = (results(tmp_path / name)[64, 64]["loss"] for name in ("float32", dtype))
+    assert half == pytest.approx(exact, abs=0.1)
+    assert half != exact
+
+
+def test_a_batch_of_any_size_gives_the_same(corpus, checkpoint, tmp_path):
+    for tokens in (1, 100, 100_000):
+        command(
+            corpus,
+            checkpoint,
+            "--lengths",
+            24,
+            "--stride",
+            8,
+            "--max-tokens",
+            tokens,
+            "--output",
+            tmp_path / str(tokens),
+        )
+    losses = [results(tmp_path / str(tokens))[24, 8]["loss"] for tokens in (1, 100, 100_000)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_the_command_is_calm_and_describes_its_results(corpus, checkpoint, sharpened, tmp_path):
+    other = sharpened("--position-method", "none")
+    log = tmp_path / "tensorboard"
+    done = run(
+        *(BIN / "fairseq-alibi", "evaluate", corpus, checkpoint, other, "--lengths", "32,64", "--cpu"),
+        *("--tensorboard-logdir", log, "--output", tmp_path / "new" / "folder"),
+    )
+    assert "Warning" not in done.output
+    assert "INFO" not in done.output
+    files = sorted((tmp_path / "new" / "folder").iterdir())
+    assert len(files) == 2
+    assert all(path.suffix == ".json" for path in files)
+    contents = {
+        content["model"]["position_method"]: content
+        for content in map(json.loads, map(type(files[0]).read_text, files))
+    }
+    assert contents.keys() == {"alibi", "none"}
+    content = contents["alibi"]
+    assert content["model"]["training_length"] == 32
+    assert content["environment"]["torch"] == torch.__version__
+    assert "commit" in content["environment"]
+    assert content["results"][0]["tokens_per_second"] > 0
+    for one in content["results"]:
+        assert f"{one['perplexity']:.2f}" in done.output
+    assert len([path for path in log.rglob("*tfevents*")]) == 2
+
+
+def test_default_lengths_are_multiples_of_the_training_length(corpus, checkpoint, tmp_path):
+    copied = tmp_path / "checkpoint_best.pt"
+    shutil.copy(checkpoint, copied)
+    command(corpus, copied)
+    path = tmp_path / "checkpoint_best_valid.json"
+    assert [one["length"] for one in json.loads(path.read_text())["results"]] == [32, 64, 128, 256, 512]
+
+
+def test_bad_input_is_named_in_one_line(corpus, checkpoint, tmp_path, capsys):
+    def says(*arguments):
+        return fails(capsys, *arguments, "--output", tmp_path)
+
+    assert "'0'" in says(corpus, checkpoint, "--lengths", "64,0")
+    assert "'many'" in says(corpus, checkpoint, "--lengths", "many")
+    assert "stride 65 is longer than the length 64" in says(corpus, checkpoint, "--lengths", 64, "--stride", 65)
+    assert "'1.5'" in says(corpus, checkpoint, "--stride-fraction", "1.5")
+    assert "not allowed with" in says(corpus, checkpoint, "--stride", "5", "--streaming")
+    assert "no subset 'dev' (it holds test, train, valid)" in says(corpus, checkpoint, "--subset", "dev")
+    assert "dict.txt" in says(tmp_path / "nowhere", checkpoint)
+    assert "there is no checkpoint" in says(corpus, tmp_path / "nowhere.pt")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    assert "is no fairseq checkpoint" in says(corpus, tmp_path / "text.pt")
+    assert "has no option 'atention'" in says(corpus, checkpoint, "--model-overrides", "{'atention': 'mask'}")
+    assert "is no dictionary" in says(corpus, checkpoint, "--model-overrides", "__import__('os').system('true')")
+    assert "a stream has no windows" in says(corpus, checkpoint, "--streaming", "--by-position")
+    assert "one at a time" in says(corpus, checkpoint, checkpoint, "--save-token-losses", tmp_path / "l.npz")
+    assert ".npz" in says(corpus, checkpoint, "--save-token-losses", tmp_path / "l.txt")
+    assert "would both be written to" in says(corpus, checkpoint, checkpoint)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_model_for_another_task_is_named(corpus, checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint)
+    state["cfg"]["task"]["_name"] = "translation"
+    torch.save(state, tmp_path / "other.pt")
+    assert "was trained for 'translation'" in fails(capsys, corpus, tmp_path / "other.pt")
+    state["cfg"]["task"].update(_name="language_modeling", add_bos_token=True)
+    torch.save(state, tmp_path / "bos.pt")
+    assert "--add-bos-token" in fails(capsys, corpus, tmp_path / "bos.pt")
+
+
+def test_data_with_another_dictionary_is_named(corpus, checkpoint, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    words = (corpus / "dict.txt").read_text()
+    (data / "dict.txt").write_text(words + "".join(f"more{n} 1\n" for n in range(8)))
+    assert "was trained with 48 types" in fails(capsys, data, checkpoint, "--output", tmp_path)
+    (data / "dict.txt").write_text(words.replace("word7 ", "wordX ", 1))
+    message = fails(capsys, data, checkpoint, "--output", tmp_path)
+    assert "'wordX'" in message
+    assert "'word7'" in message
+    (data / "dict.txt").write_text("".join(words.splitlines(keepends=True)[:9]))
+    assert "are not of one preparation" in fails(capsys, data, checkpoint, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+@pytest.mark.parametrize("kept", [0, 11, 0.5])
+def test_broken_data_is_named(corpus, checkpoint, tmp_path, capsys, suffix, kept):
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    path = data / f"valid.{suffix}"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
+    assert "prepare the folder anew" in fails(capsys, data, checkpoint, "--output", tmp_path)
+
+
+def test_a_model_that_diverged_is_named_and_what_was_done_is_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    state = torch.load(checkpoint)
+    state["model"]["decoder.layers.0.fc1.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert "length 64, stride 64: a loss is nan" in fails(capsys, corpus, tmp_path / "checkpoint.pt", "--lengths", 64)
+    assert not list(tmp_path.glob("*.json"))
+    original = evaluate.evaluate
+
+    def fail_second(model, text, way, *rest):
+        if way.length == 64:
+            raise RuntimeError("out of memory\nwith details")
+        return original(model, text, way, *rest)
+
+    monkeypatch.setattr(evaluate, "evaluate", fail_second)
+    message = fails(capsys, corpus, checkpoint, "--lengths", "32,64", "--output", tmp_path)
+    assert message.endswith("length 64, stride 64: out of memory with details")
+    assert results(tmp_path).keys() == {(32, 32)}
