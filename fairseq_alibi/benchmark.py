@@ -1,10 +1,10 @@
-"""Speed and peak memory of attention with and without a mask: in one layer, in training, in evaluation.
+"""Speed and peak memory of attention with and without a mask: in one layer, in training, in evaluation; of scoring.
 
 What is compared, the contenders, takes turns within one run, so that a machine that gets slower does so for all of
 them. The first round warms up and does not count, unless one round alone takes longer than the budget. Medians.
 
 A contender is one entry of a dict: a function for one layer of attention, options of fairseq-train for training,
-options of the model, overridden in a checkpoint, for evaluation.
+options of the model, overridden in a checkpoint, for evaluation, a command for scoring.
 """
 
 import argparse
@@ -23,16 +23,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+import numpy
 import torch
 import torch.nn.functional as F
 from fairseq import options, tasks
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import BaseFairseqModel
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -40,6 +44,8 @@ from tqdm import tqdm
 from . import attention
 from .attention import fused_attention, masked_attention
 from .benchmark_report import write_report
+from .eval_lm import eval_lm_arguments, run_eval_lm
+from .evaluate import Way, evaluate, read_text
 from .inputs import describe_model, load_model, open_subset, positive, read_checkpoint, subset_tokens
 from .positions import ALiBi
 from .results import describe_environment, write_json
@@ -67,13 +73,26 @@ EVALUATION: dict[str, dict[str, Any]] = {
     "no skipping": {"attention": "fused", "attention_epsilon": 0.0},
     "mask": {"attention": "mask"},
 }
+#: Scoring: what is called with data, checkpoint, length, stride and further options of fairseq-eval-lm.
+SCORING: dict[str, Callable[[str, str, int, int, argparse.Namespace], Any]] = {
+    "fairseq-eval-lm": lambda data, path, length, stride, args: run_eval_lm(
+        eval_lm_arguments(data, path, "valid", length, stride, 4096, ["--cpu"] if args.device == "cpu" else [])
+    ),
+    "fairseq-alibi evaluate": lambda data, path, length, stride, args: evaluate(
+        load_model(path, read_checkpoint(path), data).to(args.device),
+        read_text(data, "valid", None),
+        Way(length, stride),
+        4096,
+    ),
+}
 #: Those that the others are compared with.
 BASES = {
     "attention": ("mask", "no bias"),
     "training": ("mask", "transformer_lm"),
     "evaluation": ("mask", "no skipping"),
+    "scoring": ("fairseq-eval-lm",),
 }
-PARTS = ("attention", "training", "evaluation", "memory")
+PARTS = ("attention", "training", "evaluation", "scoring", "memory")
 
 HEADS = 8
 HEAD_DIMS = (64, 128)  # of one layer of attention
@@ -89,13 +108,49 @@ LARGEST_MASK = 3e9
 MODELS = {False: "4 layers, width 256, 8 heads, 8,000 types", True: "alibi_lm_wiki103 and transformer_lm_wiki103"}
 PRECISION = {"float32": (), "bfloat16": ("--bf16",), "float16": ("--fp16",)}
 
+
+class Case(NamedTuple):
+    """What is scored: by a made-up model with a vocabulary of `types`, adaptive where it has cutoffs.
+
+    Args:
+        types: in the vocabulary.
+        cutoffs: as --adaptive-softmax-cutoff has them; None for a plain softmax.
+        length, stride: of the windows, in tokens.
+        tokens: in the text; a multiple of this is scored with --all-lengths.
+    """
+
+    types: int
+    cutoffs: Optional[str]
+    length: int
+    stride: int
+    tokens: int
+
+    @property
+    def title(self) -> str:
+        """As a table names it."""
+        softmax = "adaptive" if self.cutoffs else "plain"
+        return f"{self.length:,} / {self.stride:,} / {self.types:,}, {softmax}"
+
+
+#: The vocabularies of the WikiText-103 slice that this was developed with, and of the whole corpus.
+CASES = (
+    Case(32_496, "4000,8000", 512, 512, 8192),
+    Case(32_496, None, 512, 512, 8192),
+    Case(267_744, "20000,60000", 512, 512, 4096),
+    Case(32_496, "4000,8000", 512, 128, 4096),
+    Case(32_496, "4000,8000", 128, 1, 256),
+)
+#: Peak memory is measured with this one.
+MEMORY_CASE = Case(32_496, "4000,8000", 8192, 8192, 16_384)
+
 #: What the two levels measure; memory has lengths for training and for evaluation.
 QUICK: dict[str, Any] = {
-    "attention": (512, 2048, 4096),
+    "attention": (512, 4096),
     "training": (512, 2048),
     "evaluation": (512, 4096, 16384),
     "memory of training": (2048,),
     "memory of evaluation": (4096,),
+    "times the text": 1,
     "repeats": 3,
     "budget": 5.0,
     "updates": 60,
@@ -106,6 +161,7 @@ ALL_LENGTHS: dict[str, Any] = {
     "evaluation": (512, 2048, 8192, 32768, 131072),
     "memory of training": (128, 256, 512, 1024, 2048, 4096),
     "memory of evaluation": (512, 2048, 8192, 32768, 131072),
+    "times the text": 4,
     "repeats": 5,
     "budget": 60.0,
     "updates": 300,
@@ -163,13 +219,13 @@ def out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
-def compared(part: str, length: int, batch: int, times: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+def compared(part: str, length: int, tokens: int, times: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
     """The measurements of one length, each contender's speed beside that of the part's bases.
 
     Args:
-        part: attention, training or evaluation.
+        part: attention, training, evaluation or scoring.
         length: tokens in a sequence.
-        batch: number of sequences.
+        tokens: that were worked on in all.
         times: see `alternate`.
         more: goes into every measurement.
 
@@ -180,10 +236,10 @@ def compared(part: str, length: int, batch: int, times: dict[str, list[float]], 
     medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
     measurements = []
     for name, seconds in times.items():
-        measurement = {"part": part, "contender": name, "length": length, "rows": batch, **more, "seconds": seconds}
+        measurement = {"part": part, "contender": name, "length": length, "tokens": tokens, **more, "seconds": seconds}
         if seconds:
             measurement["median_seconds"] = medians[name]
-            measurement["tokens_per_second"] = batch * length / medians[name]
+            measurement["tokens_per_second"] = tokens / medians[name]
             measurement["times_as_fast"] = {b: medians[b] / medians[name] for b in BASES[part] if b in medians}
         else:
             measurement["error"] = "out of memory"
@@ -225,10 +281,7 @@ def training_config(contender: str, length: int, args: argparse.Namespace, data:
 
 
 def training_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
-    """One update of a model as fairseq-train makes it: forward, loss, backward, optimizer.
-
-    The vocabulary is made up; token of rank r comes with a frequency in proportion to 1 / r, as words do.
-    """
+    """One update of a model as fairseq-train makes it: forward, loss, backward, optimizer; of a made-up text."""
     types, batch = TYPES[args.full] - 4, rows(length, args.tokens)  # fairseq adds 4 special symbols
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "dict.txt").write_text("".join(f"type{n} 1\n" for n in range(types)), encoding="utf-8")
@@ -236,8 +289,7 @@ def training_step(contender: str, length: int, args: argparse.Namespace) -> Call
         task = tasks.setup_task(cfg.task)
     torch.manual_seed(1)
     trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
-    frequency = 1 / torch.arange(1.0, types + 1)
-    text = (torch.multinomial(frequency, batch * (length + 1), replacement=True) + 4).view(batch, length + 1)
+    text = made_up_text(TYPES[args.full], batch * (length + 1)).view(batch, length + 1)
     sample = {
         "id": torch.arange(batch),
         "nsentences": batch,
@@ -246,6 +298,41 @@ def training_step(contender: str, length: int, args: argparse.Namespace) -> Call
         "target": text[:, 1:].contiguous(),
     }
     return lambda: trainer.train_step([sample], raise_oom=True)
+
+
+def made_up_model(case: Case, folder: Path, args: argparse.Namespace) -> tuple[str, str]:
+    """Data and checkpoint of a case: random weights, and text in which types are as frequent as in `training_step`.
+
+    Returns:
+        The data folder and the checkpoint, both in `folder`.
+    """
+    text = made_up_text(case.types, case.tokens)
+    Path(folder, "dict.txt").write_text("".join(f"type{n} 1\n" for n in range(case.types - 4)), encoding="utf-8")
+    builder = MMapIndexedDatasetBuilder(str(folder / "valid.bin"), dtype=numpy.int32)
+    for sentence in text.split(25):
+        builder.add_item(sentence)
+    builder.finalize(str(folder / "valid.idx"))
+    sizes, adaptive = list(SIZES), case.cutoffs is not None
+    if adaptive:
+        sizes.remove("--share-decoder-input-output-embed")
+        sizes += ["--adaptive-input", "--adaptive-input-cutoff", case.cutoffs, "--tie-adaptive-weights"]
+        sizes += ["--adaptive-softmax-cutoff", case.cutoffs]
+    arguments = [folder, "--task", "language_modeling", "--arch", "alibi_lm", *sizes, "--decoder-normalize-before"]
+    arguments += ["--optimizer", "adam", "--lr", 1e-4, "--tokens-per-sample", 512]
+    parsed = options.parse_args_and_arch(options.get_training_parser(), list(map(str, arguments)))
+    cfg = convert_namespace_to_omegaconf(parsed)
+    model = tasks.setup_task(cfg.task).build_model(cfg.model)
+    path = folder / "checkpoint.pt"
+    state = {"args": None, "cfg": OmegaConf.to_container(cfg), "model": model.state_dict(), "extra_state": {}}
+    torch.save({**state, "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {}}]}, path)
+    return str(folder), str(path)
+
+
+def made_up_text(types: int, tokens: int) -> Tensor:
+    """Random tokens, (tokens,) int64, none of them special; the token of rank r comes with a frequency like 1 / r."""
+    torch.manual_seed(1)
+    frequency = 1 / torch.arange(1.0, types - 3)  # fairseq adds 4 special symbols
+    return torch.multinomial(frequency, tokens, replacement=True) + 4
 
 
 def evaluated_model(contender: str, args: argparse.Namespace) -> BaseFairseqModel:
@@ -357,18 +444,27 @@ def evaluated(length: int) -> list[str]:
     return [name for name, overrides in EVALUATION.items() if small or overrides["attention"] != "mask"]
 
 
+def score(contender: str, case: Case, folder: str, args: argparse.Namespace) -> None:
+    """Scores the text of a case: everything that a command does but the imports."""
+    SCORING[contender](folder, str(Path(folder, "checkpoint.pt")), case.length, case.stride, args)
+
+
 def peak_memory(of: Optional[str], contender: str, length: int, args: argparse.Namespace) -> int:
     """Bytes of memory at the highest, from here on where on a GPU, else of this process since it began.
 
     Args:
-        of: training, evaluation, or None for doing nothing.
+        of: training, evaluation, scoring, or None for doing nothing.
         contender, length, args: what is run; training twice, for the optimizer's state comes with the first update.
     """
     if args.device == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
     quiet()
-    if of is not None:
+    if of == "scoring":
+        with tempfile.TemporaryDirectory() as folder:
+            made_up_model(MEMORY_CASE, Path(folder), args)
+            score(contender, MEMORY_CASE, folder, args)
+    elif of is not None:
         step = (training_step if of == "training" else evaluation_step)(contender, length, args)
         for _ in range(2 if of == "training" else 1):
             step()
@@ -377,30 +473,45 @@ def peak_memory(of: Optional[str], contender: str, length: int, args: argparse.N
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory(of: Optional[str], contender: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
+def memory(of: Optional[str], contender: str, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures peak memory; on a CPU in a fresh process that has imported everything and run nothing."""
     measurement = {"part": "memory", "of": of, "contender": contender, "length": length, "rows": 1}
     if of == "training":
         measurement["rows"] = rows(length, args.tokens)
+    if of == "scoring":
+        measurement.update(case=MEMORY_CASE.title, length=MEMORY_CASE.length)
     try:
         if args.device == "cuda":
-            return {**measurement, "peak_memory_bytes": peak_memory(of, contender, length, args)}
+            return [{**measurement, "peak_memory_bytes": peak_memory(of, contender, length, args)}]
         # Forked from a server that did the imports: a process started from here would inherit this one's peak.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fairseq.trainer", __package__, f"{__package__}.inputs"])
+        context.set_forkserver_preload(
+            ["fairseq.trainer", __package__, f"{__package__}.evaluate", "fairseq_cli.eval_lm"]
+        )
         with ProcessPoolExecutor(1, context) as pool:
             peak = pool.submit(peak_memory, of, contender, length, args).result()
-        return {**measurement, "peak_memory_bytes": peak}
+        return [{**measurement, "peak_memory_bytes": peak}]
     except (RuntimeError, BrokenProcessPool) as error:
         if not (isinstance(error, BrokenProcessPool) or out_of_memory(error)):
             raise
-        return {**measurement, "error": "out of memory"}
+        return [{**measurement, "error": "out of memory"}]
 
 
 def quiet() -> None:
     """Errors only: fairseq logs every model and every step."""
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("fairseq").setLevel(logging.ERROR)
+
+
+def timed_scoring(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures how fast the commands score a text, reading the checkpoint included, see `compared`."""
+    with tempfile.TemporaryDirectory() as folder:
+        made_up_model(case, Path(folder), args)
+        times = alternate(
+            {name: partial(score, name, case, folder, args) for name in SCORING}, args.repeats, args.budget
+        )
+    more = {"case": case.title, "stride": case.stride, "types": case.types}
+    return compared("scoring", case.length, case.tokens, times, **more)
 
 
 def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -415,7 +526,8 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
         steps = {name: evaluation_step(name, length, args) for name in evaluated(length)}
         more = skipped(steps["auto"], length)
     batch = 1 if part == "evaluation" else rows(length, args.tokens)
-    measurements = compared(part, length, batch, alternate(steps, args.repeats, args.budget), **more)
+    times = alternate(steps, args.repeats, args.budget)
+    measurements = compared(part, length, batch * length, times, rows=batch, **more)
     for one in measurements:
         if part == "training" and one["contender"] == "auto" and one["seconds"]:
             one["product_share"] = product_share(steps["auto"], one["median_seconds"], args)
@@ -424,26 +536,35 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
     return measurements
 
 
-def jobs(args: argparse.Namespace) -> list[tuple[str, int, int, str]]:
-    """What is to be measured, one after the other: (part, length, head_dim, contender).
+def lengths_of(part: str, args: argparse.Namespace) -> list[int]:
+    """The lengths at which a part, or `memory of training` or `memory of evaluation`, is measured."""
+    return sorted(set(args.lengths or (ALL_LENGTHS if args.all_lengths else QUICK)[part]))
 
-    The part of memory is `memory of training` or `memory of evaluation`, and only there a job has one contender; on a
-    CPU, what a process takes before it does anything is measured first: `memory`.
-    """
-    level, found = ALL_LENGTHS if args.all_lengths else QUICK, []
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, Callable[[], list[dict[str, Any]]]]]:
+    """What is to be measured, one after the other: a title, and what returns measurements."""
+    found: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
     for part in args.parts:
-        if part == "memory" and args.device == "cpu":
-            found.append(("memory", 0, 0, "imports only"))
-        for name in ("memory of training", "memory of evaluation") if part == "memory" else (part,):
-            lengths = sorted(set(args.lengths or level[name]))
-            if part == "memory":
-                # without skipping the same tensors are made as with it
-                names = {x: list(TRAINING) if "training" in name else evaluated(x) for x in lengths}
-                found += [
-                    (name, x, 0, contender) for x in lengths for contender in names[x] if contender != "no skipping"
-                ]
-            else:
-                found += [(name, x, d, "") for d in (HEAD_DIMS if part == "attention" else (0,)) for x in lengths]
+        if part == "scoring":
+            for case in CASES:
+                case = case._replace(
+                    tokens=case.tokens * (ALL_LENGTHS if args.all_lengths else QUICK)["times the text"]
+                )
+                found.append((f"scoring {case.title}", partial(timed_scoring, case, args)))
+        elif part == "memory":
+            if args.device == "cpu":  # what a process takes before it does anything
+                found.append((part, partial(memory, None, "imports only", 0, args)))
+            for name, contenders in (("training", lambda _: TRAINING), ("evaluation", evaluated)):
+                for length in lengths_of(f"memory of {name}", args):
+                    for contender in contenders(length):
+                        if contender != "no skipping":  # it makes the tensors that are made with skipping too
+                            title = f"memory of {name}, length {length:,}"
+                            found.append((title, partial(memory, name, contender, length, args)))
+            found += [("memory of scoring", partial(memory, "scoring", name, 0, args)) for name in SCORING]
+        else:
+            for head_dim in HEAD_DIMS if part == "attention" else (0,):
+                for length in lengths_of(part, args):
+                    found.append((f"{part}, length {length:,}", partial(timed, part, length, head_dim, args)))
     return found
 
 
@@ -491,7 +612,8 @@ def benchmark(args: argparse.Namespace) -> str:
         method = describe_model(str(args.checkpoint))["position_method"]
         if method != "alibi":
             raise ValueError(f"{args.checkpoint} has the position method {method}: name a checkpoint of an ALiBi model")
-        first_tokens(str(args.data), 1 + max(length for part, length, *_ in todo if part.endswith("evaluation")))
+        parts = [part for part in ("evaluation", "memory of evaluation") if part.split()[0] in args.parts]
+        first_tokens(str(args.data), 1 + max(length for part in parts for length in lengths_of(part, args)))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     content = {
         "command": shlex.join(sys.argv),
@@ -505,12 +627,9 @@ def benchmark(args: argparse.Namespace) -> str:
     }
     bar = tqdm(todo, desc="benchmark", unit="job", file=sys.stderr)
     try:
-        for part, length, head_dim, contender in bar:
-            bar.set_postfix_str(f"{part}, length {length:,}" if length else part)
-            if contender:
-                content["measurements"].append(memory(part.partition(" of ")[2] or None, contender, length, args))
-            else:
-                content["measurements"] += timed(part, length, head_dim, args)
+        for title, job in bar:
+            bar.set_postfix_str(title)
+            content["measurements"] += job()
             write_json(result, content)
     finally:  # an interrupted run loses nothing
         bar.close()

@@ -17,8 +17,11 @@ CAPTIONS = {
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
     "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. "
     "Reach per head: tokens, median of the layers.",
+    "scoring": "Scoring a text with a made-up model (4 layers, width 256, 8 heads), reading the checkpoint included: "
+    "tokens per second (times as fast as {bases}).",
     "memory of training": "Peak memory of training: MiB{idle}.",
     "memory of evaluation": "Peak memory of evaluation: MiB{idle}.",
+    "memory of scoring": "Peak memory of scoring: MiB{idle}.",
 }
 
 
@@ -35,9 +38,10 @@ def tables(content: dict[str, Any]) -> str:
     for part, head_dim, found in groups(content["measurements"]):
         bases = content["bases"].get(part, ())
         columns = list(dict.fromkeys(one["contender"] for one in found))
-        lines: dict[int, list[Any]] = {one["length"]: [one["length"], *[""] * len(columns)] for one in found}
+        first = "length / stride / types" if part.endswith("scoring") else "length"
+        lines: dict[Any, list[Any]] = {label(one): [label(one), *[""] * len(columns)] for one in found}
         for one in found:
-            lines[one["length"]][1 + columns.index(one["contender"])] = cell(one, bases)
+            lines[label(one)][1 + columns.index(one["contender"])] = cell(one, bases)
         if part == "training":
             columns.append("products")
             for one in found:
@@ -60,9 +64,14 @@ def tables(content: dict[str, Any]) -> str:
             idle=f", of which {cell(idle[0])} are there after the imports" if idle else "",
         )
         aligned = ("right",) * (len(columns) + 1)
-        table = tabulate(lines.values(), ["length", *columns], tablefmt="github", intfmt=",", colalign=aligned)
+        table = tabulate(lines.values(), [first, *columns], tablefmt="github", intfmt=",", colalign=aligned)
         text += [caption, table]
     return "\n\n".join(text) + "\n"
+
+
+def label(one: dict[str, Any]) -> Any:
+    """What a measurement's line in its table begins with."""
+    return one.get("case", one["length"])
 
 
 def groups(found: list[dict[str, Any]]) -> list[tuple[str, Optional[int], list[dict[str, Any]]]]:
@@ -89,14 +98,14 @@ def cell(one: dict[str, Any], bases: Sequence[str] = ()) -> str:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Draws tokens per second and peak memory against length to a PNG, a panel per table."""
+    """Draws tokens per second and peak memory against length to a PNG, a panel per table of those."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panels = groups(found)
+    panels = [group for group in groups(found) if not group[0].endswith("scoring")]  # that is not against length
     names = list(dict.fromkeys(one["contender"] for *_, group in panels for one in group))  # one style each in all
     columns = min(2, len(panels))
     figure, all_axes = plt.subplots(
@@ -147,7 +156,7 @@ def write_report(content: dict[str, Any], folder: Path) -> str:
     """
     text = tables(content)
     write_text(folder / "benchmark.md", text)
-    if groups(content["measurements"]):
+    if any(not part.endswith("scoring") for part, *_ in groups(content["measurements"])):
         with written_whole(folder / "benchmark.png") as partial:
             plot(content["measurements"], partial)
     return text

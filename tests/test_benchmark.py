@@ -31,6 +31,10 @@ def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path):
         part = f"memory of {one['of']}" if one["part"] == "memory" else one["part"]
         found.setdefault(part, {})[one["contender"], one["length"], one.get("head_dim")] = one
 
+    cases = {(name, case.title) for name in benchmark.SCORING for case in benchmark.CASES}
+    assert {(one["contender"], one["case"]) for one in found["scoring"].values()} < cases
+    assert {one["contender"] for one in found.pop("memory of scoring").values()} == set(benchmark.SCORING)
+
     def expected(names, head_dims=(None,)):
         return {(name, 300, d) for name in names for d in head_dims}
 
