@@ -21,18 +21,26 @@ def arguments(*more):
     return benchmark.parse(["--cpu", *map(str, more)])
 
 
-def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path):
+def test_the_script_measures(tmp_path):
+    done = run("bash", ROOT / "scripts" / "benchmark.sh", "--parts", "attention", "--lengths", 64, "--output", tmp_path)
+    assert (tmp_path / "benchmark.md").read_text() in done.output
+    assert "Warning" not in done.output
+
+
+def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    cases = (benchmark.Case(40, "10,20", 16, 4, 200), benchmark.Case(40, None, 16, 16, 200))
+    monkeypatch.setattr(benchmark, "CASES", cases)
     options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--budget", 600, "--output", tmp_path)
-    script = ROOT / "scripts" / "benchmark.sh"
-    out = run("bash", script, *options, "--checkpoint", checkpoint, "--data", corpus).output
+    benchmark.main([str(part) for part in (*options, "--checkpoint", checkpoint, "--data", corpus)])
+    out = capsys.readouterr().out
     content = json.loads((tmp_path / "benchmark.json").read_text())
     found = {}
     for one in content["measurements"]:
         part = f"memory of {one['of']}" if one["part"] == "memory" else one["part"]
         found.setdefault(part, {})[one["contender"], one["length"], one.get("head_dim")] = one
 
-    cases = {(name, case.title) for name in benchmark.SCORING for case in benchmark.CASES}
-    assert {(one["contender"], one["case"]) for one in found["scoring"].values()} < cases
+    scored = [(one["case"], one["contender"]) for one in content["measurements"] if one["part"] == "scoring"]
+    assert scored == [(case.title, name) for case in cases for name in benchmark.SCORING]
     assert {one["contender"] for one in found.pop("memory of scoring").values()} == set(benchmark.SCORING)
 
     def expected(names, head_dims=(None,)):
@@ -48,19 +56,35 @@ def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path):
             assert one["peak_memory_bytes"] > 2**24
             continue
         assert len(one["seconds"]) == 2
-        assert one["rows"] == (1 if one["part"] == "evaluation" else 2)
-        assert one["tokens_per_second"] == pytest.approx(one["rows"] * one["length"] / one["median_seconds"])
+        if one["part"] != "scoring":
+            assert one["rows"] == (1 if one["part"] == "evaluation" else 2)
+            assert one["tokens"] == one["rows"] * one["length"]
+        assert one["tokens_per_second"] == pytest.approx(one["tokens"] / one["median_seconds"])
         assert one["times_as_fast"].keys() == set(benchmark.BASES[one["part"]])
         assert "error" not in one
     assert content["settings"]["tokens"] == 600
     assert content["environment"]["torch"] == torch.__version__
-    assert "benchmark.py" in content["command"]
     markdown = (tmp_path / "benchmark.md").read_text()
     assert markdown in out
     assert torch.__version__ in markdown.splitlines()[0]
-    assert [line.split()[1] for line in markdown.splitlines() if line.startswith("|  ")] == ["length", "300"] * 6
+    tables = [line.split()[1] for line in markdown.splitlines() if line.startswith("|  ")]
+    assert [first for first in tables if first in ("length", "300")] == [
+        *["length", "300"] * 4,
+        "length",
+        *["length", "300"] * 2,
+        "length",
+    ]
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md", "benchmark.png"}
+
+
+def test_both_ways_of_scoring_give_a_made_up_model_the_same_loss(tmp_path):
+    case = benchmark.Case(40, "10,20", 16, 4, 200)
+    data, checkpoint = benchmark.made_up_model(case, tmp_path, arguments())
+    loss, _ = benchmark.SCORING["fairseq-eval-lm"](data, checkpoint, 16, 4, arguments())
+    result, _ = benchmark.SCORING["fairseq-alibi evaluate"](data, checkpoint, 16, 4, arguments())
+    assert result["loss"] == pytest.approx(loss, abs=1e-4)
+    assert result["tokens"] == 200
 
 
 def test_text_is_the_beginning_of_the_train_split(corpus):
