@@ -41,7 +41,7 @@ def test_table_has_a_row_per_length_and_a_column_per_model(results, tmp_path):
     assert ["1,024", "31.50", "31.25"] in rows
     assert ["2,048", "77.70"] in rows
     markdown = (tmp_path / "report" / "report.md").read_text()
-    assert markdown.startswith("|")
+    assert markdown.splitlines()[2].startswith("|")
     assert "| alibi, trained on 128, stride 256 |" in " ".join(markdown.split())
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.md", "report.png"]
@@ -72,6 +72,42 @@ def test_sliding_windows_are_one_curve_by_equal_stride_or_by_equal_share(results
     (one,) = report.series([results("alibi", by_share)])
     assert one["label"] == "alibi, trained on 128, stride 1/2 of the length"
     assert list(one["perplexity"]) == [64, 128, 256]
+
+
+def test_strides_of_blocks_do_not_count_for_sliding_windows(results):
+    (blocks, sliding) = report.series([results("alibi", {(256, 128): 3.0, (512, 512): 3.0, (1024, 512): 3.0})])[::-1]
+    if "stride" not in sliding["label"]:
+        blocks, sliding = sliding, blocks
+    assert sliding["label"] == "alibi, trained on 128, stride 1/2 of the length"
+    assert list(blocks["perplexity"]) == [512]
+
+
+def test_streaming_is_a_curve_of_its_own(results):
+    streaming, blocks = report.series([results("alibi", {(128, None): 30.0, (128, 128): 31.0, (64, None): 32.0})])
+    assert streaming["label"] == "alibi, trained on 128, streaming"
+    assert streaming["perplexity"] == {128: 30.0, 64: 32.0}
+    assert blocks["perplexity"] == {128: 31.0}
+
+
+def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, tmp_path):
+    path = results("alibi", {(4, 4): 30.0, (8, 8): 29.0})
+    content = json.loads(path.read_text())
+
+    def bins(*numbers):
+        return [dict(zip(("first", "last", "tokens", "loss"), one)) for one in numbers]
+
+    content["results"][0].update(tokens_per_second=5000.0, by_position=bins((0, 0, 300, 8.0), (1, 3, 900, 6.0)))
+    content["results"][1].update(tokens_per_second=4000.0, by_position=bins((0, 0, 100, 4.0), (4, 7, 99, 5.0)))
+    path.write_text(json.dumps(content))
+    report.report([path, results("sinusoidal", {(4, 4): 40.0})], tmp_path / "report")
+    assert {one.name for one in (tmp_path / "report").iterdir()} == set(report.FILES)
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "report" / "report.md").read_text().splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    assert ["4", "5,000"] in rows
+    assert ["8", "4,000"] in rows
+    assert ["0", "7.000"] in rows, "300 tokens of 8 bits and 100 of 4"
+    assert ["1", "6.000"] in rows
+    assert not any(row and row[0] == "4 - 7" for row in rows), "too few tokens"
 
 
 def test_more_series_than_styles_are_all_drawn(results, tmp_path):
