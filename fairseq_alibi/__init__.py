@@ -10,8 +10,12 @@ Where things are:
     import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
     prepare_data.py       corpora: get, check, tokenize, binarize
     download.py           a file from several sources, resumed and checked
-    evaluate.py           perplexity at several lengths through fairseq-eval-lm
-    report.py             results to table and plot
+    windows.py            which tokens are scored with which context
+    scoring.py            the loss of every token, by windows or as one stream
+    evaluate.py           perplexity at many lengths: fairseq-alibi evaluate
+    eval_lm.py            the same through fairseq-eval-lm
+    report.py             results to tables and plots
+    inputs.py             checkpoints and data folders, read safely; results.py: result files, written whole
     benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
     startup/              lets fairseq be imported on Python 3.11 and newer
 

@@ -17,8 +17,8 @@ from .results import write_text, written_whole
 
 #: Line style and marker per series, so that a plot can be read in black and white too.
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
-#: Tokens that a bin of positions has at least, to be shown.
-LEAST = 100
+#: Windows that score a position, at least, for its loss to be shown.
+WINDOWS = 10
 
 #: What a report consists of.
 FILES = ("report.md", "report.png", "speed.png", "positions.png")
@@ -138,8 +138,8 @@ def table(all_series: list[dict[str, Any]], style: str, measure: str = "perplexi
 def losses_by_position(all_series: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Loss by position for each series that has it, in bins, over its windows of all lengths together.
 
-    In a causal model a token at position p has p tokens before it, however long its window is. Bins of few tokens, as
-    sliding windows have them at the positions that only their first window scores, are left out.
+    In a causal model a token at position p has p tokens before it, however long its window is. Positions that few
+    windows score are left out, as those that only the first of all sliding windows does.
     """
     found = {}
     for one in all_series:
@@ -150,7 +150,8 @@ def losses_by_position(all_series: list[dict[str, Any]]) -> dict[str, list[dict[
                 tokens = whole["tokens"] + part["tokens"]
                 whole["loss"] += (part["loss"] - whole["loss"]) * part["tokens"] / tokens
                 whole.update(tokens=tokens, last=max(whole["last"], part["last"]))
-        bins = [pooled[first] for first in sorted(pooled) if pooled[first]["tokens"] >= LEAST]
+        bins = [pooled[first] for first in sorted(pooled)]
+        bins = [part for part in bins if part["tokens"] >= WINDOWS * (part["last"] - part["first"] + 1)]
         if bins:
             found[one["label"]] = bins
     return found
