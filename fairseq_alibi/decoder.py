@@ -13,10 +13,10 @@ from typing import NamedTuple, Optional, Union
 import torch
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoder
-from fairseq.modules import MultiheadAttention, SinusoidalPositionalEmbedding
+from fairseq.modules import LearnedPositionalEmbedding, MultiheadAttention, SinusoidalPositionalEmbedding
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import (
     EPSILON,
@@ -26,9 +26,9 @@ from .attention import (
     masked_attention,
     padding_before_tokens,
 )
-from .positions import PositionMethod
+from .positions import PositionMethod, rotate
 
-#: Where an incremental state holds how many tokens it has read.
+#: Where an incremental state holds how many tokens it has the keys of, and of how many more it had them.
 PROGRESS = "fairseq_alibi.progress"
 
 #: Type of fairseq's incremental state: what the modules keep between the steps of decoding.
@@ -44,6 +44,7 @@ class Pass(NamedTuple):
         padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; or None.
         window: number of keys that a query sees, the last ones, itself included; None for all.
         last: number of queries, the last ones, that the last layer is computed for; None for all.
+        rotation: of the T new tokens, see `PositionMethod.rotation`; None for none.
         incremental_state: where keys and values of the tokens before these are and those of these are added; None for
             whole sequences. Not fairseq's own argument, with which it reads one token at a time.
     """
@@ -54,6 +55,7 @@ class Pass(NamedTuple):
     padding: Optional[Tensor] = None
     window: Optional[int] = None
     last: Optional[int] = None
+    rotation: Optional[Tensor] = None
     incremental_state: Optional[IncrementalState] = None
 
 
@@ -95,6 +97,8 @@ class SelfAttention(MultiheadAttention):
         if self.in_last_layer and run.last is not None:
             query = query[-run.last :]
         q = split_heads(self.q_proj(query))
+        if run.rotation is not None:  # keys go into the cache as they are at their positions
+            q, k = rotate(q, run.rotation[:, -q.size(2) :]), rotate(k, run.rotation)
         if run.incremental_state is not None:
             k, v = self.extend_cache(run.incremental_state, k, v, run.window)
 
@@ -157,10 +161,10 @@ class DecoderLayer(TransformerDecoderLayerBase):
         )
 
 
-class SinusoidalEmbedding(SinusoidalPositionalEmbedding):
-    """fairseq's sinusoidal embedding, which can go on after tokens that were read before.
+class GoesOn:
+    """A position embedding of fairseq's that can go on after tokens that were read before.
 
-    fairseq's own takes padding on the left for tokens when it decodes step by step. Here it never is: a sequence has
+    fairseq's own take padding on the left for tokens when they decode step by step. Here it never is: a sequence has
     the same positions in a full pass and step by step, alone and in a batch.
     """
 
@@ -172,6 +176,19 @@ class SinusoidalEmbedding(SinusoidalPositionalEmbedding):
         if self.earlier_tokens is None or self.earlier_tokens.size(1) == 0:
             return super().forward(input)
         return super().forward(torch.cat([self.earlier_tokens, input], dim=1))[:, -input.size(1) :]
+
+
+class SinusoidalEmbedding(GoesOn, SinusoidalPositionalEmbedding):
+    """fairseq's sinusoidal embedding."""
+
+
+class LearnedEmbedding(GoesOn, LearnedPositionalEmbedding):
+    """fairseq's learned embedding, which starts from the values that fairseq gives it."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int):
+        super().__init__(num_embeddings + padding_idx + 1, embedding_dim, padding_idx)
+        nn.init.normal_(self.weight, mean=0, std=embedding_dim**-0.5)
+        nn.init.constant_(self.weight[padding_idx], 0)
 
 
 class Decoder(TransformerDecoder):
@@ -192,17 +209,23 @@ class Decoder(TransformerDecoder):
         args = copy.copy(args)
         self.longest = args.max_target_positions or sys.maxsize
         self.cpu_bf16 = args.cpu_bf16
-        args.no_token_positional_embeddings = not position_method.adds_embedding
-        args.max_target_positions = args.tokens_per_sample  # first size of the sinusoidal table, which grows by itself
+        args.no_token_positional_embeddings = True  # or fairseq makes one of its own
+        args.max_target_positions = args.tokens_per_sample
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         self.layers[-1].self_attn.in_last_layer = True
         self.position_method = position_method
         self.attention, self.attention_epsilon = args.attention, args.attention_epsilon
         self.attention_dropout = args.attention_dropout
         self._tokens = self._incremental_state = self._window = self._last = None  # of the pass that is going on
+        self._first = 0  # position of its first token
         self._pass: Optional[Pass] = None
-        if position_method.adds_embedding:
+        if position_method.embedding == "sinusoidal":  # of a size that grows by itself
             self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
+        elif position_method.embedding == "learned":
+            if self.longest == sys.maxsize:
+                self.longest = args.tokens_per_sample
+            with torch.random.fork_rng():  # so that the other weights start as with any method
+                self.embed_positions = LearnedEmbedding(self.longest, self.embed_dim, self.padding_idx)
 
     def build_decoder_layer(self, args, no_encoder_attn=False):
         layer = DecoderLayer(args, no_encoder_attn)
@@ -235,7 +258,8 @@ class Decoder(TransformerDecoder):
         """The pass over T tokens: with a mask or without, and what it has to know of padding and earlier tokens."""
         queries, keys = tensor.size(0), self._tokens.size(1)
         padding = padding_before_tokens(self._tokens.eq(self.padding_idx))
-        rest = (self.attention_epsilon, padding, self._window, self._last, self._incremental_state)
+        rotation = self.position_method.rotation(self._first, self._first + queries, tensor.device)
+        rest = (self.attention_epsilon, padding, self._window, self._last, rotation, self._incremental_state)
         if self.takes_no_mask(tensor.device, queries, keys, padding):
             slopes = self.position_method.slopes
             return Pass(None, None if slopes is None else slopes.to(tensor.device), *rest)
@@ -287,18 +311,19 @@ class Decoder(TransformerDecoder):
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
         if any(True for _ in self.position_method.parameters()):
             self.forget_mask()  # a learned bias is another one in each pass
-        before = 0
+        before = dropped = 0
         if incremental_state is not None:
-            progress = incremental_state.setdefault(PROGRESS, {"tokens_read": 0})
-            before = progress["tokens_read"]
+            progress = incremental_state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})
+            before, dropped = progress["kept"], progress["dropped"]
             read = prev_output_tokens.size(1)
-            progress["tokens_read"] = read if window is None else min(read, window - 1)
+            progress["kept"] = read if window is None else min(read, window - 1)
+            progress["dropped"] = dropped + read - progress["kept"]
             last = 1 if last is None else last
         new = prev_output_tokens[:, before:]
         assert new.size(1) > 0, f"no new token: {before} were read, {prev_output_tokens.size(1)} were given"
         self._tokens, self._incremental_state = prev_output_tokens, incremental_state
-        self._window, self._last = window, last
-        if self.position_method.adds_embedding:
+        self._window, self._last, self._first = window, last, dropped + before
+        if self.position_method.embedding is not None:
             self.embed_positions.earlier_tokens = prev_output_tokens[:, :before]
         try:
             # Given an incremental state fairseq's loop would pass on the last token only, and no mask. So it is told of
@@ -318,7 +343,7 @@ class Decoder(TransformerDecoder):
         self._future_mask = torch.empty(0)
 
     def max_positions(self) -> int:
-        """Longest sequence: none, unless --max-target-positions was given."""
+        """Longest sequence: none, unless --max-target-positions was given or positions are learned."""
         return self.longest
 
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from fairseq.dataclass import ChoiceEnum
@@ -39,6 +40,10 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
     alibi_max_bias: float = field(
         default=8.0,
         metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
+    )
+    alibi_heads: Optional[int] = field(
+        default=None,
+        metadata={"help": "number of heads with a bias, the first ones; the others have none (default: all have one)"},
     )
     alibi_length_scale: str = field(
         default="1.0",
@@ -95,10 +100,9 @@ def check_options(args) -> None:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if args.decoder_learned_pos:
         raise ValueError(
-            f"--decoder-learned-pos contradicts --position-method {method}: drop it (a learned table has no "
-            "position past its end; fairseq's own transformer_lm has it)"
+            f"--decoder-learned-pos: drop it; {method} is the position method, --position-method learned has a table"
         )
-    if args.no_token_positional_embeddings and POSITION_METHODS[method].adds_embedding:
+    if args.no_token_positional_embeddings and POSITION_METHODS[method].embedding:
         raise ValueError(
             f"--no-token-positional-embeddings contradicts --position-method {method}: "
             "use --position-method none for a model without position information"

@@ -9,6 +9,7 @@ import math
 from typing import Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -55,6 +56,13 @@ def distances(query_length: int, key_length: int, device: Optional[torch.device]
     return positions[key_length - query_length :, None] - positions[None, :]
 
 
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns pairs of dimensions, in float32 at least: (..., T, D), by (2, T, D / 2) cosines and sines; x's dtype."""
+    cos, sin = rotation
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
 class PositionMethod(nn.Module):
     """What a position method may do; this base does nothing, which is the method `none` (NoPE).
 
@@ -64,8 +72,8 @@ class PositionMethod(nn.Module):
         num_heads: H.
     """
 
-    #: Whether fairseq's sinusoidal embedding is added to the token embeddings.
-    adds_embedding = False
+    #: What is added to the token embeddings: None, "sinusoidal" or "learned".
+    embedding: Optional[str] = None
 
     #: (H,) slopes of a bias -slopes * (i - j), which attention can run without a mask; None for any other bias or none.
     slopes: Optional[Tensor] = None
@@ -86,6 +94,14 @@ class PositionMethod(nn.Module):
 
     def set_evaluation_length(self, length: int) -> None:
         """Is told the length of the windows, in tokens, before a model is evaluated."""
+
+    def rotation(self, first: int, last: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
+        """How `rotate` is to turn queries and keys at these positions, of which `last` is none; or None.
+
+        Returns:
+            (2, last - first, D / 2) float32, cosines and sines.
+        """
+        return None
 
     def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
         """Bias to add to the scores after their division by sqrt(D): (H, T, S) float32, or None for no bias."""
@@ -121,7 +137,80 @@ class PositionMethod(nn.Module):
 class Sinusoidal(PositionMethod):
     """Sinusoidal embeddings added to the token embeddings (Vaswani et al. 2017, section 3.5), as fairseq does it."""
 
-    adds_embedding = True
+    embedding = "sinusoidal"
+
+
+class Learned(PositionMethod):
+    """An embedding for each position, learned and added to the token embeddings, as fairseq does it.
+
+    The table has an entry for each position of the training length (or of --max-target-positions) and none past it.
+    """
+
+    embedding = "learned"
+
+
+class Rotary(PositionMethod):
+    """Queries and keys are turned by angles in proportion to their position, in every layer (RoFormer, Su et al. 2021).
+
+    Dimensions 2n and 2n + 1 of a head are the coordinates of a point that is turned by position * base^(-2n / D), so
+    that scores depend on distances alone. Values are not turned and nothing is added to the embeddings.
+
+    Args:
+        num_heads: H.
+        head_dim: D, even.
+        base: of the frequencies.
+
+    Raises:
+        ValueError: an odd head_dim.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int = 64, base: float = 10000.0):
+        super().__init__(num_heads)
+        if head_dim % 2:
+            raise ValueError(
+                f"--position-method rotary turns pairs of dimensions: head_dim must be even, not {head_dim}"
+            )
+        self.frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+    @classmethod
+    def from_options(cls, num_heads: int, args) -> "Rotary":
+        return cls(num_heads, args.decoder_embed_dim // num_heads)
+
+    def rotation(self, first: int, last: int, device: Optional[torch.device] = None) -> Tensor:
+        # In float64, because in float32 an angle near 100,000 is off by 0.004.
+        angles = torch.arange(first, last, dtype=torch.float64)[:, None] * self.frequencies
+        return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+
+
+class T5(PositionMethod):
+    """A learned bias for each head and range of distances, shared by all layers (Raffel et al. 2020, section 2.1).
+
+    Causal: distances 0 to 15 have a bucket each, those to 128 share 16 of growing width, and all beyond the last one.
+    The biases start from 0.
+
+    Args:
+        num_heads: H.
+        buckets: number of them, half for a distance each.
+        longest: distance from which on all are in the last bucket.
+    """
+
+    def __init__(self, num_heads: int, buckets: int = 32, longest: int = 128):
+        super().__init__(num_heads)
+        self.buckets, self.longest = buckets, longest
+        self.bucket_bias = nn.Parameter(torch.zeros(buckets, num_heads))
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """Bucket of each distance, int64; that of 0 for keys in the future."""
+        exact = self.buckets // 2
+        octaves = torch.log(distance.clamp(min=exact).double() / exact) / math.log(self.longest / exact)
+        shared = (exact + (octaves * (self.buckets - exact)).long()).clamp(max=self.buckets - 1)
+        return torch.where(distance < exact, distance.clamp(min=0), shared)
+
+    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
+        # One number for each distance, from the longest down; row t of the bias is the part of it that ends at t's own.
+        distance = torch.arange(key_length - 1, -query_length, -1, device=device)
+        by_distance = F.embedding(self.bucket(distance), self.bucket_bias).t()
+        return by_distance.unfold(1, key_length, 1).flip(1)
 
 
 class ALiBi(PositionMethod):
@@ -134,12 +223,15 @@ class ALiBi(PositionMethod):
     Args:
         num_heads: H.
         max_bias: see `alibi_slopes`.
+        heads: number of heads with a bias, the first ones, with the slopes of a model of that many; None for all. The
+            others have slope 0, which is no bias.
         length_scale: what the slopes are divided by: position interpolation for ALiBi (Al-Khateeb et al. 2023, arXiv
             2310.13017). "auto" is evaluation length over training length, where that is more than 1.
         training_length: in tokens, for "auto".
 
     Raises:
-        ValueError: see `alibi_slopes`, and for a length scale that is no positive number and not "auto".
+        ValueError: see `alibi_slopes`, and for a length scale that is no positive number and not "auto", or more heads
+            than there are.
     """
 
     def __init__(
@@ -148,8 +240,12 @@ class ALiBi(PositionMethod):
         max_bias: float = 8.0,
         length_scale: Union[float, str] = 1.0,
         training_length: Optional[int] = None,
+        heads: Optional[int] = None,
     ):
         super().__init__(num_heads)
+        heads = num_heads if heads is None else heads
+        if not 0 < heads <= num_heads:
+            raise ValueError(f"alibi_heads must be from 1 to the number of heads, {num_heads}, not {heads}")
         self.training_length = training_length if length_scale == "auto" else None
         try:
             scale = 1.0 if length_scale == "auto" else float(length_scale)
@@ -157,12 +253,13 @@ class ALiBi(PositionMethod):
             scale = math.nan
         if not 0 < scale < math.inf:
             raise ValueError(f"alibi_length_scale must be a positive number or auto, not {length_scale}")
-        self.unscaled_slopes = alibi_slopes(num_heads, max_bias)
+        self.unscaled_slopes = F.pad(alibi_slopes(heads, max_bias), (0, num_heads - heads))
         self.slopes = (self.unscaled_slopes / scale).float()  # plain attributes: not part of a checkpoint
 
     @classmethod
     def from_options(cls, num_heads: int, args) -> "ALiBi":
-        return cls(num_heads, args.alibi_max_bias, args.alibi_length_scale, args.tokens_per_sample)
+        scale = args.alibi_length_scale
+        return cls(num_heads, args.alibi_max_bias, scale, args.tokens_per_sample, args.alibi_heads)
 
     def set_evaluation_length(self, length: int) -> None:
         if self.training_length:
@@ -175,4 +272,11 @@ class ALiBi(PositionMethod):
 
 
 #: The values of `--position-method`.
-POSITION_METHODS = {"alibi": ALiBi, "sinusoidal": Sinusoidal, "none": PositionMethod}
+POSITION_METHODS = {
+    "alibi": ALiBi,
+    "sinusoidal": Sinusoidal,
+    "rotary": Rotary,
+    "t5": T5,
+    "learned": Learned,
+    "none": PositionMethod,
+}

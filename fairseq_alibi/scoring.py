@@ -136,7 +136,7 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
     decoder = model.decoder
     if not isinstance(decoder, Decoder):
         raise ValueError("streaming needs a model of this plugin (alibi_lm): evaluate this one by windows")
-    if decoder.position_method.adds_embedding:
+    if decoder.position_method.embedding is not None:
         raise ValueError(
             "streaming: the model adds a position to each token, and a stream has no first one; use windows"
         )

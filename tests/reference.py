@@ -13,11 +13,28 @@ def slopes(heads, max_bias=8):
     return slopes(lower, max_bias) + slopes(2 * lower, max_bias)[0::2][: heads - lower]
 
 
-def attention(q, k, v, method="alibi", seen=None, window=math.inf):
+def t5_bucket(distance):
+    """Bucket of a distance: 16 exact ones, 16 logarithmic ones up to 128, the last one for all beyond."""
+    return distance if distance < 16 else min(31, 16 + math.floor(math.log(distance / 16) / math.log(8) * 16))
+
+
+def turned(x):
+    """Rotary: pairs of dimensions (2n, 2n + 1) turned by position / 10000^(2n / D): (..., positions, D) -> the same."""
+    x, dim = x.double().clone(), x.size(-1)
+    for position in range(x.size(-2)):
+        for n in range(0, dim, 2):
+            angle = position / 10000 ** (n / dim)
+            a, b = x[..., position, n].clone(), x[..., position, n + 1].clone()
+            x[..., position, n] = a * math.cos(angle) - b * math.sin(angle)
+            x[..., position, n + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return x
+
+
+def attention(q, k, v, method="alibi", seen=None, window=math.inf, bucket_bias=None):
     """softmax over the seen keys j <= i of q_i . k_j / sqrt(D) - m_h (i - j), and its product with v.
 
     q (B, H, T, D); k, v (B, H, S, D); seen (B, S), False at padding; of the keys the last `window` ones alone. Rows
-    that see nothing are 0.
+    that see nothing are 0. `bucket_bias` is (32, H), of method t5.
     """
     q, k, v = q.double(), k.double(), v.double()
     heads, queries, keys = q.size(1), q.size(2), k.size(2)
@@ -26,6 +43,9 @@ def attention(q, k, v, method="alibi", seen=None, window=math.inf):
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.size(-1))
     if method == "alibi":
         scores = scores - torch.tensor(slopes(heads), dtype=torch.float64)[:, None, None] * distance
+    if bucket_bias is not None:
+        buckets = torch.tensor([[t5_bucket(max(0, d)) for d in row] for row in distance.tolist()])
+        scores = scores + bucket_bias.double()[buckets].permute(2, 0, 1)
     hidden = ((distance < 0) | (distance >= window)).expand(scores.shape)
     if seen is not None:
         hidden = hidden | ~seen[:, None, None, :]
@@ -39,7 +59,7 @@ def logits(model, tokens, window=math.inf):
     A token attends to the last `window` tokens, itself included.
     """
     p = {name.replace("decoder.", ""): value.double() for name, value in model.state_dict().items()}
-    method = {"ALiBi": "alibi", "Sinusoidal": "sinusoidal"}.get(type(model.decoder.position_method).__name__, "none")
+    method = type(model.decoder.position_method).__name__.lower()
     heads, layers = model.decoder.layers[0].self_attn.num_heads, len(model.decoder.layers)
     width, length = p["embed_tokens.weight"].size(1), len(tokens)
 
@@ -55,13 +75,21 @@ def logits(model, tokens, window=math.inf):
         frequency = torch.exp(torch.arange(width // 2) * -(math.log(10000) / (width // 2 - 1))).double()
         angle = (torch.arange(length, dtype=torch.float64)[:, None] + 2) * frequency
         x = x + torch.cat([angle.sin(), angle.cos()], dim=1)
+    if method == "learned":
+        x = x + p["embed_positions.weight"][2 : length + 2]
     for n in range(layers):
         at = f"layers.{n}"
         h = norm(x, f"{at}.self_attn_layer_norm")
         q, k, v = (
             linear(h, f"{at}.self_attn.{name}_proj").view(1, length, heads, -1).transpose(1, 2) for name in "qkv"
         )
-        out = attention(q, k, v, method, window=window)[0].transpose(0, 1).reshape(length, width)
+        if method == "rotary":
+            q, k = turned(q), turned(k)
+        out = (
+            attention(q, k, v, method, window=window, bucket_bias=p.get("position_method.bucket_bias"))[0]
+            .transpose(0, 1)
+            .reshape(length, width)
+        )
         x = x + linear(out, f"{at}.self_attn.out_proj")
         h = norm(x, f"{at}.final_layer_norm")
         x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")

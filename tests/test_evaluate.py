@@ -347,6 +347,13 @@ def test_a_model_for_another_task_is_named(corpus, checkpoint, tmp_path, capsys)
     assert "--add-bos-token" in fails(capsys, corpus, tmp_path / "bos.pt")
 
 
+def test_learned_positions_end_with_the_training_length(corpus, train, tmp_path, capsys):
+    learned = train("--position-method", "learned", updates=2)
+    message = fails(capsys, corpus, learned, "--lengths", "16,32,33", "--output", tmp_path)
+    assert "length 33 is longer than the model's longest sequence, 32" in message
+    assert results(tmp_path).keys() == {(16, 16), (32, 32)}
+
+
 def test_data_with_another_dictionary_is_named(corpus, checkpoint, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(corpus, data)

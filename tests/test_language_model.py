@@ -105,9 +105,30 @@ def test_a_compiled_model_gives_the_same_numbers(build, attention):
 
 def test_no_position_embedding_unless_the_method_adds_one(build, method):
     model = build("alibi_lm_tiny", "--position-method", method)
-    names = [name for name in model.state_dict() if "position" in name]
-    assert names == (["decoder.embed_positions._float_tensor"] if method == "sinusoidal" else [])
-    assert (model.decoder.embed_positions is None) == (method != "sinusoidal")
+    added = {"sinusoidal": ["_float_tensor"], "learned": ["weight"]}.get(method, [])
+    names = [name for name in model.state_dict() if "embed_positions" in name]
+    assert names == [f"decoder.embed_positions.{name}" for name in added]
+    assert (model.decoder.embed_positions is None) == (not added)
+
+
+def test_learned_positions_end_with_their_table(build):
+    model = build("alibi_lm_tiny", "--position-method", "learned", "--max-target-positions", 8)
+    assert model.max_positions() == 8
+    assert model.decoder.embed_positions.weight.shape == (10, 128), "fairseq's positions start at 2"
+    model(random_tokens(model, 1, 8))
+
+
+def test_bias_on_some_heads_leaves_the_others_without(build):
+    """A model with one biased head of eight differs from those with all and with none; a mask gives the same."""
+    models = [build("alibi_lm_tiny", "--alibi-heads", heads) for heads in (1, 8)]
+    models.append(build("alibi_lm_tiny", "--position-method", "none"))
+    assert models[0].decoder.position_method.slopes.tolist() == [2**-8, *[0] * 7]
+    tokens = random_tokens(models[0], 1, 600)
+    some, every, no = (model(tokens)[0] for model in models)
+    assert not torch.allclose(some, every, atol=1e-4)
+    assert not torch.allclose(some, no, atol=1e-4)
+    models[0].decoder.attention = "mask"
+    torch.testing.assert_close(models[0](tokens)[0], some, rtol=1e-4, atol=1e-4)
 
 
 def test_mask_is_made_once_shared_by_the_batch_and_grown_on_demand(build, monkeypatch):
@@ -129,8 +150,9 @@ def test_same_seed_gives_the_parameters_of_transformer_lm(build, method):
     ours = build("alibi_lm_wiki103", "--position-method", method, *sizes)
     fairseqs = build("transformer_lm_wiki103", *sizes)
     theirs = dict(fairseqs.named_parameters())
-    assert {name for name, _ in ours.named_parameters()} == set(theirs)
-    for name, parameter in ours.named_parameters():
+    of_the_method = {"t5": {"decoder.position_method.bucket_bias"}, "learned": {"decoder.embed_positions.weight"}}
+    assert {name for name, _ in ours.named_parameters()} == set(theirs) | of_the_method.get(method, set())
+    for name, parameter in ((name, parameter) for name, parameter in ours.named_parameters() if name in theirs):
         assert torch.equal(parameter, theirs[name]), name
     if method == "sinusoidal":
         tokens = random_tokens(ours, 2, 50)

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import reference
 import torch
 
-from fairseq_alibi.positions import POSITION_METHODS, ALiBi, alibi_slopes
+from fairseq_alibi.positions import POSITION_METHODS, T5, ALiBi, Rotary, alibi_slopes, rotate
 
 HEADS = range(1, 65)
 
@@ -64,12 +65,14 @@ def test_folded_mask_gives_the_authors_attention(num_heads):
 @pytest.mark.parametrize("method", POSITION_METHODS)
 def test_last_rows_of_a_mask_are_the_mask_of_the_last_queries(method):
     position_method = POSITION_METHODS[method](12)
+    for parameter in position_method.parameters():
+        torch.nn.init.normal_(parameter)
     whole = position_method.future_mask(50, 50)
     for queries in (1, 7, 50):
         assert torch.equal(position_method.future_mask(queries, 50), whole[:, -queries:])
 
 
-@pytest.mark.parametrize("method", ["sinusoidal", "none"])
+@pytest.mark.parametrize("method", ["sinusoidal", "rotary", "learned", "none"])
 def test_methods_without_bias_have_the_plain_future_mask(method):
     mask = POSITION_METHODS[method](12).future_mask(5, 5)
     assert torch.equal(mask, torch.full((1, 5, 5), -math.inf).triu(1))
@@ -83,6 +86,56 @@ def test_near_tokens_are_exact_in_half_precision_at_any_position(dtype):
     assert torch.equal(far, expected)
 
 
-def test_no_method_leaves_anything_in_a_checkpoint():
-    for method in POSITION_METHODS.values():
-        assert not method(8).state_dict()
+def test_only_learned_biases_are_in_a_checkpoint():
+    found = {name: list(method(8).state_dict()) for name, method in POSITION_METHODS.items()}
+    assert {name: keys for name, keys in found.items() if keys} == {"t5": ["bucket_bias"]}
+
+
+def test_buckets_of_t5():
+    """Listed from the formula, and the last one for all distances from 128 on."""
+    method = T5(4)
+    assert method.bucket(torch.arange(-3, 16)).tolist() == [0, 0, 0, *range(16)]
+    firsts = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
+    found = method.bucket(torch.arange(10_000)).tolist()
+    assert found == [reference.t5_bucket(distance) for distance in range(10_000)]
+    assert [found.index(bucket) for bucket in range(16, 32)] == firsts
+    assert found[-1] == 31
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (150, 150), (3, 200), (1, 40)])
+def test_bias_of_t5_and_its_gradient(queries, keys):
+    method = T5(3)
+    torch.nn.init.normal_(method.bucket_bias)
+    bias = method.bias(queries, keys)
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    buckets = torch.tensor([[reference.t5_bucket(max(0, d)) for d in row] for row in distance.tolist()])
+    expected = method.bucket_bias[buckets].permute(2, 0, 1)
+    assert torch.equal(bias, expected)
+    cotangent = torch.randn_like(bias)
+    ours, theirs = (torch.autograd.grad(x, method.bucket_bias, cotangent)[0] for x in (bias, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_rotary_turns_pairs_of_dimensions_and_scores_depend_on_distance():
+    method = Rotary(2, 8)
+    x = torch.randn(2, 3, 20, 8)
+    torch.testing.assert_close(rotate(x, method.rotation(0, 20)).double(), reference.turned(x), rtol=1e-5, atol=1e-5)
+    q, k = torch.randn(2, 1, 8).double()
+
+    def score(i, j):
+        return float(rotate(q, method.rotation(i, i + 1).double()) @ rotate(k, method.rotation(j, j + 1).double()).T)
+
+    assert score(5, 3) == pytest.approx(score(100_005, 100_003), rel=1e-5), "far positions are as exact as near ones"
+    assert score(5, 3) != pytest.approx(score(5, 2), rel=1e-2)
+    assert rotate(x.bfloat16(), method.rotation(0, 20)).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="head_dim must be even, not 7"):
+        Rotary(2, 7)
+
+
+def test_bias_on_part_of_the_heads():
+    method = ALiBi(8, heads=4)
+    assert method.slopes.tolist() == [*alibi_slopes(4).tolist(), 0, 0, 0, 0]
+    assert not method.bias(5, 5)[4:].any()
+    for heads in (0, 9):
+        with pytest.raises(ValueError, match=f"alibi_heads.*{heads}"):
+            ALiBi(8, heads=heads)

@@ -105,7 +105,7 @@ def test_windows_are_scored_as_the_reference_scores_each_block_with_its_context(
         torch.testing.assert_close(losses[start:end], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["alibi", "none"])
+@pytest.mark.parametrize("method", ["alibi", "none", "rotary", "t5"])
 @pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
 @pytest.mark.parametrize("window", [1, 2, 5, 24, 64, 500])
 def test_stream_equals_banded_attention(build, method, attention, window, monkeypatch):
@@ -146,9 +146,10 @@ def test_stream_keeps_no_more_than_its_window(build, monkeypatch):
 
 
 def test_stream_is_refused_where_positions_are_absolute(build):
-    model = build("alibi_lm_tiny", "--position-method", "sinusoidal")
-    with pytest.raises(ValueError, match="adds a position"):
-        next(scoring.score_stream(model, random_tokens(model, 10), 4))
+    for method in ("sinusoidal", "learned"):
+        model = build("alibi_lm_tiny", "--position-method", method)
+        with pytest.raises(ValueError, match="adds a position"):
+            next(scoring.score_stream(model, random_tokens(model, 10), 4))
     with pytest.raises(ValueError, match="alibi_lm"):
         next(scoring.score_stream(build("transformer_lm"), random_tokens(model, 10), 4))
 
