@@ -5,9 +5,15 @@ import logging
 import sys
 from typing import Optional
 
-from . import __version__, evaluate, generate, import_checkpoint, report
+from . import __version__, evaluate, generate, import_checkpoint, report, reproduce
 
-COMMANDS = {"evaluate": evaluate, "generate": generate, "report": report, "import-checkpoint": import_checkpoint}
+COMMANDS = {
+    "evaluate": evaluate,
+    "generate": generate,
+    "report": report,
+    "reproduce": reproduce,
+    "import-checkpoint": import_checkpoint,
+}
 
 
 def main(argv: Optional[list[str]] = None) -> None:

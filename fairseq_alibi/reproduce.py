@@ -1,0 +1,352 @@
+"""The paper's comparison in one go: trains every position method alike, evaluates at many lengths, writes one page.
+
+All models of a training length have the same seed, the same order of the data and, where shapes agree, the same initial
+weights. Every step that is done is noted in its model's folder and not done again.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import report
+from .inputs import positive
+from .positions import POSITION_METHODS
+from .results import describe_environment, now, write_json, write_text, written_whole
+
+ROOT = Path(__file__).parent.parent
+
+#: Best first, at lengths past the training length (Press et al. 2022, figures 1 and 4).
+PAPER_ORDER = ("alibi", "t5", "rotary", "sinusoidal")
+
+
+def small_model(data: str, method: str, length: int, save_dir: Path, updates: int, more: list[str]) -> list[str]:
+    """fairseq-train for a model that a CPU trains: 2 layers of width 128."""
+    warmup = max(1, updates // 10)
+    command = [data, "--user-dir", Path(__file__).parent, "--task", "language_modeling", "--position-method", method]
+    command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
+    command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
+    command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
+    command += ["--seed", 1, "--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
+    command += ["--keep-interval-updates", 1, "--save-dir", save_dir, "--cpu", *more]
+    return ["fairseq-train", *map(str, command)]
+
+
+def laptop(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """The model of scripts/quickstart.sh."""
+    return small_model(data, method, length, save_dir, updates, ["--arch", "alibi_lm_tiny"])
+
+
+def slice_of_wikitext(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """The same with the word-level vocabulary of some ten thousand types that part of WikiText-103 has."""
+    sizes = [f"--decoder-{name}-dim=128" for name in ("embed", "input", "output")]
+    sizes += ["--decoder-ffn-embed-dim=512", "--decoder-layers=2", "--decoder-attention-heads=8"]
+    adaptive = ["--adaptive-input", "--adaptive-input-cutoff=4000,8000", "--adaptive-softmax-cutoff=4000,8000"]
+    adaptive += ["--tie-adaptive-weights", "--criterion=adaptive_loss", "--ddp-backend=legacy_ddp"]
+    more = ["--arch=alibi_lm", "--decoder-normalize-before", *sizes, *adaptive]
+    return small_model(data, method, length, save_dir, updates, more)
+
+
+def paper(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """The paper's WikiText-103 model and settings."""
+    script = str(ROOT / "scripts" / "train_wikitext103.sh")
+    command = ["bash", script, data, str(save_dir), str(length), "--position-method", method]
+    return [*command, "--max-update", str(updates)]
+
+
+class Preset(NamedTuple):
+    """What is trained and evaluated.
+
+    Args:
+        train: makes the training command of data, method, length, folder and number of updates.
+        data: fairseq data folder; None where the user has to name it.
+        training_lengths, evaluation_lengths: in tokens.
+        updates: of training.
+        at_once: models that are trained or evaluated at the same time, each with one thread if more than one.
+    """
+
+    train: Callable[[str, str, int, Path, int], list[str]]
+    data: Optional[str]
+    training_lengths: tuple[int, ...]
+    evaluation_lengths: tuple[int, ...]
+    updates: int
+    at_once: int
+
+
+PRESETS = {
+    "laptop": Preset(laptop, "data-bin/builtin", (128, 512), (128, 256, 512, 1024, 2048), 300, 2),
+    "slice": Preset(slice_of_wikitext, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
+    "paper": Preset(paper, "data-bin/wikitext-103", (512, 3072), (512, 1024, 2048, 3072, 6144, 12288), 286000, 1),
+}
+
+
+class Run(NamedTuple):
+    """One model: its method, training length and folder."""
+
+    method: str
+    length: int
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """What is evaluated."""
+        return self.folder / "checkpoint_last.pt"
+
+
+def steps(run: Run, preset: Preset, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The commands for a model, by name, in their order."""
+    lengths = list(preset.evaluation_lengths)
+    if run.method == "learned":  # its table ends there
+        lengths = [length for length in lengths if length <= run.length]
+    evaluate = ["fairseq-alibi", "evaluate", args.data, str(run.checkpoint), "--lengths", ",".join(map(str, lengths))]
+    evaluate += ["--subset", args.subset, "--by-position", "--output", str(args.output / "results")]
+    evaluate += ["--cpu"] if args.cpu or preset.at_once > 1 else []
+    train = preset.train(args.data, run.method, run.length, run.folder, args.updates)
+    logging = ["--log-format", "json", "--log-interval", "20", "--log-file", str(run.folder / "train.json.log")]
+    return {
+        "training": [*train, *logging],
+        "evaluation": evaluate,
+        "sliding window": [*evaluate, "--stride-fraction", "1/2"],
+    }
+
+
+class Running:
+    """Commands that run side by side, so that all can be ended together."""
+
+    def __init__(self, one_thread: bool):
+        self.environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if one_thread else {})}
+        self.processes: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    def run(self, command: list[str], log: Path) -> int:
+        """Runs a command, its output into a log; returns its peak memory in bytes.
+
+        Raises:
+            ValueError: it failed; names the log and its last line.
+        """
+        with log.open("w", encoding="utf-8") as output:
+            with self.lock:
+                if self.stopped:
+                    raise KeyboardInterrupt
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
+                self.processes.add(process)
+            _, status, usage = os.wait4(process.pid, 0)  # as Popen.wait, and with the memory of this process alone
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self.processes.discard(process)
+        if process.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+            raise ValueError(
+                f"{shlex.join(command[:2])} ended with status {process.returncode}, see {log}: {lines[-1]}"
+            )
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def stop(self) -> None:
+        """Ends what runs and starts nothing more."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
+
+
+def training_speed(log: Path) -> Optional[float]:
+    """Median of the tokens per second that fairseq-train logged, without the first ones; None if it logged too few."""
+    speeds = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if "| train_inner | {" in line:
+            speeds.append(float(json.loads(line[line.index("{") :])["wps"]))
+    return statistics.median(speeds[1:]) if len(speeds) > 1 else None
+
+
+def carry_out(run: Run, preset: Preset, args: argparse.Namespace, running: Running, bar: tqdm) -> None:
+    """Does for a model what is not done yet; `run.json` in its folder says what is."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    marker = run.folder / "run.json"
+    done = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    for name, command in steps(run, preset, args).items():
+        if name not in done:
+            bar.set_postfix_str(f"{run.method}, trained on {run.length:,}: {name}")
+            memory = running.run(command, run.folder / f"{name.replace(' ', '-')}.log")
+            done[name] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
+            if name == "training":
+                done[name]["tokens_per_second"] = training_speed(run.folder / "train.json.log")
+            write_json(marker, done)
+        bar.update()
+
+
+def check_settings(args: argparse.Namespace, preset: Preset) -> None:
+    """Refuses to go on in a folder of other settings; notes those of a new one.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    settings = {
+        "preset": args.preset,
+        "data": args.data,
+        "subset": args.subset,
+        "updates": args.updates,
+        "training_lengths": list(preset.training_lengths),
+        "evaluation_lengths": list(preset.evaluation_lengths),
+    }
+    path = args.output / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        differ = [name for name, value in settings.items() if before.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{args.output} was begun with another {', '.join(differ)}: name another --output, or drop the option"
+            )
+    else:
+        write_json(path, {"settings": settings, "environment": describe_environment()})
+
+
+def order_of(all_series: list[dict[str, Any]], length: int) -> list[str]:
+    """Methods by perplexity at an evaluation length, best first."""
+    there = [one for one in all_series if length in one["perplexity"]]
+    return [one["label"].partition(",")[0] for one in sorted(there, key=lambda one: one["perplexity"][length])]
+
+
+def compare_with_paper(all_series: list[dict[str, Any]], length: int) -> str:
+    """Whether the order of the methods that the paper compares is the paper's."""
+    found = order_of(all_series, length)
+    here, theirs = ([name for name in order if name in found and name in PAPER_ORDER] for order in (found, PAPER_ORDER))
+    verdict = "the same as" if here == theirs else "**not** that of"
+    text = (
+        f"At {length:,} tokens the order is {', '.join(found)} (best first), which among the methods of the paper is "
+    )
+    return f"{text}{verdict} the paper's: {', '.join(theirs)}."
+
+
+def cost_table(runs: list[Run]) -> str:
+    """Speed and memory of every model, in Markdown."""
+    rows = []
+    for run in runs:
+        done = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+        rows.append(
+            [
+                run.length,
+                run.method,
+                done["training"]["tokens_per_second"],
+                done["training"]["peak_memory_bytes"] / 2**20,
+                done["evaluation"]["peak_memory_bytes"] / 2**20,
+            ]
+        )
+    headers = ["trained on", "method", "training, tokens/s", "training, MiB", "evaluation, MiB"]
+    return tabulate(rows, headers, tablefmt="github", intfmt=",", floatfmt=",.0f")
+
+
+def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str:
+    """Writes results.md and its plots into the output folder, from what the runs left; returns the Markdown."""
+    order = {name: n for n, name in enumerate(POSITION_METHODS)}
+    files = sorted((args.output / "results").glob("*.json"))
+    every = report.series(files)
+    begun = json.loads((args.output / "settings.json").read_text(encoding="utf-8"))["environment"]
+    versions = ", ".join(f"{name} {begun[name]}" for name in ("python", "torch", "fairseq", "fairseq_alibi"))
+    alone = "" if preset.at_once == 1 else f" {preset.at_once} models at a time, one thread each."
+    text = [
+        f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
+        f"Made by `bash scripts/reproduce.sh --preset {args.preset}`: {args.data}, {args.updates:,} updates, evaluated "
+        f"on {args.subset}; the same seed, data order and, where shapes agree, initial weights. {begun['device']}; "
+        f"{versions}.{alone} The commands are in each model's `run.json`.",
+    ]
+    longest = max(preset.evaluation_lengths)
+    for length in preset.training_lengths:
+        text.append(f"## Trained on {length:,} tokens")
+        for way, title in (("", "Non-overlapping blocks"), (", stride", "Sliding window, stride half of the length")):
+            name = f"perplexity-{length}{'-sliding' if way else ''}.png"
+            own = f"trained on {length}"
+            some = [one for one in every if one["label"].partition(", ")[2].startswith(own)]
+            some = [one for one in some if (", stride" in one["label"]) == bool(way)]
+            some = sorted(some, key=lambda one: order[one["label"].partition(",")[0]])
+            some = [{**one, "label": one["label"].partition(",")[0]} for one in some]
+            with written_whole(args.output / name) as partial:
+                report.plot(some, partial)
+            text += [f"{title}:", f"![Perplexity against evaluation length]({name})", report.table(some, "github")]
+            if length < longest:
+                text.append(compare_with_paper(some, longest))
+            if not way:
+                curves = report.losses_by_position(some)
+        positions = f"positions-{length}.png"
+        with written_whole(args.output / positions) as partial:
+            report.plot_positions(curves, partial)
+        text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({positions})"]
+        text += [report.position_table(curves)]
+        text += ["Evaluation, tokens per second, non-overlapping:"]
+        fast = [one for one in every if one["label"] in {f"{name}, trained on {length}" for name in order}]
+        fast = sorted(fast, key=lambda one: order[one["label"].partition(",")[0]])
+        text += [
+            report.table(
+                [{**one, "label": one["label"].partition(",")[0]} for one in fast], "github", "tokens_per_second"
+            )
+        ]
+    text += ["## Speed and memory", cost_table(runs)]
+    page = "\n\n".join(text) + "\n"
+    write_text(args.output / "results.md", page)
+    return page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fairseq-alibi reproduce`."""
+    add = parser.add_argument
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        default="laptop",
+        help="laptop (default), slice or paper: see the walk-through",
+    )
+    add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
+    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--updates", type=positive, metavar="N", help="of training, in the place of the preset's")
+    add("--methods", nargs="+", choices=list(POSITION_METHODS), default=list(POSITION_METHODS), metavar="METHOD")
+    add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; what is done there is kept")
+    add("--launch", action="store_true", help="run the commands of the preset paper, which else are printed")
+    add("--cpu", action="store_true", help="do not use the GPU")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`fairseq-alibi reproduce`: says where the page is."""
+    preset = PRESETS[args.preset]
+    args.data, args.updates = args.data or preset.data, args.updates or preset.updates
+    args.output = args.output or Path("results") / f"reproduce-{args.preset}"
+    if args.data is None:
+        raise ValueError("--preset slice needs --data, a folder that scripts/prepare_wikitext103.sh made")
+    runs = [Run(name, n, args.output / f"{name}-{n}") for n in preset.training_lengths for name in args.methods]
+    if args.preset == "paper" and not args.launch:
+        for run in runs:
+            print("\n".join(shlex.join(command) for command in steps(run, preset, args).values()))
+        return
+    if args.data == PRESETS["laptop"].data:
+        subprocess.run([sys.executable, "-m", "fairseq_alibi.prepare_data", "text", args.data, "--builtin"], check=True)
+    if not (Path(args.data) / "dict.txt").is_file():
+        raise ValueError(
+            f"{args.data} holds no dict.txt: make it with scripts/prepare_wikitext103.sh or prepare_text.sh"
+        )
+    check_settings(args, preset)
+    running = Running(preset.at_once > 1)
+    try:
+        with (
+            tqdm(total=3 * len(runs), desc="reproduce", unit="step") as bar,
+            ThreadPoolExecutor(preset.at_once) as pool,
+        ):
+            waiting = [pool.submit(carry_out, run, preset, args, running, bar) for run in runs]
+            try:
+                for one in waiting:
+                    one.result()
+            except BaseException:
+                running.stop()
+                raise
+    except KeyboardInterrupt:
+        sys.exit("fairseq-alibi reproduce: interrupted; the same command goes on where it was")
+    write_page(runs, preset, args)
+    print(f"written to {args.output / 'results.md'}")
