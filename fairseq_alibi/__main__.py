@@ -5,13 +5,14 @@ import logging
 import sys
 from typing import Optional
 
-from . import __version__, evaluate, generate, import_checkpoint, report, reproduce
+from . import __version__, evaluate, generate, import_checkpoint, plan, report, reproduce
 
 COMMANDS = {
+    "plan": plan,
     "evaluate": evaluate,
-    "generate": generate,
     "report": report,
     "reproduce": reproduce,
+    "generate": generate,
     "import-checkpoint": import_checkpoint,
 }
 

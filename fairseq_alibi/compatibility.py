@@ -42,7 +42,7 @@ def hush_fairseqs_old_words() -> None:
         r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
         r"\s*The version_base parameter is not specified",
         r"In 'config': Usage of deprecated keyword in package header",
-        r"\s*'config' is validated against ConfigStore schema",
+        r"\s*'[^']+' is validated against ConfigStore schema",
         r"\s*The strict flag in the compose API is deprecated",
         r"'pin_memory' argument is set as true but no accelerator is found",
         r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated",

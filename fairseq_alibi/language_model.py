@@ -216,6 +216,23 @@ def alibi_lm_gpt(args):
     transformer_lm_gpt(args)
 
 
+@register_model_architecture("alibi_lm", "alibi_lm_1_3b")
+def alibi_lm_1_3b(args):
+    """The paper's section 4.2: 25 layers, width 2048, 16 heads; with tied plain embeddings of GPT-2's BPE 1.36B.
+
+    The paper does not say what its activation function, norms and vocabulary are: gelu, pre-norm and a BPE are ours.
+    """
+    args.decoder_layers = safe_getattr(args, "decoder_layers", 25)
+    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 2048)
+    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 8192)
+    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 16)
+    args.activation_fn = safe_getattr(args, "activation_fn", "gelu")
+    args.dropout = safe_getattr(args, "dropout", 0.0)
+    args.decoder_normalize_before = safe_getattr(args, "decoder_normalize_before", True)
+    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
+    base_lm_architecture(args)
+
+
 @register_model_architecture("alibi_lm", "alibi_lm_tiny")
 def alibi_lm_tiny(args):
     """For CPUs: 2 layers, width 128, 8 heads, tied plain embeddings."""

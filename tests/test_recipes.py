@@ -8,8 +8,11 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import BIN, ROOT, run
-from omegaconf import OmegaConf
 
+from fairseq_alibi.plan import read_config
+
+#: Groups of a config of which one of several is chosen by `_name`.
+CHOSEN = ("optimizer", "lr_scheduler", "criterion")
 LENGTHS = [64, 128, 256, 512, 1024, 1536, 2048, 3072]
 
 
@@ -41,28 +44,38 @@ def config_of_arguments(arguments):
 
 
 def config_of_yaml(name):
-    """A file of configs/, without what is hydra's."""
-    return {group: keys for group, keys in OmegaConf.load(ROOT / "configs" / name).items() if group != "hydra"}
+    """A file of configs/ as fairseq-hydra-train gets it, what it leaves out included."""
+    return read_config(ROOT / "configs" / name)
 
 
-def test_yaml_says_what_the_script_says(script_arguments):
-    cfg = config_of_arguments(script_arguments(512))
-    yaml = config_of_yaml("wikitext103.yaml")
-    for group, keys in yaml.items():
+@pytest.mark.parametrize("length", LENGTHS)
+def test_yaml_says_what_the_script_says(script_arguments, length):
+    cfg = config_of_arguments(script_arguments(length))
+    yaml = config_of_yaml(f"wikitext103_{length}.yaml" if length != 512 else "wikitext103.yaml")
+    for group in ("common", "task", "dataset", "optimization", "distributed_training", "checkpoint", "model", *CHOSEN):
+        keys = yaml[group]
         theirs = cfg[group] if isinstance(cfg[group], Namespace) else Namespace(**cfg[group])
         for key in keys:
-            if key in ("_name", "data", "save_dir", "tensorboard_logdir", "user_dir"):
+            if key in ("_name", "data", "save_dir", "tensorboard_logdir", "user_dir", "cpu", "base_shuffle"):
                 continue
             if key == "fp16":  # the script looks for a GPU itself
                 assert theirs.fp16 == torch.cuda.is_available()
-                assert theirs.cpu != theirs.fp16
                 continue
             assert getattr(theirs, key) == keys[key], f"{group}.{key}"
-    for group in ("task", "optimizer", "lr_scheduler", "criterion"):
+    assert cfg.common.cpu != cfg.common.fp16
+    for group in ("task", *CHOSEN):
         assert cfg[group]._name == yaml[group]["_name"]
 
 
-@pytest.mark.parametrize(("name", "arch"), [("wikitext103.yaml", "alibi_lm_wiki103"), ("tiny.yaml", "alibi_lm_tiny")])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("wikitext103.yaml", "alibi_lm_wiki103"),
+        ("tiny.yaml", "alibi_lm_tiny"),
+        ("alibi_1_3b_512.yaml", "alibi_lm_1_3b"),
+        ("alibi_1_3b_1024.yaml", "alibi_lm_1_3b"),
+    ],
+)
 def test_yaml_has_every_size_of_the_architecture(name, arch):
     """Under hydra, what the YAML leaves out takes the dataclass' default, not the architecture's value."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
@@ -74,7 +87,8 @@ def test_yaml_has_every_size_of_the_architecture(name, arch):
     defaults = {field.name: field.default for field in dataclasses.fields(AlibiLanguageModelConfig)}
     under_hydra = {**defaults, **config_of_yaml(name)["model"]}
     for key, value in vars(expected).items():
-        if key not in ("add_bos_token", "base_shuffle"):  # the task's; without effect while there is no BASE layer
+        # the task's; without effect while there is no BASE layer; how a model is run, not what it is
+        if key not in ("add_bos_token", "base_shuffle", "checkpoint_activations"):
             assert under_hydra[key] == value, key
 
 
@@ -119,6 +133,20 @@ def test_wikitext103_script_trains(corpus, tmp_path):
     run("bash", script, corpus, tmp_path, 64, *small, "--max-update", 2, "--log-interval", 1, "--cpu")
     assert torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]["position_method"] == "alibi"
     assert list((tmp_path / "tensorboard" / "train").iterdir())
+
+
+def test_hydra_train_runs_with_a_config_that_builds_on_another(corpus, tmp_path):
+    """A key of the base is there, and so is one of the config itself: hydra would let the wrong file win in silence."""
+    small = ["decoder_layers=1", "decoder_embed_dim=32", "decoder_input_dim=32", "decoder_output_dim=32"]
+    small += ["decoder_ffn_embed_dim=32", "adaptive_input_cutoff='10,20'", "adaptive_softmax_cutoff='10,20'"]
+    overrides = [f"task.data={corpus}", f"checkpoint.save_dir={tmp_path}/save", "optimization.max_update=1"]
+    overrides += [f"model.{option}" for option in small] + ["common.fp16=false", "common.cpu=true"]
+    overrides += [f"hydra.run.dir={tmp_path}/hydra", "dataset.disable_validation=true"]
+    run(BIN / "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "wikitext103_64", *overrides)
+    cfg = torch.load(tmp_path / "save" / "checkpoint_last.pt")["cfg"]
+    assert (cfg["task"]["tokens_per_sample"], cfg["dataset"]["max_tokens"]) == (64, 9216)
+    assert (cfg["lr_scheduler"]["warmup_updates"], cfg["model"]["dropout"]) == (16000, 0.3)
+    assert list((tmp_path / "save" / "tensorboard" / "train").iterdir())
 
 
 def test_hydra_train_runs_with_the_tiny_config(corpus, tmp_path):
