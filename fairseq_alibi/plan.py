@@ -12,9 +12,9 @@ Lasting memory, bytes:
     gradients   as the weights; with fully_sharded and fp16 4 P
     states      4 P for nag (momentum), 8 P for adam (two moments)
     in transit  for N > 1: legacy_ddp e min(P, 2^28), pytorch_ddp e P; for fully_sharded see below
-fully_sharded divides the first three by N, zero_sharding=os the states. In transit fully_sharded then has, e bytes each,
-whole weights and gradients of what is computed: one layer and all that is no layer. All layers, where they are smaller
-than min_params_to_wrap and not checkpointed; all weights with no_reshard_after_forward.
+fully_sharded divides the first three by N, zero_sharding=os the states. In transit fully_sharded then has, e bytes
+each, whole weights and gradients of what is computed: one layer and all that is no layer. All layers, where they are
+smaller than min_params_to_wrap and not checkpointed; all weights with no_reshard_after_forward.
 
 Passing memory, bytes: what autograd keeps of a batch for the backward pass, and the logits at their highest.
     a layer, per token
@@ -33,14 +33,15 @@ Passing memory, bytes: what autograd keeps of a batch for the backward pass, and
     attention mask
         e H L^2, float32 on a CPU, where attention runs under a mask
 When the optimizer steps, activations are gone; adam then makes a float32 temporary of its largest tensor (4 bytes a
-parameter; fp16 has all parameters in one tensor), memory_efficient_fp16 two more. The peak is that of the higher moment.
+parameter; fp16 has all parameters in one tensor), memory_efficient_fp16 two more. The peak is that of the higher
+moment.
 
 Not included: CUDA's own memory (some 0.5 GiB), the workspace of kernels, fragmentation. A tenth of the GPU is left free
 for them. The tests count what autograd keeps; on a CPU the whole was measured too; on a GPU it has not been measured.
 
 FLOPs per update, of T tokens: 6 T (weights that a token is multiplied with) + 6 T C (L + 1) per layer for attention:
-two products of 2 C FLOPs for each pair of query and key, of which a causal model has (L + 1) / 2 per query, forward once
-and backward twice. Activation checkpointing computes the layers' forward part once more, which is shown apart.
+two products of 2 C FLOPs for each pair of query and key, of which a causal model has (L + 1) / 2 per query, forward
+once and backward twice. Activation checkpointing computes the layers' forward part once more, which is shown apart.
 """
 
 import argparse
