@@ -15,6 +15,8 @@ Where things are:
     evaluate.py           perplexity at many lengths: fairseq-alibi evaluate
     eval_lm.py            the same through fairseq-eval-lm
     report.py             results to tables and plots
+    reproduce.py          all position methods, trained and evaluated alike, on one page
+    plan.py               parameters, memory and FLOPs of a run before it starts
     inputs.py             checkpoints and data folders, read safely; results.py: result files, written whole
     benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
     startup/              lets fairseq be imported on Python 3.11 and newer

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
-from .inputs import read_checkpoint, types_in
+from .inputs import made_up_dictionary, read_checkpoint, types_in
 from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .positions import POSITION_METHODS
 from .results import written_whole
@@ -81,9 +81,7 @@ def import_weights(
     if not types:
         raise ValueError("it holds no table of token embeddings")
     if dictionary is None:
-        dictionary = Dictionary()
-        for number in range(types - len(dictionary)):
-            dictionary.add_symbol(f"type{number}")
+        dictionary = made_up_dictionary(types)
     elif len(dictionary) != types:
         raise ValueError(f"it was trained with {types:,} types, but the dictionary has {len(dictionary):,}")
     task = Namespace(source_dictionary=dictionary, target_dictionary=dictionary)

@@ -99,6 +99,14 @@ def read_dictionary(data: str) -> Dictionary:
         raise ValueError(f"{path} is no dictionary of fairseq's ({one_line(error)})") from error
 
 
+def made_up_dictionary(types: int) -> Dictionary:
+    """A dictionary of so many types, the special ones included, whose counts follow Zipf's law: 1 / rank."""
+    dictionary = Dictionary()
+    for rank in range(1, types - len(dictionary) + 1):
+        dictionary.add_symbol(f"type{rank}", n=10**9 // rank)
+    return dictionary
+
+
 def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[str, Any]) -> None:
     """Checks that a checkpoint was trained with the dictionary of `data`, as far as it knows: by its number of types
     and, where the folder it was trained on is still there, by the types.

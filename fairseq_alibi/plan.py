@@ -12,7 +12,7 @@ Lasting memory, bytes:
     gradients   as the weights; with fully_sharded and fp16 4 P
     states      4 P for nag (momentum), 8 P for adam (two moments)
     in transit  for N > 1: legacy_ddp e min(P, 2^28), pytorch_ddp e P; for fully_sharded see below
-fully_sharded divides the first three by N, zero_sharding=os the states. In transit fully_sharded then has, e bytes
+fully_sharded divides the first three by N, zero_sharding=os the states. In transit fully_sharded then has, of e bytes
 each, whole weights and gradients of what is computed: one layer and all that is no layer. All layers, where they are
 smaller than min_params_to_wrap and not checkpointed; all weights with no_reshard_after_forward.
 
@@ -33,8 +33,7 @@ Passing memory, bytes: what autograd keeps of a batch for the backward pass, and
     attention mask
         e H L^2, float32 on a CPU, where attention runs under a mask
 When the optimizer steps, activations are gone; adam then makes a float32 temporary of its largest tensor (4 bytes a
-parameter; fp16 has all parameters in one tensor), memory_efficient_fp16 two more. The peak is that of the higher
-moment.
+parameter; fp16 has all parameters in one tensor), memory_efficient_fp16 two more. The peak is the higher moment's.
 
 Not included: CUDA's own memory (some 0.5 GiB), the workspace of kernels, fragmentation. A tenth of the GPU is left free
 for them. The tests count what autograd keeps; on a CPU the whole was measured too; on a GPU it has not been measured.
@@ -63,7 +62,7 @@ from tabulate import tabulate
 from torch import nn
 from yaml import YAMLError
 
-from .inputs import one_line, positive, read_dictionary
+from .inputs import made_up_dictionary, one_line, positive, read_dictionary
 from .language_model import AlibiLanguageModel
 from .prepare_data import WIKITEXT103_TYPES
 
@@ -105,24 +104,14 @@ def read_config(path: Path, overrides: Optional[list[str]] = None) -> DictConfig
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-def made_up_dictionary(types: int) -> Dictionary:
-    """A dictionary of so many types, the special ones included, whose counts follow Zipf's law: 1 / rank.
-
-    Real text has fewer rare words, so that an adaptive softmax then needs less memory and fewer FLOPs.
-    """
-    dictionary = Dictionary()
-    for rank in range(1, types - len(dictionary) + 1):
-        dictionary.add_symbol(f"type{rank}", n=10**9 // rank)
-    return dictionary
-
-
 def find_dictionary(cfg: DictConfig, path: Path, types: Optional[int] = None) -> Dictionary:
     """The dictionary of a run: that of its data, or a made-up one.
 
     Args:
         cfg: see `read_config`.
         path: of the config, by whose name `TYPES` knows the vocabularies of configs/.
-        types: size of the made-up dictionary in the place of the data's.
+        types: size of a made-up dictionary in the place of the data's. Real text has fewer rare words than that, so
+            that an adaptive softmax then needs less memory and fewer FLOPs.
 
     Raises:
         ValueError: there is neither data nor a known size.
@@ -250,7 +239,7 @@ class Run:
         tiled = not self.masked and self.decoder.position_method.slopes is not None and attention_dropout
         found = e * ((9 if on_gpu and not tiled else 8) * width + ffn) + 4 * heads + 16
         if self.cfg.model.activation_fn != "relu":
-            found += 4 * ffn
+            found += 4 * ffn  # its input, which fairseq's gelu makes float32
         if layer.dropout_module.p:
             found += 2 * d * width
         if layer.activation_dropout_module.p:
