@@ -27,6 +27,9 @@ from .results import describe_environment, now, write_json, write_text, written_
 
 ROOT = Path(__file__).parent.parent
 
+#: Data made of text that every machine has.
+BUILTIN = "data-bin/builtin"
+
 #: Best first, at lengths past the training length (Press et al. 2022, figures 1 and 4).
 PAPER_ORDER = ("alibi", "t5", "rotary", "sinusoidal")
 
@@ -85,7 +88,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "laptop": Preset(laptop, "data-bin/builtin", (128, 512), (128, 256, 512, 1024, 2048), 300, 2),
+    "laptop": Preset(laptop, BUILTIN, (128, 512), (128, 256, 512, 1024, 2048), 300, 2),
     "slice": Preset(slice_of_wikitext, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
     "paper": Preset(paper, "data-bin/wikitext-103", (512, 3072), (512, 1024, 2048, 3072, 6144, 12288), 286000, 1),
 }
@@ -326,7 +329,7 @@ def main(args: argparse.Namespace) -> None:
         for run in runs:
             print("\n".join(shlex.join(command) for command in steps(run, preset, args).values()))
         return
-    if args.data == PRESETS["laptop"].data:
+    if args.data == BUILTIN:
         subprocess.run([sys.executable, "-m", "fairseq_alibi.prepare_data", "text", args.data, "--builtin"], check=True)
     if not (Path(args.data) / "dict.txt").is_file():
         raise ValueError(

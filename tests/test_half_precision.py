@@ -66,8 +66,8 @@ def test_autocast_is_within_the_error_of_a_model_without_bias(build, attention, 
 
 @pytest.mark.parametrize("attention", ["mask", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_model_in_half_precision_decodes_as_it_reads(build, attention, dtype):
-    model = build("alibi_lm_tiny", "--attention", attention).to(dtype)
+def test_a_model_in_half_precision_decodes_as_it_reads(build, method, attention, dtype):
+    model = build("alibi_lm_tiny", "--attention", attention, "--position-method", method).to(dtype)
     tokens = random_tokens(model, 2, 40)
     state = {}
     with torch.no_grad():

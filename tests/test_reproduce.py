@@ -1,0 +1,96 @@
+"""`fairseq-alibi reproduce`: all methods alike, what is done is not done again, one page."""
+
+import json
+import shlex
+
+import pytest
+from conftest import BIN, ROOT, run
+
+from fairseq_alibi import reproduce
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.positions import POSITION_METHODS
+
+
+@pytest.fixture
+def small(monkeypatch, corpus):
+    """The laptop's preset made smaller, and its models."""
+    monkeypatch.setenv("PATH", str(BIN), prepend=":")
+
+    def train(*arguments):
+        return [*reproduce.laptop(*arguments), "--decoder-layers", "1", "--decoder-embed-dim", "32"]
+
+    preset = reproduce.Preset(train, str(corpus), (16, 32), (16, 64), 45, 2)
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", preset)
+    return preset
+
+
+def fails(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["reproduce", *map(str, arguments)])
+    assert "\n" not in str(stopped.value.code)
+    return str(stopped.value.code)
+
+
+def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, monkeypatch, capsys):
+    sweep = ("--output", tmp_path / "out", "--methods", "alibi", "learned", "--cpu")
+    main(["reproduce", *map(str, sweep)])
+    page = (tmp_path / "out" / "results.md").read_text()
+    for name in ("perplexity-16.png", "perplexity-32-sliding.png", "positions-32.png"):
+        assert f"({name})" in page
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert next(row for row in rows if row[0] == "64")[2] == "", "learned positions end with the training length"
+    assert ["16", "alibi"] in [row[:2] for row in rows]
+    done = json.loads((tmp_path / "out" / "alibi-16" / "run.json").read_text())
+    assert done.keys() == {"training", "evaluation", "sliding window"}
+    assert done["training"]["tokens_per_second"] > 0
+    assert done["training"]["peak_memory_bytes"] > 2**26
+    monkeypatch.setattr(reproduce.Running, "run", lambda *_: pytest.fail("it was done"))
+    main(["reproduce", *map(str, sweep)])
+    assert "another updates" in fails(*sweep, "--updates", 7)
+
+
+def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, tmp_path, monkeypatch):
+    def broken(data, method, *rest):
+        return [*small.train(data, method, *rest), *(["--lr", "x"] if method == "none" else [])]
+
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", small._replace(train=broken, at_once=1, training_lengths=(16,)))
+    message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3)
+    assert "training.log" in message
+    assert "status" in message
+    assert (tmp_path / "alibi-16" / "run.json").exists()
+    assert not (tmp_path / "none-16" / "run.json").exists()
+
+
+def test_all_models_of_a_length_differ_in_their_method_only(tmp_path):
+    for name, preset in reproduce.PRESETS.items():
+        commands = [preset.train("data", method, 512, tmp_path, 10) for method in POSITION_METHODS]
+        alike = {tuple(part for part in command if part not in POSITION_METHODS) for command in commands}
+        assert len(alike) == 1, name
+
+
+def test_paper_prints_its_commands(capsys, tmp_path):
+    main(["reproduce", "--preset", "paper", "--output", str(tmp_path / "out")])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3 * len(POSITION_METHODS) * 2
+    assert lines[0][1].endswith("scripts/train_wikitext103.sh")
+    assert lines[1][:2] == ["fairseq-alibi", "evaluate"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_order_is_compared_with_the_papers():
+    def models(**perplexities):
+        return [{"label": f"{name}, x", "perplexity": {64: value}} for name, value in perplexities.items()]
+
+    same = reproduce.compare_with_paper(models(sinusoidal=9.0, alibi=1.0, none=2.0, t5=3.0), 64)
+    assert "alibi, none, t5, sinusoidal (best first)" in same
+    assert "is the same as the paper's: alibi, t5, sinusoidal" in same
+    assert "**not**" in reproduce.compare_with_paper(models(sinusoidal=1.0, alibi=2.0), 64)
+
+
+def test_bad_input_is_named(tmp_path):
+    assert "--data" in fails("--preset", "slice", "--output", tmp_path)
+    assert "no dict.txt" in fails("--preset", "slice", "--data", tmp_path, "--output", tmp_path)
+    done = run("bash", ROOT / "scripts" / "reproduce.sh", "--preset", "desk", check=False)
+    assert done.returncode == 2
+    assert "'desk'" in done.output
