@@ -72,8 +72,8 @@ def series(files: list[Path]) -> list[dict[str, Any]]:
     """One series per model, subset and way of evaluation, in the order of the files.
 
     Returns:
-        For each: label, checkpoint, subset, training_length (tokens) and, by evaluation length, perplexity,
-        tokens_per_second and by_position; the last two may be empty.
+        For each: label, position_method, way, checkpoint, subset, training_length (tokens) and, by evaluation length,
+        perplexity, tokens_per_second and by_position; the last two may be empty.
 
     Raises:
         ValueError: see `read_results`.
@@ -97,6 +97,8 @@ def series(files: list[Path]) -> list[dict[str, Any]]:
                 (checkpoint, subset, way),
                 {
                     "label": label if way == "non-overlapping" else f"{label}, {way}",
+                    "position_method": model["position_method"],
+                    "way": way,
                     "checkpoint": checkpoint,
                     "subset": subset,
                     "training_length": model["training_length"],

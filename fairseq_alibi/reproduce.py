@@ -217,7 +217,7 @@ def check_settings(args: argparse.Namespace, preset: Preset) -> None:
 def order_of(all_series: list[dict[str, Any]], length: int) -> list[str]:
     """Methods by perplexity at an evaluation length, best first."""
     there = [one for one in all_series if length in one["perplexity"]]
-    return [one["label"].partition(",")[0] for one in sorted(there, key=lambda one: one["perplexity"][length])]
+    return [one["label"] for one in sorted(there, key=lambda one: one["perplexity"][length])]
 
 
 def compare_with_paper(all_series: list[dict[str, Any]], length: int) -> str:
@@ -256,43 +256,38 @@ def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str
     every = report.series(files)
     begun = json.loads((args.output / "settings.json").read_text(encoding="utf-8"))["environment"]
     versions = ", ".join(f"{name} {begun[name]}" for name in ("python", "torch", "fairseq", "fairseq_alibi"))
+    first = steps(runs[0], preset, args)
     alone = "" if preset.at_once == 1 else f" {preset.at_once} models at a time, one thread each."
     text = [
         f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
         f"Made by `bash scripts/reproduce.sh --preset {args.preset}`: {args.data}, {args.updates:,} updates, evaluated "
         f"on {args.subset}; the same seed, data order and, where shapes agree, initial weights. {begun['device']}; "
-        f"{versions}.{alone} The commands are in each model's `run.json`.",
+        f"{versions}.{alone} The first model's commands; the others differ in method and length:",
+        "```sh\n" + "\n".join(shlex.join(command) for command in first.values()).replace(f"{ROOT}/", "") + "\n```",
     ]
     longest = max(preset.evaluation_lengths)
     for length in preset.training_lengths:
+        models = [{**one, "label": one["position_method"]} for one in every if one["training_length"] == length]
+        models.sort(key=lambda one: order[one["position_method"]])
+        blocks = [one for one in models if one["way"] == "non-overlapping"]
+        sliding = [one for one in models if one["way"].startswith("stride")]
         text.append(f"## Trained on {length:,} tokens")
-        for way, title in (("", "Non-overlapping blocks"), (", stride", "Sliding window, stride half of the length")):
-            name = f"perplexity-{length}{'-sliding' if way else ''}.png"
-            own = f"trained on {length}"
-            some = [one for one in every if one["label"].partition(", ")[2].startswith(own)]
-            some = [one for one in some if (", stride" in one["label"]) == bool(way)]
-            some = sorted(some, key=lambda one: order[one["label"].partition(",")[0]])
-            some = [{**one, "label": one["label"].partition(",")[0]} for one in some]
+        for title, suffix, some in (
+            ("Non-overlapping blocks:", "", blocks),
+            ("Sliding window, stride half of the length:", "-sliding", sliding),
+        ):
+            name = f"perplexity-{length}{suffix}.png"
             with written_whole(args.output / name) as partial:
                 report.plot(some, partial)
-            text += [f"{title}:", f"![Perplexity against evaluation length]({name})", report.table(some, "github")]
+            text += [title, f"![Perplexity against evaluation length]({name})", report.table(some, "github")]
             if length < longest:
                 text.append(compare_with_paper(some, longest))
-            if not way:
-                curves = report.losses_by_position(some)
-        positions = f"positions-{length}.png"
-        with written_whole(args.output / positions) as partial:
+        curves, name = report.losses_by_position(blocks), f"positions-{length}.png"
+        with written_whole(args.output / name) as partial:
             report.plot_positions(curves, partial)
-        text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({positions})"]
-        text += [report.position_table(curves)]
-        text += ["Evaluation, tokens per second, non-overlapping:"]
-        fast = [one for one in every if one["label"] in {f"{name}, trained on {length}" for name in order}]
-        fast = sorted(fast, key=lambda one: order[one["label"].partition(",")[0]])
-        text += [
-            report.table(
-                [{**one, "label": one["label"].partition(",")[0]} for one in fast], "github", "tokens_per_second"
-            )
-        ]
+        text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({name})"]
+        text += [report.position_table(curves), "Evaluation, tokens per second, non-overlapping:"]
+        text.append(report.table(blocks, "github", "tokens_per_second"))
     text += ["## Speed and memory", cost_table(runs)]
     page = "\n\n".join(text) + "\n"
     write_text(args.output / "results.md", page)

@@ -38,6 +38,8 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, m
     for name in ("perplexity-16.png", "perplexity-32-sliding.png", "positions-32.png"):
         assert f"({name})" in page
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert "\nfairseq-train " in page
+    assert str(ROOT) not in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert next(row for row in rows if row[0] == "64")[2] == "", "learned positions end with the training length"
     assert ["16", "alibi"] in [row[:2] for row in rows]
@@ -80,7 +82,7 @@ def test_paper_prints_its_commands(capsys, tmp_path):
 
 def test_order_is_compared_with_the_papers():
     def models(**perplexities):
-        return [{"label": f"{name}, x", "perplexity": {64: value}} for name, value in perplexities.items()]
+        return [{"label": name, "perplexity": {64: value}} for name, value in perplexities.items()]
 
     same = reproduce.compare_with_paper(models(sinusoidal=9.0, alibi=1.0, none=2.0, t5=3.0), 64)
     assert "alibi, none, t5, sinusoidal (best first)" in same
