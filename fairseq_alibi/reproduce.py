@@ -167,8 +167,8 @@ def training_speed(log: Path) -> Optional[float]:
     """Median of the tokens per second that fairseq-train logged, without the first ones; None if it logged too few."""
     speeds = []
     for line in log.read_text(encoding="utf-8").splitlines():
-        if "| train_inner | {" in line:
-            speeds.append(float(json.loads(line[line.index("{") :])["wps"]))
+        if line.startswith("{") and '"wps"' in line:
+            speeds.append(float(json.loads(line)["wps"]))
     return statistics.median(speeds[1:]) if len(speeds) > 1 else None
 
 
@@ -182,8 +182,6 @@ def carry_out(run: Run, preset: Preset, args: argparse.Namespace, running: Runni
             bar.set_postfix_str(f"{run.method}, trained on {run.length:,}: {name}")
             memory = running.run(command, run.folder / f"{name.replace(' ', '-')}.log")
             done[name] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
-            if name == "training":
-                done[name]["tokens_per_second"] = training_speed(run.folder / "train.json.log")
             write_json(marker, done)
         bar.update()
 
@@ -224,11 +222,8 @@ def compare_with_paper(all_series: list[dict[str, Any]], length: int) -> str:
     """Whether the order of the methods that the paper compares is the paper's."""
     found = order_of(all_series, length)
     here, theirs = ([name for name in order if name in found and name in PAPER_ORDER] for order in (found, PAPER_ORDER))
-    verdict = "the same as" if here == theirs else "**not** that of"
-    text = (
-        f"At {length:,} tokens the order is {', '.join(found)} (best first), which among the methods of the paper is "
-    )
-    return f"{text}{verdict} the paper's: {', '.join(theirs)}."
+    verdict = "as in the paper" if here == theirs else f"**not as in the paper**, where it is {', '.join(theirs)}"
+    return f"At {length:,} tokens the order is {', '.join(found)} (best first); among the paper's methods, {verdict}."
 
 
 def cost_table(runs: list[Run]) -> str:
@@ -240,7 +235,7 @@ def cost_table(runs: list[Run]) -> str:
             [
                 run.length,
                 run.method,
-                done["training"]["tokens_per_second"],
+                training_speed(run.folder / "train.json.log"),
                 done["training"]["peak_memory_bytes"] / 2**20,
                 done["evaluation"]["peak_memory_bytes"] / 2**20,
             ]
