@@ -43,6 +43,18 @@ def fairseqs_own(corpus, checkpoint, *arguments):
     return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
 
 
+def failure(capsys, call, *arguments):
+    """Runs a command in this process, which has to fail with one line; returns it."""
+    with pytest.raises(SystemExit) as stopped:
+        call([str(part) for part in arguments])
+    assert stopped.value.code not in (0, None)
+    message = str(stopped.value.code)
+    if stopped.value.code == 2:  # argparse prints its line itself
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "\n" not in message
+    return message
+
+
 def random_tokens(model, *shape):
     """Tokens that are words, as a tensor of this shape."""
     return torch.randint(4, len(model.decoder.dictionary), shape)

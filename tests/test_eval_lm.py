@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, fairseqs_own, run
+from conftest import ROOT, failure, fairseqs_own, run
 
 from fairseq_alibi import eval_lm
 
@@ -92,14 +92,7 @@ def test_a_batch_holds_no_more_positions_than_asked_for():
 
 def fails(capsys, *argv):
     """Runs the command in this process; returns its one line."""
-    with pytest.raises(SystemExit) as stopped:
-        eval_lm.main([str(part) for part in argv])
-    assert stopped.value.code not in (0, None)
-    message = str(stopped.value.code)
-    if stopped.value.code == 2:  # argparse prints its line itself
-        message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "\n" not in message
-    return message
+    return failure(capsys, eval_lm.main, *argv)
 
 
 def test_tokens_left_out_are_an_error_not_a_perplexity(corpus, train, tmp_path, capsys):

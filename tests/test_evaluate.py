@@ -7,7 +7,7 @@ import shutil
 import numpy
 import pytest
 import torch
-from conftest import BIN, fairseqs_own, run
+from conftest import BIN, failure, fairseqs_own, run
 from fairseq.data import Dictionary
 
 from fairseq_alibi import evaluate
@@ -46,14 +46,7 @@ def results(folder):
 
 def fails(capsys, *arguments):
     """Runs the command; returns its one line."""
-    with pytest.raises(SystemExit) as stopped:
-        command(*arguments)
-    assert stopped.value.code not in (0, None)
-    message = str(stopped.value.code)
-    if stopped.value.code == 2:  # argparse prints its line itself
-        message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "\n" not in message
-    return message
+    return failure(capsys, main, "evaluate", *arguments, "--cpu")
 
 
 @pytest.fixture(scope="session")
@@ -345,6 +338,15 @@ def test_a_model_for_another_task_is_named(corpus, checkpoint, tmp_path, capsys)
     state["cfg"]["task"].update(_name="language_modeling", add_bos_token=True)
     torch.save(state, tmp_path / "bos.pt")
     assert "--add-bos-token" in fails(capsys, corpus, tmp_path / "bos.pt")
+
+
+def test_every_method_trains_and_evaluates_past_its_length(corpus, train, tmp_path, capsys, method):
+    trained = train("--position-method", method, updates=3)
+    way = ["--streaming"] if method not in ("sinusoidal", "learned") else ["--stride", 16]
+    command(corpus, trained, "--lengths", "32" if method == "learned" else "32,100", *way, "--output", tmp_path)
+    assert all(one["perplexity"] < 100 for one in results(tmp_path).values()), "it has learned something of 48 types"
+    if method == "t5":
+        assert torch.load(trained)["model"]["decoder.position_method.bucket_bias"].any()
 
 
 def test_learned_positions_end_with_the_training_length(corpus, train, tmp_path, capsys):
