@@ -224,8 +224,8 @@ class Decoder(TransformerDecoder):
         elif position_method.embedding == "learned":
             if self.longest == sys.maxsize:
                 self.longest = args.tokens_per_sample
-            with torch.random.fork_rng():  # so that the other weights start as with any method
-                self.embed_positions = LearnedEmbedding(self.longest, self.embed_dim, self.padding_idx)
+            # made last, so that the other weights start as with any method
+            self.embed_positions = LearnedEmbedding(self.longest, self.embed_dim, self.padding_idx)
 
     def build_decoder_layer(self, args, no_encoder_attn=False):
         layer = DecoderLayer(args, no_encoder_attn)
