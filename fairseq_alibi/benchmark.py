@@ -116,7 +116,7 @@ class Case(NamedTuple):
         types: in the vocabulary.
         cutoffs: as --adaptive-softmax-cutoff has them; None for a plain softmax.
         length, stride: of the windows, in tokens.
-        tokens: in the text; a multiple of this is scored with --all-lengths.
+        tokens: in the text.
     """
 
     types: int
@@ -147,13 +147,13 @@ MEMORY_CASE = Case(32_496, "4000,8000", 8192, 8192, 16_384)
 QUICK: dict[str, Any] = {
     "attention": (512, 4096),
     "training": (512, 2048),
-    "evaluation": (512, 4096, 16384),
+    "evaluation": (512, 8192),
     "memory of training": (2048,),
     "memory of evaluation": (4096,),
-    "times the text": 1,
+    "cases": (CASES[0], *(case._replace(tokens=case.tokens // 2) for case in CASES[2:])),
     "repeats": 3,
     "budget": 3.0,
-    "updates": 60,
+    "updates": 40,
 }
 ALL_LENGTHS: dict[str, Any] = {
     "attention": (512, 1024, 2048, 4096, 8192),
@@ -161,7 +161,7 @@ ALL_LENGTHS: dict[str, Any] = {
     "evaluation": (512, 2048, 8192, 32768, 131072),
     "memory of training": (128, 256, 512, 1024, 2048, 4096),
     "memory of evaluation": (512, 2048, 8192, 32768, 131072),
-    "times the text": 4,
+    "cases": tuple(case._replace(tokens=4 * case.tokens) for case in CASES),
     "repeats": 5,
     "budget": 60.0,
     "updates": 300,
@@ -547,10 +547,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, Callable[[], list[dict[str
     found: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
     for part in args.parts:
         if part == "scoring":
-            for case in CASES:
-                case = case._replace(
-                    tokens=case.tokens * (ALL_LENGTHS if args.all_lengths else QUICK)["times the text"]
-                )
+            for case in (ALL_LENGTHS if args.all_lengths else QUICK)["cases"]:
                 found.append((f"scoring {case.title}", partial(timed_scoring, case, args)))
         elif part == "memory":
             if args.device == "cpu":  # what a process takes before it does anything

@@ -29,7 +29,7 @@ def test_the_script_measures(tmp_path):
 
 def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path, monkeypatch, capsys):
     cases = (benchmark.Case(40, "10,20", 16, 4, 200), benchmark.Case(40, None, 16, 16, 200))
-    monkeypatch.setattr(benchmark, "CASES", cases)
+    monkeypatch.setitem(benchmark.QUICK, "cases", cases)
     options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--budget", 600, "--output", tmp_path)
     benchmark.main([str(part) for part in (*options, "--checkpoint", checkpoint, "--data", corpus)])
     out = capsys.readouterr().out
