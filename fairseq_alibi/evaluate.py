@@ -33,7 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .generate import text_options
-from .inputs import describe_model, load_model, one_line, positive, read_checkpoint, read_dictionary, read_subset
+from .inputs import (
+    check_exists,
+    describe_model,
+    load_model,
+    one_line,
+    positive,
+    read_checkpoint,
+    read_dictionary,
+    read_subset,
+)
 from .results import describe_environment, now, write_json, written_whole
 from .scoring import Scored, score_stream, score_windows
 
@@ -473,8 +482,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--save-token-losses {args.save_token_losses}: the file's name has to end in .npz")
     files: dict[Path, str] = {}
     for checkpoint in args.checkpoints:
-        if not Path(checkpoint).is_file():
-            raise ValueError(f"there is no checkpoint {checkpoint}: name a checkpoint_best.pt or checkpoint_last.pt")
+        check_exists(checkpoint)
         path = result_file(checkpoint, args)
         if path in files:
             raise ValueError(f"{files[path]} and {checkpoint} would both be written to {path}: drop --output")

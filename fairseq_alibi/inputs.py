@@ -33,6 +33,16 @@ def one_line(error: BaseException) -> str:
     return (" ".join(str(error).split()) or repr(error))[:300]
 
 
+def check_exists(path: str) -> None:
+    """Checks that there is a checkpoint.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}: name a checkpoint_best.pt or checkpoint_last.pt")
+
+
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A fairseq checkpoint, through torch's safe loader, which refuses a file that could run code.
 
@@ -42,8 +52,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, no checkpoint, or not safe.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}: name a checkpoint_best.pt or checkpoint_last.pt")
+    check_exists(path)
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path)
         state["cfg"]["model"], state["cfg"]["task"], state["model"]
