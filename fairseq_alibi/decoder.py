@@ -8,7 +8,7 @@ import copy
 import functools
 import sys
 import time
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import torch
 from fairseq.distributed import fsdp_wrap
@@ -18,15 +18,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from .attention import (
-    EPSILON,
-    attention_weights,
-    fused_attention,
-    fused_is_faster,
-    masked_attention,
-    padding_before_tokens,
-)
-from .positions import PositionMethod, rotate
+from .modules import AttentionCore, Pass, Passes
+from .positions import PositionMethod
 
 #: Where an incremental state holds how many tokens it has the keys of, and of how many more it had them.
 PROGRESS = "fairseq_alibi.progress"
@@ -35,35 +28,10 @@ PROGRESS = "fairseq_alibi.progress"
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
 
-class Pass(NamedTuple):
-    """What the decoder hands all of its layers in one pass, in the place of fairseq's future mask.
-
-    Args:
-        mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; None for attention without a mask.
-        slopes, epsilon: see `fused_attention`.
-        padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; or None.
-        window: number of keys that a query sees, the last ones, itself included; None for all.
-        last: number of queries, the last ones, that the last layer is computed for; None for all.
-        rotation: of the T new tokens, see `PositionMethod.rotation`; None for none.
-        incremental_state: where keys and values of the tokens before these are and those of these are added; None for
-            whole sequences. Not fairseq's own argument, with which it reads one token at a time.
-    """
-
-    mask: Optional[Tensor] = None
-    slopes: Optional[Tensor] = None
-    epsilon: float = EPSILON
-    padding: Optional[Tensor] = None
-    window: Optional[int] = None
-    last: Optional[int] = None
-    rotation: Optional[Tensor] = None
-    incremental_state: Optional[IncrementalState] = None
-
-
-class SelfAttention(MultiheadAttention):
+class SelfAttention(AttentionCore, MultiheadAttention):
     """fairseq's multi-head attention (same parameters, same initial values) over the keys of a `Pass`."""
 
-    #: Whether its layer is the last one, whose output nothing but the output layer reads.
-    in_last_layer = False
+    time = 0  # (T, B, C)
 
     def forward(
         self,
@@ -81,55 +49,33 @@ class SelfAttention(MultiheadAttention):
         """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask of one over whole sequences.
 
         In the last layer only the queries that the pass wants have an output: (last, B, C) then, not (T, B, C).
-        `key` and `value` are the query (this is self-attention); `incremental_state` comes with the pass; `static_kv`
-        and `before_softmax` do not apply.
+        `key` and `value` are the query (this is self-attention); the incremental state comes with the pass, as its
+        cache; `static_kv` and `before_softmax` do not apply.
 
         Raises:
             ValueError: weights are wanted of attention without a mask.
         """
         run = attn_mask if isinstance(attn_mask, Pass) else Pass(mask=attn_mask, padding=key_padding_mask)
-        batch = query.size(1)
-
-        def split_heads(x: Tensor) -> Tensor:  # (T, B, C) -> (B, H, T, D)
-            return x.view(x.size(0), batch, self.num_heads, self.head_dim).permute(1, 2, 0, 3)
-
-        k, v = (split_heads(project(query)) for project in (self.k_proj, self.v_proj))
-        if self.in_last_layer and run.last is not None:
-            query = query[-run.last :]
-        q = split_heads(self.q_proj(query))
-        if run.rotation is not None:  # keys go into the cache as they are at their positions
-            q, k = rotate(q, run.rotation[:, -q.size(2) :]), rotate(k, run.rotation)
-        if run.incremental_state is not None:
-            k, v = self.extend_cache(run.incremental_state, k, v, run.window)
-
         dropout = self.dropout_module.p if self.training or self.dropout_module.apply_during_inference else 0.0
-        if run.mask is None:
-            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon, run.window)
-        else:
-            mask = run.mask[:, -q.size(2) :]
-            out = masked_attention(q, k, v, mask, run.padding, dropout)
-        out = self.out_proj(out.permute(2, 0, 1, 3).reshape(query.shape))
-
-        if not (need_weights or need_head_weights):
+        out, weights = self.attend(query, run, dropout, need_weights or need_head_weights)
+        if weights is None:
             return out, None
-        if run.mask is None:
-            raise ValueError("attention weights are there with --attention mask only")
-        weights = attention_weights(q, k, mask, run.padding).transpose(0, 1)  # (H, B, T, S), as fairseq returns it
+        weights = weights.transpose(0, 1)  # (H, B, T, S), as fairseq returns it
         return out, weights if need_head_weights else weights.mean(dim=0)
 
     def extend_cache(
-        self, incremental_state: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None
+        self, cache: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None
     ) -> tuple[Tensor, Tensor]:
-        """Appends new keys and values, (B, H, T, D), to the cached ones; returns all of them.
+        """See `AttentionCore.extend_cache`; the cache is fairseq's incremental state.
 
         With a window the last window - 1 stay in the cache: the next query, which has its own key, sees no more.
         """
-        cache = self._get_input_buffer(incremental_state)
-        if cache:
-            k = torch.cat([cache["prev_key"], k], dim=2)
-            v = torch.cat([cache["prev_value"], v], dim=2)
-        kept = slice(0 if window is None else max(0, k.size(2) - (window - 1)), None)
-        self._set_input_buffer(incremental_state, {"prev_key": k[:, :, kept], "prev_value": v[:, :, kept]})
+        kept = self._get_input_buffer(cache)
+        if kept:
+            k = torch.cat([kept["prev_key"], k], dim=2)
+            v = torch.cat([kept["prev_value"], v], dim=2)
+        seen = slice(0 if window is None else max(0, k.size(2) - (window - 1)), None)
+        self._set_input_buffer(cache, {"prev_key": k[:, :, seen], "prev_value": v[:, :, seen]})
         return k, v
 
 
@@ -194,9 +140,7 @@ class LearnedEmbedding(GoesOn, LearnedPositionalEmbedding):
 class Decoder(TransformerDecoder):
     """fairseq's transformer decoder whose attention has the bias of a position method, at any length.
 
-    What attention needs is made once in a pass, before the layer loop. With a mask that is the bias folded into the
-    future mask, (H, L, L), shared by the batch, kept between passes and grown when a longer sequence comes; a bias with
-    parameters is made anew in each pass.
+    What attention needs is made once in a pass, before the layer loop, see `Passes`.
 
     Args:
         args: the model's options, a namespace or fairseq config; not changed.
@@ -214,8 +158,7 @@ class Decoder(TransformerDecoder):
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
         self.layers[-1].self_attn.in_last_layer = True
         self.position_method = position_method
-        self.attention, self.attention_epsilon = args.attention, args.attention_epsilon
-        self.attention_dropout = args.attention_dropout
+        self.passes = Passes(position_method, args.attention, args.attention_epsilon, args.attention_dropout)
         self._tokens = self._incremental_state = self._window = self._last = None  # of the pass that is going on
         self._first = 0  # position of its first token
         self._pass: Optional[Pass] = None
@@ -256,34 +199,17 @@ class Decoder(TransformerDecoder):
 
     def make_pass(self, tensor: Tensor) -> Pass:
         """The pass over T tokens: with a mask or without, and what it has to know of padding and earlier tokens."""
-        queries, keys = tensor.size(0), self._tokens.size(1)
-        padding = padding_before_tokens(self._tokens.eq(self.padding_idx))
-        rotation = self.position_method.rotation(self._first, self._first + queries, tensor.device)
-        rest = (self.attention_epsilon, padding, self._window, self._last, rotation, self._incremental_state)
-        if self.takes_no_mask(tensor.device, queries, keys, padding):
-            slopes = self.position_method.slopes
-            return Pass(None, None if slopes is None else slopes.to(tensor.device), *rest)
-        # PyTorch's CPU kernels take a float32 mask in half precision, the GPU's want their own dtype
-        dtype = (
-            torch.promote_types(tensor.dtype, torch.float32) if tensor.device.type == "cpu" else compute_dtype(tensor)
+        return self.passes.make(
+            tensor,
+            queries=tensor.size(0),
+            keys=self._tokens.size(1),
+            padding=self._tokens.eq(self.padding_idx),
+            first=self._first,
+            window=self._window,
+            last=self._last,
+            cache=self._incremental_state,
+            training=self.training,
         )
-        if keys > queries or self._window is not None:
-            mask = self.position_method.future_mask(queries, keys, dtype, tensor.device, self._window)
-            return Pass(mask, None, *rest)
-        kept = self._future_mask
-        if kept.dim() != 3 or kept.size(-1) < keys or kept.device != tensor.device or kept.dtype != dtype:
-            self._future_mask = self.position_method.future_mask(keys, keys, dtype, tensor.device)
-        return Pass(self._future_mask[:, :keys, :keys], None, *rest)
-
-    def takes_no_mask(self, device: torch.device, queries: int, keys: int, padding: Optional[Tensor]) -> bool:
-        """Whether `fused_attention` runs the pass: as --attention wants it, or where it is faster."""
-        if self.attention == "mask" or self.position_method.needs_mask or queries == 1 < keys:
-            return False  # the mask of one query is one row
-        if self._window is not None:
-            return True  # the mask would be another one in each pass
-        dropout = self.attention_dropout if self.training else 0.0
-        plain = self.position_method.slopes is None and queries == keys and padding is None and not dropout
-        return self.attention == "fused" or plain or fused_is_faster(device, queries, keys)
 
     def extract_features_scriptable(
         self,
@@ -309,8 +235,6 @@ class Decoder(TransformerDecoder):
         """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
-        if any(True for _ in self.position_method.parameters()):
-            self.forget_mask()  # a learned bias is another one in each pass
         before = dropped = 0
         if incremental_state is not None:
             progress = incremental_state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})
@@ -336,11 +260,7 @@ class Decoder(TransformerDecoder):
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`."""
         self.position_method.set_evaluation_length(length)
-        self.forget_mask()
-
-    def forget_mask(self) -> None:
-        """Has the mask made anew in the next pass, for a bias that has changed."""
-        self._future_mask = torch.empty(0)
+        self.passes.forget_mask()
 
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given or positions are learned."""
@@ -378,9 +298,3 @@ def bf16_gain() -> float:
             measured.append(time.perf_counter() - started)
     float32, bfloat16 = (min(measured[1:]) for measured in seconds.values())
     return float32 / bfloat16
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which attention on this tensor runs: autocast's where autocast is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

@@ -228,7 +228,7 @@ class Run:
     @functools.cached_property
     def masked(self) -> bool:
         """Whether attention runs under a mask of length x length."""
-        return not self.decoder.takes_no_mask(self.device, self.length, self.length, None)
+        return not self.decoder.passes.takes_no_mask(self.device, self.length, self.length, training=True)
 
     def layer_memory(self) -> float:
         """Bytes per token that autograd keeps of a layer, see the module."""

@@ -133,6 +133,17 @@ class PositionMethod(nn.Module):
         # In place, because at long lengths the mask is the largest tensor of all, unless autograd may need the bias.
         return bias.masked_fill(unseen, -math.inf) if bias.requires_grad else bias.masked_fill_(unseen, -math.inf)
 
+    def full_mask(
+        self,
+        query_length: int,
+        key_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: Optional[torch.device] = None,
+    ) -> Tensor:
+        """The mask of an encoder, in which queries see the keys after them too: the bias, or zeros (1, 1, S)."""
+        bias = self.bias(query_length, key_length, device)
+        return torch.zeros(1, 1, key_length, dtype=dtype, device=device) if bias is None else bias.to(dtype)
+
 
 class Sinusoidal(PositionMethod):
     """Sinusoidal embeddings added to the token embeddings (Vaswani et al. 2017, section 3.5), as fairseq does it."""
@@ -269,6 +280,72 @@ class ALiBi(PositionMethod):
         """See `PositionMethod.bias`. Keys in the future get 0, for `future_mask` to replace."""
         distance = distances(query_length, key_length, device).clamp_(min=0)
         return -self.slopes.to(device)[:, None, None] * distance
+
+
+class EncoderALiBi(PositionMethod):
+    """ALiBi where a query sees keys on both sides: a bias of -left_h * (i - j) before it, -right_h * (j - i) after it.
+
+    The three forms that the authors describe (their repository, issue 5):
+
+    symmetric   left and right are the slopes of ALiBi.
+    one_sided   half of the heads see only keys before the query, half only those after it, itself included; both
+                halves have the slopes of H / 2 heads.
+    two_slopes  the slopes of 2 H heads, in turn left and right; they may be learned, as sigmoids.
+
+    Args:
+        num_heads: H.
+        form: one of `FORMS`.
+        max_bias, length_scale, training_length: see `ALiBi`.
+        learned: whether the slopes are parameters that start from the fixed ones.
+
+    Raises:
+        ValueError: see `ALiBi`; an unknown form; an odd number of heads for one_sided; learned slopes of another form.
+    """
+
+    FORMS = ("symmetric", "one_sided", "two_slopes")
+
+    def __init__(
+        self,
+        num_heads: int,
+        form: str = "symmetric",
+        max_bias: float = 8.0,
+        length_scale: Union[float, str] = 1.0,
+        training_length: Optional[int] = None,
+        learned: bool = False,
+    ):
+        super().__init__(num_heads)
+        if form not in self.FORMS:
+            raise ValueError(f"alibi_encoder_bias must be one of {', '.join(self.FORMS)}, not {form}")
+        if form == "one_sided" and num_heads % 2:
+            raise ValueError(f"alibi_encoder_bias one_sided needs an even number of heads, not {num_heads}")
+        if learned and form != "two_slopes":
+            raise ValueError(f"learned slopes are for alibi_encoder_bias two_slopes, not {form}")
+        self.form = form
+        heads = {"symmetric": num_heads, "one_sided": num_heads // 2, "two_slopes": 2 * num_heads}[form]
+        self.fixed = ALiBi(heads, max_bias, length_scale, training_length)
+        unscaled = self.fixed.unscaled_slopes.sort(descending=True).values.view(-1, 2).t() if learned else None
+        self.slope_logits = nn.Parameter(unscaled.logit().float()) if learned else None
+
+    def set_evaluation_length(self, length: int) -> None:
+        self.fixed.set_evaluation_length(length)
+
+    def left_and_right(self, device: Optional[torch.device] = None) -> Tensor:
+        """(2, H) float32 slopes before and after a query, infinite where a head sees nothing."""
+        slopes = self.fixed.slopes.to(device)
+        if self.slope_logits is not None:
+            scale = self.fixed.unscaled_slopes[0].item() / slopes[0]
+            return self.slope_logits.sigmoid() / scale
+        if self.form == "symmetric":
+            return torch.stack([slopes, slopes])
+        if self.form == "one_sided":
+            blind = torch.full_like(slopes, math.inf)
+            return torch.stack([torch.cat([slopes, blind]), torch.cat([blind, slopes])])
+        return slopes.sort(descending=True).values.view(-1, 2).t()
+
+    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
+        left, right = self.left_and_right(device)[..., None, None]
+        distance = distances(query_length, key_length, device)
+        return torch.where(distance > 0, -left * distance, torch.where(distance < 0, right * distance, 0.0))
 
 
 #: The values of `--position-method`.

@@ -94,3 +94,23 @@ def logits(model, tokens, window=math.inf):
         h = norm(x, f"{at}.final_layer_norm")
         x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")
     return norm(x, "layer_norm") @ p["embed_tokens.weight"].T
+
+
+def encoder_bias(heads, length, form, left=None, right=None):
+    """(H, L, L) bias of an encoder, form by form; -inf where a head sees nothing. `left`, `right`: other slopes."""
+    if form == "symmetric":
+        left = right = slopes(heads)
+    elif form == "one_sided":
+        half = slopes(heads // 2)
+        left, right = half + [math.inf] * len(half), [math.inf] * len(half) + half
+    elif left is None:
+        pairs = sorted(slopes(2 * heads), reverse=True)
+        left, right = pairs[0::2], pairs[1::2]
+    rows = [
+        [
+            [0.0 if i == j else -left[h] * (i - j) if j < i else -right[h] * (j - i) for j in range(length)]
+            for i in range(length)
+        ]
+        for h in range(heads)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)

@@ -7,7 +7,7 @@ import reference
 import torch
 from conftest import BIN, random_tokens, run
 
-from fairseq_alibi.decoder import Pass
+from fairseq_alibi.modules import Pass
 from fairseq_alibi.positions import POSITION_METHODS, PositionMethod, distances
 
 
@@ -53,13 +53,13 @@ def test_gradients_are_the_same_with_and_without_a_mask(build, method):
     ],
 )
 def test_auto_takes_the_faster_attention(build, monkeypatch, method, length, training, dropout, fused):
-    from fairseq_alibi import decoder
+    from fairseq_alibi import modules
 
     model = build("alibi_lm_tiny", "--position-method", method, "--attention-dropout", dropout).train(training)
     calls = []
     for name in ("fused_attention", "masked_attention"):
-        original = getattr(decoder, name)
-        monkeypatch.setattr(decoder, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
+        original = getattr(modules, name)
+        monkeypatch.setattr(modules, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
     model(random_tokens(model, 2, length))
     assert calls == ["fused_attention" if fused else "masked_attention"] * 2
 
@@ -77,7 +77,7 @@ def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, m
         model = build("alibi_lm_tiny", "--position-method", "none")
     assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method none needs a mask"]
     assert model(random_tokens(model, 1, 500))[0].isfinite().all()
-    assert model.decoder._future_mask.shape == (1, 500, 500)
+    assert model.decoder.passes.mask.shape == (1, 500, 500)
     with pytest.raises(ValueError, match=r"--attention fused.*needs a mask"):
         build("alibi_lm_tiny", "--position-method", "none", "--attention", "fused")
 
@@ -127,7 +127,7 @@ def test_bias_on_some_heads_leaves_the_others_without(build):
     some, every, no = (model(tokens)[0] for model in models)
     assert not torch.allclose(some, every, atol=1e-4)
     assert not torch.allclose(some, no, atol=1e-4)
-    models[0].decoder.attention = "mask"
+    models[0].decoder.passes.attention = "mask"
     torch.testing.assert_close(models[0](tokens)[0], some, rtol=1e-4, atol=1e-4)
 
 
@@ -135,12 +135,12 @@ def test_mask_is_made_once_shared_by_the_batch_and_grown_on_demand(build, monkey
     model = build("alibi_lm_tiny", "--tokens-per-sample", 512, "--decoder-layers", 4)
     made = []
     position_method = model.decoder.position_method
-    model.decoder.attention = "mask"
+    model.decoder.passes.attention = "mask"
     original = position_method.future_mask
     monkeypatch.setattr(position_method, "future_mask", lambda *a: made.append(a[0]) or original(*a))
     for length in (5, 3, 9, 9):
         model(random_tokens(model, 6, length))
-        assert model.decoder._future_mask.shape == (8, max(made), max(made))
+        assert model.decoder.passes.mask.shape == (8, max(made), max(made))
     assert made == [5, 9], "once per new longest sequence, however many layers and rows there are"
 
 
