@@ -4,6 +4,7 @@ Where things are:
     positions.py          the bias and the other position methods (pure torch)
     attention.py          attention under a mask that carries the bias, and without any mask (pure torch)
     modules.py            attention and transformer layers for any PyTorch model (pure torch)
+    show_bias.py          pictures of the bias
     decoder.py            the hooks of fairseq's decoder that we override
     language_model.py     the model `alibi_lm`, its options and architectures
     generate.py           prompts read in one pass; text that continues a prompt

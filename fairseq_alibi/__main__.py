@@ -5,7 +5,7 @@ import logging
 import sys
 from typing import Optional
 
-from . import __version__, evaluate, generate, import_checkpoint, plan, report, reproduce
+from . import __version__, evaluate, generate, import_checkpoint, plan, report, reproduce, show_bias
 
 COMMANDS = {
     "plan": plan,
@@ -14,6 +14,7 @@ COMMANDS = {
     "reproduce": reproduce,
     "generate": generate,
     "import-checkpoint": import_checkpoint,
+    "show-bias": show_bias,
 }
 
 

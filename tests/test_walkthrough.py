@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from conftest import BIN, ROOT, run
 
 
@@ -80,7 +81,7 @@ def test_quickstart_names_bad_arguments_before_it_does_anything(clone, arguments
 
 def test_the_readmes_position_method_is_complete(clone, corpus):
     """A class and a line: the README's example trains, evaluates past its length, and its parameters learn."""
-    (example,) = blocks("README.md", "python")
+    _, example = blocks("README.md", "python")
     positions = clone / "fairseq_alibi" / "positions.py"
     positions.write_text(positions.read_text() + "\n\n" + example)
     common = [corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--cpu"]
@@ -98,7 +99,12 @@ def test_the_readmes_position_method_is_complete(clone, corpus):
     run(BIN / "fairseq-train", *common, *training, cwd=clone)
     evaluation = ["--path", "save/checkpoint_last.pt", "--gen-subset", "valid", "--tokens-per-sample", 256]
     assert "Perplexity" in run(BIN / "fairseq-eval-lm", *common, *evaluation, cwd=clone).output
-    import torch
-
     learned = torch.load(clone / "save" / "checkpoint_last.pt")["model"]["decoder.position_method.log_r"]
     assert learned.abs().min() > 1e-3
+
+
+def test_the_modules_of_the_readme_run():
+    modules, _ = blocks("README.md", "python")
+    names = {"torch": torch}
+    exec(modules, names)
+    assert names["y"].shape == (2, 1000, 256)
