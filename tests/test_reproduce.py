@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+import torch
 from conftest import BIN, ROOT, run
 
 from fairseq_alibi import reproduce
@@ -79,6 +80,35 @@ def test_paper_prints_its_commands(capsys, tmp_path):
     assert lines[0][1].endswith("scripts/train_wikitext103.sh")
     assert lines[1][:2] == ["fairseq-alibi", "evaluate"]
     assert not (tmp_path / "out").exists()
+
+
+def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(monkeypatch, tmp_path, corpus, capsys):
+    """The real commands, with a smaller model and shorter texts."""
+    monkeypatch.setenv("PATH", str(BIN), prepend=":")
+    sizes = ["--decoder-layers", "1", "--decoder-attention-heads", "2", "--decoder-ffn-embed-dim", "32"]
+    sizes += [f"--decoder-{name}-dim=16" for name in ("embed", "input", "output")]
+    sizes += [
+        "--adaptive-input-cutoff",
+        "10,20",
+        "--adaptive-softmax-cutoff",
+        "10,20",
+        "--adaptive-softmax-factor",
+        "2",
+    ]
+    sizes += ["--adaptive-input-factor", "2"]
+    preset = reproduce.PRESETS["paper"]._replace(
+        train=lambda *a: [*reproduce.paper(*a), *sizes], training_lengths=(32,), evaluation_lengths=(32, 64)
+    )
+    monkeypatch.setitem(reproduce.PRESETS, "paper", preset)
+    launch = ("reproduce", "--preset", "paper", "--launch", "--data", corpus, "--methods", "alibi", "--updates", 21)
+    main([*map(str, launch), "--output", str(tmp_path / "out"), "--cpu"])
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "train_wikitext103.sh" in page
+    assert "(perplexity-32.png)" in page
+    state = torch.load(tmp_path / "out" / "alibi-32" / "checkpoint_last.pt")
+    assert state["cfg"]["optimizer"]["_name"] == "nag"
+    assert state["last_optimizer_state"] is not None
+    assert state["optimizer_history"][-1]["num_updates"] == 21
 
 
 def test_order_is_compared_with_the_papers():
