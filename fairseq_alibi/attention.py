@@ -1,11 +1,12 @@
-"""Causal self-attention with a position bias: under a mask that carries it, or without any mask. Pure torch.
+"""Self-attention with a position bias: under a mask that carries it, or without any mask. Pure torch.
 
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 
 `masked_attention` is the reference: the bias is folded into the future mask and everything is one call of PyTorch's
 scaled_dot_product_attention. `fused_attention` computes the same for a bias that is linear in distance, and never makes
 a tensor of T x S elements: queries go in chunks, each head reads only the keys that can matter to it, and one vector,
-with a number for each distance, serves as the bias of all chunks.
+with a number for each distance, serves as the bias of all chunks. Both are causal or not: the queries of an encoder see
+keys after them too, with slopes of their own.
 """
 
 import functools
@@ -97,45 +98,41 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     Args:
         q: (B, H, T, D).
         k: (B, H, S, D).
-        slopes: (H,), 0 for a head without bias.
+        slopes: (H,), 0 for a head without bias, infinite for one that sees no key but the query's own.
         epsilon: weight of 1 that may be skipped; 0 skips nothing.
 
     Returns:
         (H,) float64 on the CPU: whole distances in tokens, at least 0, infinite where there is no end.
     """
+    m = slopes.cpu().double()
     if epsilon <= 0:
-        return torch.full((len(slopes),), math.inf, dtype=torch.float64)
+        return torch.full_like(m, math.inf).masked_fill(m.isinf(), 0)
     q, k = q.float(), k.float()
     k = k - k.mean(dim=2, keepdim=True)
     largest = torch.linalg.vector_norm(k, dim=-1).amax(2, keepdim=True)
     bound = 1.001 * torch.linalg.vector_norm(q, dim=-1) * largest  # 0.1% for rounding
     own = (q * k[:, :, -q.size(2) :]).sum(-1)
     e = (bound - own).amax((0, 2)).cpu().double() * q.size(-1) ** -0.5
-    m = slopes.cpu().double()
     x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
-    return x.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0).ceil()
+    return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
 
 
-def distance_vector(slopes: Tensor, longest_chunk: int, key_length: int, window: int) -> Tensor:
-    """The bias of all chunks of queries by distance, from 1 - longest_chunk on; -inf in the future and past the window.
+def distance_vector(slopes: Tensor, first: int, key_length: int, window: int) -> Tensor:
+    """The bias of all chunks of queries by distance, from `first`, below 0, on; -inf where a head sees nothing.
 
-    Returns:
-        (H, longest_chunk - 1 + S) in the dtype of the slopes.
-    """
-    distance = torch.arange(1 - longest_chunk, key_length, device=slopes.device)
-    return torch.where((distance < 0) | (distance >= window), -math.inf, -slopes[:, None] * distance)
-
-
-def chunk_bias(vector: Tensor, longest_chunk: int, queries: int, keys: int) -> Tensor:
-    """A view of `distance_vector` as the bias of the last `queries` of `keys` positions, keys in reversed order.
-
-    With the keys reversed the distance is t + s plus a constant, so that both strides are 1 and no element is copied.
+    Args:
+        slopes: (2, H), before and after a query; infinite where a head sees nothing there.
+        first: the lowest distance.
+        key_length: S.
+        window: distances from it on are not seen.
 
     Returns:
-        (1, H, queries, keys).
+        (H, S - first) in the dtype of the slopes.
     """
-    start = vector.storage_offset() + longest_chunk - queries
-    return vector.as_strided((1, vector.size(0), queries, keys), (0, vector.stride(0), 1, 1), start)
+    before, after = slopes[..., None]
+    distance = torch.arange(first, key_length, device=slopes.device)
+    bias = torch.where(distance > 0, -before * distance, torch.where(distance < 0, after * distance, 0.0))
+    return bias.masked_fill_(distance >= window, -math.inf)
 
 
 class Tile(NamedTuple):
@@ -146,7 +143,9 @@ class Tile(NamedTuple):
     keys: slice
 
 
-def tiles(query_length: int, key_length: int, reaches: Sequence[float]) -> list[Tile]:
+def tiles(
+    query_length: int, key_length: int, reaches: Sequence[float], ahead: Optional[Sequence[float]] = None
+) -> list[Tile]:
     """Cuts attention into tiles: heads of like reach together, queries in chunks, keys as far as the reach goes.
 
     Chunks are short where the reach is, so that few keys are read for nothing, and long where the reach is long, so
@@ -155,24 +154,27 @@ def tiles(query_length: int, key_length: int, reaches: Sequence[float]) -> list[
     Args:
         query_length, key_length: T and S; no tile has more than 1,024 queries.
         reaches: per head, see `reach`.
+        ahead: the same for the keys after a query; None where it sees none.
 
     Returns:
-        Tiles in which every query finds every key of its past at a distance up to the head's reach, at least.
+        Tiles in which every query finds every key at a distance up to the head's reach, at least.
     """
-    distances = [int(min(x, key_length)) for x in reaches]
+    back, ahead = ([int(min(x, key_length)) for x in of] for of in (reaches, ahead or [0] * len(reaches)))
+
+    def alike(one: int, other: int) -> bool:
+        return abs(other - one) < 0.25 * one + CHUNKS[0] / 4
+
     earlier, cut, first = key_length - query_length, [], 0
-    while first < len(distances):
+    while first < len(back):
         last = first + 1
-        while (
-            last < len(distances) and abs(distances[last] - distances[first]) < 0.25 * distances[first] + CHUNKS[0] / 4
-        ):
+        while last < len(back) and alike(back[first], back[last]) and alike(ahead[first], ahead[last]):
             last += 1
-        distance = max(distances[first:last])
-        chunk = min(CHUNKS, key=lambda size: abs(size - distance / 8))
+        before, after = max(back[first:last]), max(ahead[first:last])
+        chunk = min(CHUNKS, key=lambda size: abs(size - (before + after) / 8))
         for start in range(0, query_length, chunk):
             stop = min(start + chunk, query_length)
-            farthest = max(0, earlier + start - distance)
-            cut.append(Tile(slice(first, last), slice(start, stop), slice(query_length - stop, key_length - farthest)))
+            farthest, latest = max(0, earlier + start - before), min(key_length, earlier + stop + after)
+            cut.append(Tile(slice(first, last), slice(start, stop), slice(key_length - latest, key_length - farthest)))
         first = last
     return cut
 
@@ -182,18 +184,27 @@ class TileBias(NamedTuple):
 
     Args:
         vector: see `distance_vector`.
-        longest_chunk: its argument.
+        first: its argument.
+        query_length: T.
         padding: (B, S) bool, True at padded keys, in reversed order; or None.
     """
 
     vector: Tensor
-    longest_chunk: int
+    first: int
+    query_length: int
     padding: Optional[Tensor]
 
     def of(self, tile: Tile) -> Tensor:
-        """(1, H, T, S) view for the heads, queries and keys of a tile; (B, H, T, S) with padding."""
+        """The bias of a tile, a view of the vector: (1, H, T, S); (B, H, T, S), a copy, with padding.
+
+        With the keys reversed the distance is t + s plus a constant, so that both strides are 1 and no element is
+        copied.
+        """
         queries, keys = (part.stop - part.start for part in (tile.queries, tile.keys))
-        bias = chunk_bias(self.vector[tile.heads], self.longest_chunk, queries, keys)
+        lowest = tile.queries.start + tile.keys.start + 1 - self.query_length  # first query, last key
+        vector = self.vector[tile.heads]
+        start = vector.storage_offset() + lowest - self.first
+        bias = vector.as_strided((1, vector.size(0), queries, keys), (0, vector.stride(0), 1, 1), start)
         return mask_padding(bias, None if self.padding is None else self.padding[:, tile.keys])
 
 
@@ -337,16 +348,17 @@ def fused_attention(
     epsilon: float = EPSILON,
     window: Optional[int] = None,
 ) -> Tensor:
-    """Causal attention with the bias -slopes * (i - j), or none, without a tensor of T x S elements.
+    """Attention with the bias -slopes * (i - j), or none, without a tensor of T x S elements.
 
-    On the CPU through PyTorch's flash kernel, tile by tile. On a GPU through FlexAttention (not yet measured on a GPU).
-    With dropout, and on other devices, through scaled_dot_product_attention, tile by tile, which are recomputed in the
-    backward pass.
+    On the CPU through PyTorch's flash kernel, tile by tile. On a GPU, if causal, through FlexAttention (not yet
+    measured on a GPU). With dropout, and else, through scaled_dot_product_attention, tile by tile, which are recomputed
+    in the backward pass.
 
     Args:
         q: (B, H, T, D), not yet scaled.
         k, v: (B, H, S, D), in the dtype of q.
-        slopes: (H,), at least 0; None for no bias.
+        slopes: (H,), at least 0, causal; or (2, H) for keys before and after a query, infinite where a head sees
+            nothing; None for no bias, causal.
         padding: (B, S) bool, True at padded keys, see `padding_before_tokens`; None where there are none.
         dropout: probability that an attention weight is dropped; 0 outside training.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
@@ -364,14 +376,20 @@ def fused_attention(
         slopes = q.new_zeros(heads, dtype=torch.float32)
     # Over short sequences the least reach is most of the past.
     epsilon = epsilon if key_length > CHUNKS[0] else 0.0
-    reaches = reach(q.detach(), k.detach(), slopes, epsilon).clamp(max=window - 1)
-    if q.device.type == "cuda" and not dropout:
-        return block_attention(q, k, v, slopes.to(q.device), padding, reaches.to(q.device), window)
+    if slopes.dim() == 1:
+        before = reach(q.detach(), k.detach(), slopes, epsilon).clamp(max=window - 1)
+        if q.device.type == "cuda" and not dropout:
+            return block_attention(q, k, v, slopes.to(q.device), padding, before.to(q.device), window)
+        slopes, after = torch.stack([slopes, torch.full_like(slopes, math.inf)]), torch.zeros_like(before)
+        first = 1 - min(query_length, CHUNKS[-1])
+    else:  # what is skipped may be half on either side
+        before, after = (reach(q.detach(), k.detach(), one, epsilon / 2) for one in slopes)
+        first = 1 - key_length
     slopes = slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
-    longest_chunk = min(query_length, CHUNKS[-1])
-    cut = tiles(query_length, key_length, reaches.tolist())
+    cut = tiles(query_length, key_length, before.tolist(), after.tolist())
     padding = None if padding is None else padding.flip(1)
-    bias = TileBias(distance_vector(slopes, longest_chunk, key_length, window), longest_chunk, padding)
+    vector = distance_vector(slopes, first, key_length, window)
+    bias = TileBias(vector, first, query_length, padding)
     k, v = k.flip(2), v.flip(2)
     if on_cpu and not dropout:
         return TiledAttention.apply(q, k, v, bias, cut)

@@ -140,12 +140,18 @@ class Passes:
         training: bool = False,
     ) -> bool:
         """Whether `fused_attention` runs the pass: as `attention` wants it, or where it is faster."""
-        if not self.causal or self.attention == "mask" or self.position_method.needs_mask or queries == 1 < keys:
+        method = self.position_method
+        if (
+            self.attention == "mask"
+            or method.needs_mask
+            or queries == 1 < keys
+            or not (self.causal or method.slopes is not None)
+        ):
             return False  # the mask of one query is one row
         if window is not None:
             return True  # the mask would be another one in each pass
         dropout = self.dropout if training else 0.0
-        plain = self.position_method.slopes is None and queries == keys and padding is None and not dropout
+        plain = method.slopes is None and queries == keys and padding is None and not dropout
         return self.attention == "fused" or plain or fused_is_faster(device, queries, keys)
 
 

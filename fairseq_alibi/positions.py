@@ -75,7 +75,8 @@ class PositionMethod(nn.Module):
     #: What is added to the token embeddings: None, "sinusoidal" or "learned".
     embedding: Optional[str] = None
 
-    #: (H,) slopes of a bias -slopes * (i - j), which attention can run without a mask; None for any other bias or none.
+    #: (H,) slopes of a bias -slopes * (i - j), which attention can run without a mask, or (2, H) for keys before and
+    #: after the query; None for any other bias or none.
     slopes: Optional[Tensor] = None
 
     def __init__(self, num_heads: int):
@@ -328,6 +329,11 @@ class EncoderALiBi(PositionMethod):
 
     def set_evaluation_length(self, length: int) -> None:
         self.fixed.set_evaluation_length(length)
+
+    @property
+    def slopes(self) -> Optional[Tensor]:
+        """(2, H), of the left and the right; None where they are learned, and gradients have to flow through a mask."""
+        return self.left_and_right() if self.slope_logits is None else None
 
     def left_and_right(self, device: Optional[torch.device] = None) -> Tensor:
         """(2, H) float32 slopes before and after a query, infinite where a head sees nothing."""

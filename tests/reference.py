@@ -106,11 +106,9 @@ def encoder_bias(heads, length, form, left=None, right=None):
     elif left is None:
         pairs = sorted(slopes(2 * heads), reverse=True)
         left, right = pairs[0::2], pairs[1::2]
-    rows = [
-        [
-            [0.0 if i == j else -left[h] * (i - j) if j < i else -right[h] * (j - i) for j in range(length)]
-            for i in range(length)
-        ]
-        for h in range(heads)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    after = torch.arange(length) - torch.arange(length)[:, None]  # how far a key lies behind the query
+    bias = torch.zeros(heads, length, length, dtype=torch.float64)
+    for h in range(heads):
+        bias[h][after < 0] = left[h] * after[after < 0].double()
+        bias[h][after > 0] = -right[h] * after[after > 0].double()
+    return bias

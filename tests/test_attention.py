@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_alibi import attention
-from fairseq_alibi.positions import POSITION_METHODS, alibi_slopes
+from fairseq_alibi.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes
 
 #: Those with a bias that needs no mask, and without one.
 BIASES = ("alibi", "none")
@@ -29,11 +29,10 @@ def without_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
 def recomputed(q, k, v, method, padding=None, dropout=0.0):
     """The way of dropout and of devices without a kernel of their own."""
     slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
-    vector = attention.distance_vector(
-        slopes.to(torch.promote_types(q.dtype, torch.float32)), 1024, k.size(2), k.size(2)
-    )
+    both = torch.stack([slopes, torch.full_like(slopes, math.inf)]).to(torch.promote_types(q.dtype, torch.float32))
+    vector = attention.distance_vector(both, -1023, k.size(2), k.size(2))
     cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
-    bias = attention.TileBias(vector, 1024, None if padding is None else padding.flip(1))
+    bias = attention.TileBias(vector, -1023, q.size(2), None if padding is None else padding.flip(1))
     return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
 
 
@@ -232,6 +231,37 @@ def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
     for head, longest in enumerate(reaches):
         assert (read[head][(distance >= 0) & (distance <= longest)] == 1).all()
     assert read.max() == 1
+
+
+@pytest.mark.parametrize("reaches", [[0, 3, 100, 2000], [5, math.inf, 600, 0]])
+def test_tiles_of_encoders_hold_the_keys_on_both_sides_once(reaches):
+    length, ahead = 2100, reaches[::-1]
+    read = torch.zeros(4, length, length, dtype=torch.int8)
+    for heads, rows, reversed_keys in attention.tiles(length, length, reaches, ahead):
+        read[heads, rows, length - reversed_keys.stop : length - reversed_keys.start] += 1
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    for head, (before, after) in enumerate(zip(reaches, ahead)):
+        assert (read[head][(distance >= -after) & (distance <= before)] == 1).all()
+    assert read.max() == 1
+
+
+@pytest.mark.parametrize("form", EncoderALiBi.FORMS)
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second takes the tiles that are recomputed
+def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, dropout, monkeypatch):
+    method, (q, k, v) = EncoderALiBi(12, form), inputs(1, 12, 1500, 1500, torch.float32)
+    computed, cut = [], attention.tiles
+    monkeypatch.setattr(attention, "tiles", lambda *a: computed.extend(cut(*a)) or cut(*a))
+    found = attention.fused_attention(q, k, v, method.slopes, dropout=dropout)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = exact[0] @ exact[1].transpose(2, 3) / 4 + reference.encoder_bias(12, 1500, form)
+    expected = scores.softmax(-1) @ exact[2]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn_like(expected)
+    ours = torch.autograd.grad(found, (q, k, v), cotangent.float())
+    for one, wanted in zip(ours, torch.autograd.grad(expected, exact, cotangent)):
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-4)
+    read = sum((h.stop - h.start) * (t.stop - t.start) * (s.stop - s.start) for h, t, s in computed)
+    assert read < 0.8 * 12 * 1500**2
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 300), (700, 700)])

@@ -60,10 +60,11 @@ def test_attention_and_its_gradients_equal_the_formula(form, length, heads):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [40, 300])
 @pytest.mark.parametrize("form", ["causal", *FORMS])
-def test_padding_changes_no_token(form, side):
+def test_padding_changes_no_token(form, length, side):
     layer = attention(form, 12)
-    x, padding = torch.randn(2, 40, 96), torch.zeros(2, 40, dtype=torch.bool)
+    x, padding = torch.randn(2, length, 96), torch.zeros(2, length, dtype=torch.bool)
     tokens = slice(7, None) if side == "left" else slice(None, -7)
     padding[1] = True
     padding[1, tokens] = False
@@ -109,16 +110,17 @@ def test_fairseqs_decoder_and_the_plain_one_are_the_same(build, method):
     torch.testing.assert_close(plain(x), features, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_runs_in_bf16():
+@pytest.mark.parametrize("length", [50, 300])
+def test_bf16_runs_in_bf16(length):
     layer = attention("symmetric", 12).bfloat16()
-    x = torch.randn(1, 50, 96).bfloat16()
+    x = torch.randn(1, length, 96).bfloat16()
     found = layer(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected(layer, x, "symmetric"), rtol=0.05, atol=0.02)
 
 
 def test_memory_of_masks_follows_what_is_run():
-    layer = attention("symmetric", 1)
+    layer = attention("symmetric", 1, attention="mask")
     sizes = []
     for length in (1500, 1400, 600, 10):
         layer(torch.randn(1, length, 8))
