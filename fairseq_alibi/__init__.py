@@ -7,7 +7,8 @@ Where things are:
     show_bias.py          pictures of the bias
     decoder.py            the hooks of fairseq's decoder that we override
     language_model.py     the model `alibi_lm`, its options and architectures
-    generate.py           prompts read in one pass; text that continues a prompt
+    prompts.py            fairseq's generator, which reads a prompt in one pass
+    generate.py           text that continues a prompt: fairseq-alibi generate
     compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
     import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
     prepare_data.py       corpora: get, check, tokenize, binarize

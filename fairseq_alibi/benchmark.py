@@ -46,7 +46,15 @@ from .attention import fused_attention, masked_attention
 from .benchmark_report import write_report
 from .eval_lm import eval_lm_arguments, run_eval_lm
 from .evaluate import Way, evaluate, read_text
-from .inputs import describe_model, load_model, open_subset, positive, read_checkpoint, subset_tokens
+from .inputs import (
+    describe_model,
+    load_model,
+    made_up_dictionary,
+    open_subset,
+    positive,
+    read_checkpoint,
+    subset_tokens,
+)
 from .positions import ALiBi
 from .results import describe_environment, write_json
 
@@ -282,9 +290,9 @@ def training_config(contender: str, length: int, args: argparse.Namespace, data:
 
 def training_step(contender: str, length: int, args: argparse.Namespace) -> Callable[[], Any]:
     """One update of a model as fairseq-train makes it: forward, loss, backward, optimizer; of a made-up text."""
-    types, batch = TYPES[args.full] - 4, rows(length, args.tokens)  # fairseq adds 4 special symbols
+    batch = rows(length, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "dict.txt").write_text("".join(f"type{n} 1\n" for n in range(types)), encoding="utf-8")
+        made_up_dictionary(TYPES[args.full]).save(str(Path(folder, "dict.txt")))
         cfg = training_config(contender, length, args, folder)
         task = tasks.setup_task(cfg.task)
     torch.manual_seed(1)
@@ -307,7 +315,7 @@ def made_up_model(case: Case, folder: Path, args: argparse.Namespace) -> tuple[s
         The data folder and the checkpoint, both in `folder`.
     """
     text = made_up_text(case.types, case.tokens)
-    Path(folder, "dict.txt").write_text("".join(f"type{n} 1\n" for n in range(case.types - 4)), encoding="utf-8")
+    made_up_dictionary(case.types).save(str(Path(folder, "dict.txt")))
     builder = MMapIndexedDatasetBuilder(str(folder / "valid.bin"), dtype=numpy.int32)
     for sentence in text.split(25):
         sentence[-1] = 2  # the end of sentence, which fairseq takes for granted

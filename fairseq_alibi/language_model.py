@@ -24,8 +24,8 @@ from omegaconf import DictConfig, open_dict
 
 from .attention import EPSILON
 from .decoder import Decoder
-from .generate import read_prompts_in_one_pass
 from .positions import POSITION_METHODS
+from .prompts import read_prompts_in_one_pass
 
 logger = logging.getLogger(__name__)
 

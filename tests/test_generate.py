@@ -16,9 +16,9 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
-from fairseq_alibi import generate
+from fairseq_alibi import generate, prompts
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.generate import Generator
+from fairseq_alibi.prompts import Generator
 
 ADAPTIVE = ["--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", "10,20"]
 ADAPTIVE += ["--no-share-decoder-input-output-embed"]
@@ -88,7 +88,7 @@ def assert_same(ours, theirs):
 def passes(monkeypatch):
     """Lengths of the passes that any decoder's first layer makes: (rows, tokens)."""
     made = []
-    real = generate.Decoder.extract_features_scriptable
+    real = prompts.Decoder.extract_features_scriptable
 
     def counted(self, prev_output_tokens, *args, **kwargs):
         hook = self.layers[0].register_forward_hook(
@@ -99,7 +99,7 @@ def passes(monkeypatch):
         finally:
             hook.remove()
 
-    monkeypatch.setattr(generate.Decoder, "extract_features_scriptable", counted)
+    monkeypatch.setattr(prompts.Decoder, "extract_features_scriptable", counted)
     return made
 
 
@@ -112,8 +112,8 @@ def passes(monkeypatch):
     ],
 )
 def test_hypotheses_and_scores_are_fairseqs(task, models, model, way):
-    for prompts in PROMPTS.values():
-        options = {"prompts": prompts, "models": models[model], **SEARCHES[way]}
+    for some in PROMPTS.values():
+        options = {"prompts": some, "models": models[model], **SEARCHES[way]}
         assert_same(hypotheses(task, kind=Generator, **options), hypotheses(task, kind=SequenceGenerator, **options))
 
 
@@ -150,9 +150,9 @@ def test_ensembles_with_other_models_are_fairseqs(task, build, models):
 @pytest.mark.parametrize("model", ["plain", "sinusoidal"])
 def test_a_prompt_is_read_in_one_pass_and_once_for_all_beams(task, models, passes, monkeypatch, model):
     reorders = []
-    real = generate.Decoder.reorder_incremental_state_scripting
+    real = prompts.Decoder.reorder_incremental_state_scripting
     monkeypatch.setattr(
-        generate.Decoder,
+        prompts.Decoder,
         "reorder_incremental_state_scripting",
         lambda self, state, order: reorders.append(order.tolist()) or real(self, state, order),
     )
@@ -175,7 +175,7 @@ def test_a_long_prompt_never_makes_scores_of_all_its_positions(task, models, pas
     options = {"prompts": [prompt, prompt[::-1]], "models": models[model], "max_len_b": 104, "beam": 2}
     theirs = hypotheses(task, kind=SequenceGenerator, **options)
     types = len(task.dictionary)
-    monkeypatch.setattr(generate, "SCORES", 2 * 7 * types)
+    monkeypatch.setattr(prompts, "SCORES", 2 * 7 * types)
     sizes = []
     for kind in {type(one) for one in models[model]}:
         real = kind.get_normalized_probs
@@ -421,9 +421,9 @@ def test_text_is_tokenized_as_the_data_was_prepared(trained, corpus, tmp_path):
 
 BAD = {
     "there is no checkpoint nowhere.pt": ["DATA", "nowhere.pt", "x"],
-    "cannot be loaded": ["DATA", "README.md", "x"],
+    "is no fairseq checkpoint": ["DATA", "README.md", "x"],
     "there is no nowhere/dict.txt": ["nowhere", "CHECKPOINT", "x"],
-    "does not fit the 1,004 types": ["OTHER", "CHECKPOINT", "x"],
+    "was trained with 48 types, but": ["OTHER", "CHECKPOINT", "x"],
     "no prompt": ["DATA", "CHECKPOINT"],
     "--tokens 0": ["DATA", "CHECKPOINT", "x", "--tokens", "0"],
     "--beam 0": ["DATA", "CHECKPOINT", "x", "--beam", "0"],
@@ -486,7 +486,7 @@ def test_length_scale_is_the_models(corpus, trained, continued):
 def test_fairseqs_commands_generate_with_it(corpus, trained):
     common = [corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--path", trained, "--cpu"]
     counted = (
-        "import sys, fairseq_alibi.generate as g, {module} as m\n"
+        "import sys, fairseq_alibi.prompts as g, {module} as m\n"
         "real = g.PromptReader.read\n"
         "g.PromptReader.read = lambda self, tokens, *a: print('read', tuple(tokens.shape)) or real(self, tokens, *a)\n"
         "m.cli_main()"
