@@ -37,15 +37,17 @@ def allow_old_checkpoints() -> None:
 
 
 def hush_fairseqs_old_words() -> None:
-    """Silences the warnings that fairseq's calls of 2022 cause in every run and that no user can act on; no others."""
+    """Silences the warnings that fairseq's calls of 2022 cause and that no user can act on; no others.
+
+    Hydra's, which come before a plugin is imported too, are silenced by `startup/`.
+    """
     for message in (
         r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
-        r"\s*The version_base parameter is not specified",
         r"In 'config': Usage of deprecated keyword in package header",
-        r"\s*'[^']+' is validated against ConfigStore schema",
         r"\s*The strict flag in the compose API is deprecated",
         r"'pin_memory' argument is set as true but no accelerator is found",
         r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated",
+        r"Support for mismatched key_padding_mask and attn_mask is deprecated",
         r"overflow encountered in scalar subtract",  # blocks of one token: past targets, which nothing here uses
     ):
         warnings.filterwarnings("ignore", message=message)

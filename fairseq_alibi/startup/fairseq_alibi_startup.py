@@ -1,4 +1,4 @@
-"""Lets fairseq 0.12.2 be imported on Python 3.11 and newer, in every process of the environment.
+"""Lets fairseq 0.12.2 be imported on Python 3.11 and newer, in every process of the environment, and hydra be calm.
 
 From Python 3.11 on, `dataclasses` refuses a default value whose class is unhashable. fairseq's configuration classes
 nest each other as such defaults, so `import fairseq` fails. The `.pth` file beside this module calls `install` at every
@@ -6,6 +6,8 @@ start of Python: `fairseq-train`, torchrun's workers and spawned data loaders in
 that costs one entry in `sys.meta_path`; nothing is imported for it.
 
 Only defaults of fairseq's own classes inside fairseq's own dataclasses pass; all others stay refused as before.
+
+What hydra has to say about fairseq's calls of 2022 comes before any plugin is imported, so it is silenced here too.
 """
 
 import sys
@@ -39,6 +41,16 @@ def _allow_fairseqs_defaults():
     dataclasses._get_field = get_field_of_fairseq
 
 
+def _hush_hydra():
+    import warnings
+
+    for message in (
+        r"\s*The version_base parameter is not specified",
+        r"\s*'[^']+' is validated against ConfigStore schema",
+    ):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+
+
 class _BeforeFairseq:
     """Finds no module ever: it only learns that fairseq is about to be imported, acts once and leaves."""
 
@@ -46,7 +58,9 @@ class _BeforeFairseq:
     def find_spec(cls, name, path=None, target=None):
         if name == "fairseq":
             sys.meta_path.remove(cls)
-            _allow_fairseqs_defaults()
+            _hush_hydra()
+            if sys.version_info >= (3, 11):
+                _allow_fairseqs_defaults()
         return None
 
 
