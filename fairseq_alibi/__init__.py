@@ -20,23 +20,25 @@ Where things are:
     report.py             results to tables and plots
     reproduce.py          all position methods, trained and evaluated alike, on one page
     plan.py               parameters, memory and FLOPs of a run before it starts
+    doctor.py             what works of an environment, and the first thing to fix: fairseq-alibi doctor
     inputs.py             checkpoints and data folders, read safely; results.py: result files, written whole
     benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
-    startup/              lets fairseq be imported on Python 3.11 and newer
+    startup/              lets fairseq be imported on Python 3.11 and newer, without hydra's old warnings
 
 Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.
 """
 
-import importlib.util
 import warnings
 
 __version__ = "0.1.0"
 
-if importlib.util.find_spec("fairseq"):
-    from . import compatibility, language_model  # noqa: F401
-else:
+try:
+    import fairseq  # noqa: F401
+except Exception as error:  # missing, or whatever a broken one raises
     warnings.warn(
-        "fairseq is not installed, so no model is registered (positions and attention work without it). "
-        "Get it with: pip install --no-deps fairseq==0.12.2",
+        f"fairseq cannot be imported ({error}), so no model is registered (positions and attention work without it). "
+        "Get it with: pip install --no-deps fairseq==0.12.2; if it is there: fairseq-alibi doctor",
         stacklevel=2,
     )
+else:
+    from . import compatibility, language_model  # noqa: F401

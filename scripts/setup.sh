@@ -78,6 +78,6 @@ install --no-deps fairseq==0.12.2
 echo "setup: [3/3] torch and the other libraries (the one long download)"
 install --editable "${root}[test]"
 
-"$venv/bin/python" -c 'import fairseq_alibi' || fail "the package was installed but does not import (see above)"
+"$venv/bin/python" -c 'import fairseq_alibi' || fail "the package was installed but does not import (see above); see what to fix first: $venv/bin/fairseq-alibi doctor"
 echo "$state" >"$stamp"
 echo "setup: done. To use it: source $venv/bin/activate"

@@ -1,0 +1,77 @@
+"""`fairseq-alibi doctor`: all parts are tried, what does not work is named, with the first thing to fix."""
+
+import os
+import shutil
+import sys
+from collections import namedtuple
+
+import pytest
+from conftest import ROOT, run
+
+from fairseq_alibi import doctor
+from fairseq_alibi.__main__ import main
+
+
+def rows(capsys):
+    """What is printed of each part, by its name, and the last line."""
+    lines = capsys.readouterr().out.rstrip("\n").split("\n")
+    return {line[:16].strip(): line[16:] for line in lines if line[16:]}, lines[-1]
+
+
+def test_here_everything_required_works(capsys):
+    main(["doctor"])
+    found, last = rows(capsys)
+    assert found.keys() >= {part.name for part in doctor.PARTS}
+    assert not [part.name for part in doctor.PARTS if part.needed_for is None and "BROKEN" in found[part.name]]
+    assert found["Python"].startswith(sys.version.split()[0])
+    assert found["fairseq"] == "0.12.2"
+    assert found["alibi_lm"] == "registered; attention with and without a mask agree"
+    assert last == "nothing to fix" or last.startswith("fix first: ")
+
+
+def test_an_optional_part_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacremoses", None)
+    monkeypatch.setattr(doctor, "PARTS", [part for part in doctor.PARTS if part.name in ("tqdm", "text", "disk")])
+    main(["doctor"])
+    found, last = rows(capsys)
+    assert found["text"].startswith("BROKEN, needed for scripts/prepare_text.sh: ")
+    assert "sacremoses" in found["text"]
+    assert last == "fix first: text, with: bash scripts/setup.sh"
+
+
+def test_the_first_required_part_comes_first_and_is_the_status(capsys, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 2**20))
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    some = [part for part in doctor.PARTS if part.name in ("hydra-core", "tqdm", "disk")]
+    monkeypatch.setattr(doctor, "PARTS", some[::-1])
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert stopped.value.code == "fairseq-alibi doctor: fix first: tqdm, with: bash scripts/setup.sh"
+    found, _ = rows(capsys)
+    assert found["disk"] == "BROKEN, needed for scripts/prepare_wikitext103.sh: 0.0 GiB free here"
+    assert found["hydra-core"].startswith("BROKEN, needed for everything: ")
+
+
+def test_attention_that_disagrees_is_broken(capsys, monkeypatch):
+    from fairseq_alibi import modules
+
+    monkeypatch.setattr(modules, "fused_attention", lambda q, *rest, **options: q)
+    monkeypatch.setattr(doctor, "PARTS", [part for part in doctor.PARTS if part.name == "alibi_lm"])
+    with pytest.raises(SystemExit, match="fix first: alibi_lm"):
+        main(["doctor"])
+
+
+def test_it_runs_where_torch_is_broken_and_the_other_commands_name_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: cannot open\\nshared object')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run(sys.executable, "-m", "fairseq_alibi", "doctor", check=False, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.output
+    assert "\ntorch           BROKEN, needed for everything: libtorch.so: cannot open shared object\n" in done.output
+    assert done.output.splitlines()[-1] == "fairseq-alibi doctor: fix first: torch, with: bash scripts/setup.sh"
+    done = run(sys.executable, "-m", "fairseq_alibi", "plan", "x", check=False, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.output
+    assert done.output.splitlines()[-1].endswith("see what to fix first: fairseq-alibi doctor")
