@@ -54,5 +54,5 @@ setup(
         "tabulate",
         "tensorboardX",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "ruff"]},
+    extras_require={"test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]},
 )
