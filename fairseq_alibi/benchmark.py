@@ -56,7 +56,7 @@ from .inputs import (
     subset_tokens,
 )
 from .positions import ALiBi
-from .results import describe_environment, write_json
+from .results import check_writable, describe_environment, write_json
 
 #: One layer of attention: what is called with q, k, v, the slopes and the future mask.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -610,7 +610,6 @@ def benchmark(args: argparse.Namespace) -> str:
         raise ValueError(f"{result} exists: pass --overwrite to replace it, or another --output")
     if (args.checkpoint is None) != (args.data is None):
         raise ValueError("--checkpoint and --data, the folder it was trained on, go together: pass both or neither")
-    args.output.mkdir(parents=True, exist_ok=True)
     todo = jobs(args)
     if {"evaluation", "memory"} & set(args.parts):
         if args.checkpoint is None:
@@ -620,6 +619,7 @@ def benchmark(args: argparse.Namespace) -> str:
             raise ValueError(f"{args.checkpoint} has the position method {method}: name a checkpoint of an ALiBi model")
         parts = [part for part in ("evaluation", "memory of evaluation") if part.split()[0] in args.parts]
         first_tokens(str(args.data), 1 + max(length for part in parts for length in lengths_of(part, args)))
+    check_writable(result)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     content = {
         "command": shlex.join(sys.argv),

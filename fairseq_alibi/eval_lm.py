@@ -27,8 +27,17 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 from tabulate import tabulate
 
-from .inputs import describe_model, one_line, positive, subset_tokens
-from .results import describe_environment, write_json
+from .inputs import (
+    check_dictionary,
+    describe_model,
+    one_line,
+    options_of_model,
+    positive,
+    read_checkpoint,
+    read_dictionary,
+    subset_tokens,
+)
+from .results import check_writable, describe_environment, write_json
 
 #: What decides which tokens are scored with which context: set here, so not for the user to pass on.
 FIXED_OPTIONS = (
@@ -80,6 +89,7 @@ def run_eval_lm(arguments: list[str]) -> tuple[float, int]:
     logger.addHandler(counter)
     try:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
+        options_of_model(args.model_overrides)  # which fairseq evaluates, whatever stands there
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
     finally:
         logger.removeHandler(counter)
@@ -113,22 +123,24 @@ def evaluate(
     Raises:
         ValueError: bad input, or fairseq-eval-lm scored other than all tokens of the subset.
     """
-    expected = subset_tokens(data, subset)
+    expected, state = subset_tokens(data, subset), read_checkpoint(checkpoint)
+    check_dictionary(read_dictionary(data), data, checkpoint, state)
     content = {
-        "model": describe_model(checkpoint),
+        "model": describe_model(checkpoint, state),
         "data": data,
         "subset": subset,
         "options": list(extra),
         "environment": describe_environment(),
         "results": [],
     }
+    check_writable(output)
     for length, stride in windows:
         arguments = eval_lm_arguments(data, checkpoint, subset, length, stride, positions, extra)
         started = time.perf_counter()
         try:
             loss, scored = run_eval_lm(arguments)
         except (Exception, SystemExit) as error:  # fairseq raises whatever it likes, over many lines
-            reason = one_line(error)
+            reason = "it refuses its arguments, see above" if isinstance(error, SystemExit) else one_line(error)
             raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason}") from error
         if scored != expected:
             raise ValueError(

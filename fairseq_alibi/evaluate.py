@@ -12,7 +12,6 @@ file, written after each length; what is there is not done again.
 """
 
 import argparse
-import ast
 import json
 import math
 import shlex
@@ -38,12 +37,13 @@ from .inputs import (
     describe_model,
     load_model,
     one_line,
+    options_of_model,
     positive,
     read_checkpoint,
     read_dictionary,
     read_subset,
 )
-from .results import describe_environment, now, write_json, written_whole
+from .results import check_writable, describe_environment, naming, now, write_json, written_whole
 from .scoring import Scored, score_stream, score_windows
 
 #: Options of the task that change what a model reads or is to predict.
@@ -143,8 +143,8 @@ def by_position(length: int, sums: numpy.ndarray, counts: numpy.ndarray) -> list
 
     Args:
         length: of a window.
-        sums: (length,) bits at each position.
-        counts: (length,) tokens scored there.
+        sums: bits at each position, as far as there are any.
+        counts: tokens scored there.
 
     Returns:
         Per bin: first and last position, counted from the window's start, 0; tokens; loss in bits. Position p has p
@@ -188,7 +188,8 @@ def evaluate(
         ValueError: the model gives a loss that is no number, or cannot be evaluated in this way.
     """
     losses = torch.full((text.tokens,), math.nan)
-    sums, counts = numpy.zeros(way.length), numpy.zeros(way.length, dtype=int)
+    longest = min(way.length, text.tokens)  # of a window that holds so much text
+    sums, counts = numpy.zeros(longest), numpy.zeros(longest, dtype=int)
     started = time.perf_counter()
     with tqdm(total=text.tokens, desc=title, unit=" tokens", unit_scale=True, disable=None) as bar:
         for first, position, found in scores(model, text, way, positions):
@@ -264,7 +265,7 @@ class LossFile:
             with numpy.load(path) as kept:
                 same = numpy.array_equal(kept["tokens"], self.arrays["tokens"])
                 self.arrays = dict(kept)
-        except (OSError, ValueError, KeyError):
+        except Exception:  # whatever numpy or zipfile have to say of a file that is no .npz, or half of one
             same = False
         if not same:
             raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
@@ -346,6 +347,8 @@ def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argpars
         "environment": describe_environment(),
         "results": results,
     }
+    for path in filter(None, (output, args.save_token_losses)):
+        check_writable(path)
     model = model.to(args.device, getattr(torch, args.dtype))
     for way in wanted:
         (found,) = [one for one in results if (one["length"], one["stride"]) == way] or [None]
@@ -395,7 +398,7 @@ def log_to_tensorboard(folder: Path, content: dict[str, Any], name: str) -> None
     """Writes the results of a checkpoint as scalars against length, in one folder a checkpoint."""
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(str(folder / name)) as writer:
+    with naming(folder / name), SummaryWriter(str(folder / name)) as writer:
         for one in content["results"]:
             way = "streaming" if one["stride"] is None else "non-overlapping"
             if one["stride"] not in (None, one["length"]):
@@ -418,17 +421,6 @@ def fraction(text: str) -> Fraction:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"'{text}' is no share of the length: pass one above 0 and up to 1, as 1/4")
     return share
-
-
-def options_of_model(text: str) -> dict[str, Any]:
-    """An argparse type: options by name, written as a Python dictionary."""
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
-    return overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -473,6 +465,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names what contradicts what.
     """
+    if args.remove_bpe is not None and not args.remove_bpe.strip():
+        raise ValueError(f"--remove-bpe '{args.remove_bpe}': pass the marker, '@@ ' or sentencepiece, or drop it")
     if args.by_position and args.streaming:
         raise ValueError("--by-position: a stream has no windows, and so no positions in them; drop one of the two")
     if args.save_token_losses is not None:

@@ -42,13 +42,25 @@ def load(
     model = load_model(checkpoint, state, data, scale)
     if scale and not isinstance(model.decoder, Decoder):
         raise ValueError(f"--length-scale {length_scale}: the model of {checkpoint} has no such option, drop it")
-    return GeneratorHubInterface(state["cfg"], tasks.setup_task(state["cfg"].task), [model])
+    try:
+        return GeneratorHubInterface(state["cfg"], tasks.setup_task(state["cfg"].task), [model])
+    except (Exception, SystemExit) as error:  # a library is missing; codes are none, at which subword-nmt exits
+        given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in overrides.items() if value)
+        reason = "see above" if isinstance(error, SystemExit) else one_line(error)
+        raise ValueError(f"{given} cannot be used ({reason}): name others") from error
 
 
 def text_options(data: Path) -> dict[str, Optional[str]]:
-    """Tokenizer and BPE of a data folder, as scripts/prepare_text.sh left word of them; None for none."""
+    """Tokenizer and BPE of a data folder, as scripts/prepare_text.sh left word of them; None for none.
+
+    Raises:
+        ValueError: the word that was left cannot be read.
+    """
     codes, marker = data / "bpe.codes", data / "prepared.json"
-    settings = json.loads(marker.read_text(encoding="utf-8"))["settings"] if marker.is_file() else {}
+    try:
+        settings = dict(json.loads(marker.read_text(encoding="utf-8"))["settings"]) if marker.is_file() else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{marker} cannot be read ({one_line(error)}): prepare the folder anew") from error
     if codes.is_file():
         return {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": str(codes)}
     return {"tokenizer": settings.get("tokenizer"), "bpe": None, "bpe_codes": None}
@@ -139,6 +151,10 @@ def check_arguments(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {value}: pass a whole number of at least {least}")
     if args.no_repeat_ngram_size == 1:
         raise ValueError("--no-repeat-ngram-size 1: no token would come twice; pass 0 for no limit, or 2 and more")
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed {args.seed}: pass a whole number below 2 ** 63")
+    if not math.isfinite(args.lenpen):
+        raise ValueError(f"--lenpen {args.lenpen}: pass a number, 1 for none")
     if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature {args.temperature}: pass a number above 0")
     if args.sampling_topp is not None and not 0 < args.sampling_topp <= 1:

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
-from .inputs import made_up_dictionary, read_checkpoint, types_in
+from .inputs import load_dictionary, made_up_dictionary, one_line, read_checkpoint, types_in
 from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .positions import POSITION_METHODS
 from .results import written_whole
@@ -113,13 +113,16 @@ def import_checkpoint(
     cfg = {name: plain(group) for name, group in state["cfg"].items()}
     try:
         options, dropped_options = import_options(old_model, cfg["task"], position_method)
-        symbols = Dictionary.load(str(dictionary)) if dictionary else None
+        symbols = load_dictionary(dictionary) if dictionary else None
         state["model"], dropped_weights = import_weights(state["model"], options, symbols)
     except ValueError as error:
         raise ValueError(f"{source} cannot be imported: {error}") from error
     state["args"], state["cfg"] = None, {**cfg, "model": options}
-    with written_whole(target) as partial:
-        torch.save(state, partial)
+    with written_whole(target) as partial, partial.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's, in which the system's own is hidden
+            raise OSError(one_line(error.__context__ or error)) from error
     return [*dropped_options, *dropped_weights]
 
 

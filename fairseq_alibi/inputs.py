@@ -1,8 +1,14 @@
 """What a command is given: checkpoints and data folders, read safely, every fault one line that names the remedy."""
 
 import argparse
+import ast
 import contextlib
+import os
+import pickletools
 import re
+import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +34,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def options_of_model(text: str) -> dict[str, Any]:
+    """An argparse type: options by name, written as a Python dictionary."""
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+    return overrides
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, be it many lines or nothing, as one line of at most 300 characters."""
     return (" ".join(str(error).split()) or repr(error))[:300]
@@ -43,6 +60,45 @@ def check_exists(path: str) -> None:
         raise ValueError(f"there is no checkpoint {path}: name a checkpoint_best.pt or checkpoint_last.pt")
 
 
+@contextlib.contextmanager
+def safe_loader() -> Iterator[None]:
+    """A context in which fairseq loads with torch's safe loader, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD or not.
+
+    What torch then warns of is the kind of file, which a refusal names.
+    """
+    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol|'torch.load' received a zip file")
+            yield
+    finally:
+        if forced is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
+
+
+def code_called(path: str, refusal: str) -> Optional[str]:
+    """The class or function of which the safe loader refused to make something, None where that was not the reason.
+
+    Args:
+        path: of the file.
+        refusal: what the loader said; it names what pickles up to protocol 3 call.
+    """
+    if found := re.search(r"GLOBAL (\S+)", refusal):
+        return found[1]
+    with contextlib.suppress(Exception), contextlib.ExitStack() as files:
+        if zipfile.is_zipfile(path):
+            archive = files.enter_context(zipfile.ZipFile(path))
+            file = archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            file = files.enter_context(open(path, "rb"))
+        words: list[str] = []
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            words += [argument] if isinstance(argument, str) else []
+    return None
+
+
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A fairseq checkpoint, through torch's safe loader, which refuses a file that could run code.
 
@@ -54,12 +110,18 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     check_exists(path)
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(path)
+        with safe_loader():
+            state = checkpoint_utils.load_checkpoint_to_cpu(path)
         state["cfg"]["model"], state["cfg"]["task"], state["model"]
     except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
-        lines = str(error).splitlines() or [repr(error)]
-        reason = next((line.strip() for line in lines if "GLOBAL" in line), lines[0])
-        raise ValueError(f"{path} is no fairseq checkpoint ({reason})") from error
+        if code := code_called(path, str(error)):
+            raise ValueError(
+                f"{path} is refused, as it could run code: it calls {code}; get the checkpoint from a source you trust"
+            ) from error
+        reason = one_line(error).partition(". ")[0]  # then torch advises to load it without the safe loader
+        raise ValueError(
+            f"{path} is no fairseq checkpoint ({reason}): name a checkpoint_best.pt or checkpoint_last.pt"
+        ) from error
     return state
 
 
@@ -102,6 +164,15 @@ def read_dictionary(data: str) -> Dictionary:
     path = Path(data) / "dict.txt"
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the data folder the model was trained on")
+    return load_dictionary(path)
+
+
+def load_dictionary(path: Path) -> Dictionary:
+    """A dict.txt.
+
+    Raises:
+        ValueError: it is no dictionary.
+    """
     try:
         return Dictionary.load(str(path))
     except Exception as error:  # fairseq raises whatever it likes
@@ -109,8 +180,14 @@ def read_dictionary(data: str) -> Dictionary:
 
 
 def made_up_dictionary(types: int) -> Dictionary:
-    """A dictionary of so many types, the special ones included, whose counts follow Zipf's law: 1 / rank."""
+    """A dictionary of so many types, the special ones included, whose counts follow Zipf's law: 1 / rank.
+
+    Raises:
+        ValueError: the special ones are more.
+    """
     dictionary = Dictionary()
+    if types <= len(dictionary):
+        raise ValueError(f"{types} types are no vocabulary, {len(dictionary)} of which are special: name a larger size")
     for rank in range(1, types - len(dictionary) + 1):
         dictionary.add_symbol(f"type{rank}", n=10**9 // rank)
     return dictionary
@@ -131,7 +208,7 @@ def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[s
         )
     trained_on = Path(str(state["cfg"]["task"].data)) / "dict.txt"
     if trained_on.is_file() and not trained_on.samefile(Path(data) / "dict.txt"):
-        theirs = Dictionary.load(str(trained_on))
+        theirs = load_dictionary(trained_on)
         differ = (n for n, (a, b) in enumerate(zip(dictionary.symbols, theirs.symbols)) if a != b)
         if (number := next(differ, None)) is not None:
             raise ValueError(
@@ -222,12 +299,23 @@ def open_subset(data: str, subset: str):
     path = Path(data) / subset
     check_index(path)
     try:
-        dataset = load_indexed_dataset(str(path))
+        dataset = load_indexed_dataset(str(path)) if subset else None
     except Exception as error:  # an .idx or .bin that is cut short, or something else
         raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
     if dataset is None:
         found = sorted(path.stem for path in Path(data).glob("*.idx"))
         raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(found) or 'none'}): pass --subset")
+    if not len(dataset):
+        raise ValueError(f"{path}.bin holds no text: prepare the folder anew")
+    try:
+        if dataset.supports_prefetch:  # fairseq's older formats, of which nothing can be read before
+            dataset.prefetch(range(len(dataset)))
+        dataset[len(dataset) - 1]
+    except Exception as error:  # numpy's, for a .bin that is shorter than its .idx says
+        raise ValueError(
+            f"{path}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the folder anew "
+            f"({one_line(error)})"
+        ) from error
     return dataset
 
 
@@ -238,12 +326,4 @@ def read_subset(data: str, subset: str) -> Tensor:
         ValueError: the folder has no such subset, or the files are broken or hold nothing.
     """
     dataset = open_subset(data, subset)
-    if not len(dataset):
-        raise ValueError(f"{Path(data) / subset}.bin holds no text: prepare the folder anew")
-    try:
-        return torch.cat([dataset[n].int() for n in range(len(dataset))])
-    except Exception as error:  # numpy's, for a .bin that is shorter than its .idx says
-        raise ValueError(
-            f"{Path(data) / subset}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the "
-            f"folder anew ({one_line(error)})"
-        ) from error
+    return torch.cat([dataset[n].int() for n in range(len(dataset))])

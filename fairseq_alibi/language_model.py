@@ -29,6 +29,9 @@ from .prompts import read_prompts_in_one_pass
 
 logger = logging.getLogger(__name__)
 
+#: How attention is computed, see the option.
+ATTENTION = ("auto", "mask", "fused")
+
 
 @dataclass
 class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
@@ -52,7 +55,7 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
             "number, or auto for evaluation length over training length"
         },
     )
-    attention: ChoiceEnum(["auto", "mask", "fused"]) = field(
+    attention: ChoiceEnum(list(ATTENTION)) = field(
         default="auto",
         metadata={
             "help": "mask: the bias folded into the future mask, the reference; fused: no mask, so that memory and, "
@@ -96,6 +99,8 @@ def check_options(args) -> None:
     method = args.position_method
     if method not in POSITION_METHODS:
         raise ValueError(f"--position-method {method}: choose one of {', '.join(POSITION_METHODS)}")
+    if args.attention not in ATTENTION:
+        raise ValueError(f"--attention {args.attention}: choose one of {', '.join(ATTENTION)}")
     if not 0 <= args.attention_epsilon < 1:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if args.decoder_learned_pos:

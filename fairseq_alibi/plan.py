@@ -78,6 +78,13 @@ USABLE = 0.9
 #: What these formulas know nothing of.
 UNKNOWN = ("common.amp", "distributed_training.cpu_offload", "distributed_training.pipeline_model_parallel")
 
+#: What has to be a whole number of at least 1.
+POSITIVE = (
+    *("task.tokens_per_sample", "dataset.required_batch_size_multiple", "optimization.update_freq[0]"),
+    *("distributed_training.distributed_world_size", "model.decoder_layers", "model.decoder_embed_dim"),
+    *("model.decoder_ffn_embed_dim", "model.decoder_attention_heads"),
+)
+
 GIB = 2**30
 
 
@@ -100,7 +107,7 @@ def read_config(path: Path, overrides: Optional[list[str]] = None) -> DictConfig
         add_defaults(cfg)
         with omegaconf_no_object_check():
             return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
@@ -139,14 +146,17 @@ class Run:
 
     def __init__(self, cfg: DictConfig, dictionary: Dictionary):
         self.cfg, self.dictionary = cfg, dictionary
-        name = cfg.model and cfg.model._name
+        name = OmegaConf.select(cfg, "model._name")
         if name != "alibi_lm":
             hint = " (an architecture's name does not apply its sizes under hydra)" if "alibi_lm" in str(name) else ""
             raise ValueError(f"model._name is {name}: only alibi_lm can be planned{hint}")
+        for option in POSITIVE:
+            if (OmegaConf.select(cfg, option) or 0) < 1:
+                raise ValueError(f"{option} is {OmegaConf.select(cfg, option)}: set it to a whole number of at least 1")
         for option in UNKNOWN:
             if OmegaConf.select(cfg, option):
                 raise ValueError(f"{option} cannot be planned: switch it off with {option}=false")
-        self.optimizer = cfg.optimizer and cfg.optimizer._name
+        self.optimizer = OmegaConf.select(cfg, "optimizer._name")
         if self.optimizer not in MOMENTS:
             raise ValueError(f"optimizer {self.optimizer} cannot be planned: use {' or '.join(MOMENTS)}")
         with torch.device("meta"):
@@ -311,7 +321,7 @@ class Run:
             ValueError: the config does not say it, or its batches hold no block.
         """
         max_tokens = self.cfg.dataset.max_tokens
-        if not max_tokens:
+        if not max_tokens or max_tokens < 1:
             raise ValueError("dataset.max_tokens is not set: set it to the tokens of a batch, for example 9216")
         rows = self.rows(max_tokens)
         if not rows:

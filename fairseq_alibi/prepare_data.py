@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .download import download, file_md5
+from .results import naming
 
 SPLITS = ("train", "valid", "test")
 MARKER = "prepared.json"
@@ -129,9 +130,11 @@ def work_folder(dest):
     """
     partial = dest.with_name(dest.name + ".partial")
     lock_path = partial / "prepare_data.lock"
-    if partial.exists() and any(partial.iterdir()) and not lock_path.exists():
-        raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
-    partial.mkdir(parents=True, exist_ok=True)
+    with naming(dest):
+        if partial.exists() and any(partial.iterdir()) and not lock_path.exists():
+            raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock_path.touch()
     with open(lock_path, "w") as lock:
         try:
             # lockf, not flock, whose lock would live on in worker processes after their main process was killed.

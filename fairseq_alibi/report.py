@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Optional
@@ -27,6 +27,38 @@ FILES = ("report.md", "report.png", "speed.png", "positions.png")
 MEASURES = ("perplexity", "tokens_per_second", "by_position")
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is text that can be written."""
+    return isinstance(value, str) and bool(value.encode())
+
+
+def is_place(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on, of a size that every library takes."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is such a number from 1 on."""
+    return is_place(value) and value > 0
+
+
+def is_measure(value: Any) -> bool:
+    """Whether a value is a number from 0 on, infinity included."""
+    return is_place(value) or (type(value) is float and value >= 0)
+
+
+def check(part: dict[str, Any], **kinds: Callable[[Any], bool]) -> None:
+    """Checks values of a part of a file by name.
+
+    Raises:
+        ValueError: one is not of its kind.
+        KeyError: one is missing.
+    """
+    for name, is_kind in kinds.items():
+        if not is_kind(part[name]):
+            raise ValueError(f"{name} is {str(part[name])[:50]!r}")
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Reads a file that `evaluate` or `eval_lm` wrote.
 
@@ -35,15 +67,25 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["model"]["position_method"], content["model"]["training_length"], content["subset"]
+        check(content, subset=is_text)
+        check(content["model"], checkpoint=is_text, position_method=is_text, training_length=is_count)
         for result in content["results"]:
-            result["length"], result["stride"], result["perplexity"]
+            check(result, length=is_count, perplexity=is_measure)
+            if result["stride"] is not None:
+                check(result, stride=is_count)
+            if "tokens_per_second" in result:
+                check(result, tokens_per_second=is_measure)
+            for part in result.get("by_position", []):
+                check(part, first=is_place, last=is_place, tokens=is_count, loss=is_measure)
+                if part["last"] < part["first"]:
+                    raise ValueError(f"a bin of positions ends at {part['last']}, before its first, {part['first']}")
     except OSError as error:
         raise ValueError(
             f"{path} cannot be read ({error.strerror}): name JSON files of evaluate or the eval scripts"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of an evaluation ({error!r}): name one of their JSON files") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(repr(error).split())[:300]
+        raise ValueError(f"{path} is no result of an evaluation ({reason}): name one of their JSON files") from error
     return content
 
 
@@ -122,7 +164,8 @@ def tell_apart(all_series: list[dict[str, Any]]) -> None:
         subsets = {one["subset"] for one in group}
         for one in group:
             if len(paths) > 1:
-                one["label"] += f" ({os.path.relpath(one['checkpoint'], os.path.commonpath(paths))})"
+                common = os.path.commonpath(map(os.path.abspath, paths))
+                one["label"] += f" ({os.path.relpath(one['checkpoint'], common)})"
             if len(subsets) > 1:
                 one["label"] += f" ({one['subset']})"
 
@@ -169,7 +212,7 @@ def position_table(curves: dict[str, list[dict[str, Any]]]) -> str:
             tokens = sum(one["tokens"] for one in inside)
             row.append(sum(one["tokens"] * one["loss"] for one in inside) / tokens if tokens else None)
         rows.append(row)
-    rows = [row for row in rows if any(row[1:])]
+    rows = [row for row in rows if any(loss is not None for loss in row[1:])]
     return tabulate(rows, ["position", *curves], tablefmt="github", floatfmt=".3f", colalign=("right",) * len(rows[0]))
 
 

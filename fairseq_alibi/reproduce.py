@@ -21,7 +21,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from . import report
-from .inputs import positive
+from .inputs import one_line, positive, read_dictionary, subset_tokens
 from .positions import POSITION_METHODS
 from .results import describe_environment, now, write_json, write_text, written_whole
 
@@ -172,11 +172,23 @@ def training_speed(log: Path) -> Optional[float]:
     return statistics.median(speeds[1:]) if len(speeds) > 1 else None
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """What an earlier run noted of itself.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not ours ({one_line(error)}): name another --output, or remove it") from error
+
+
 def carry_out(run: Run, preset: Preset, args: argparse.Namespace, running: Running, bar: tqdm) -> None:
     """Does for a model what is not done yet; `run.json` in its folder says what is."""
     run.folder.mkdir(parents=True, exist_ok=True)
     marker = run.folder / "run.json"
-    done = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    done = read_note(marker) if marker.exists() else {}
     for name, command in steps(run, preset, args).items():
         if name not in done:
             bar.set_postfix_str(f"{run.method}, trained on {run.length:,}: {name}")
@@ -202,7 +214,7 @@ def check_settings(args: argparse.Namespace, preset: Preset) -> None:
     }
     path = args.output / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        before = read_note(path).get("settings", {})
         differ = [name for name, value in settings.items() if before.get(name) != value]
         if differ:
             raise ValueError(
@@ -230,7 +242,7 @@ def cost_table(runs: list[Run]) -> str:
     """Speed and memory of every model, in Markdown."""
     rows = []
     for run in runs:
-        done = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+        done = read_note(run.folder / "run.json")
         rows.append(
             [
                 run.length,
@@ -249,7 +261,7 @@ def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str
     order = {name: n for n, name in enumerate(POSITION_METHODS)}
     files = sorted((args.output / "results").glob("*.json"))
     every = report.series(files)
-    begun = json.loads((args.output / "settings.json").read_text(encoding="utf-8"))["environment"]
+    begun = read_note(args.output / "settings.json")["environment"]
     versions = ", ".join(f"{name} {begun[name]}" for name in ("python", "torch", "fairseq", "fairseq_alibi"))
     first = steps(runs[0], preset, args)
     alone = "" if preset.at_once == 1 else f" {preset.at_once} models at a time, one thread each."
@@ -320,11 +332,11 @@ def main(args: argparse.Namespace) -> None:
             print("\n".join(shlex.join(command) for command in steps(run, preset, args).values()))
         return
     if args.data == BUILTIN:
-        subprocess.run([sys.executable, "-m", "fairseq_alibi.prepare_data", "text", args.data, "--builtin"], check=True)
-    if not (Path(args.data) / "dict.txt").is_file():
-        raise ValueError(
-            f"{args.data} holds no dict.txt: make it with scripts/prepare_wikitext103.sh or prepare_text.sh"
-        )
+        command = [sys.executable, "-m", "fairseq_alibi.prepare_data", "text", args.data, "--builtin"]
+        if status := subprocess.run(command).returncode:
+            raise ValueError(f"{shlex.join(command[1:])} ended with status {status}, see above")
+    read_dictionary(args.data)
+    subset_tokens(args.data, args.subset)
     check_settings(args, preset)
     running = Running(preset.at_once > 1)
     try:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,19 +51,50 @@ def git_commit() -> Optional[str]:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A context in which a file is written, whose errors then name it.
+
+    Raises:
+        OSError: names the file, the reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} cannot be written ({reason}): make room for it, or name another place") from error
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A context with a path to write to, which becomes `path` when the context ends without an error.
 
     So that a file is never seen half-written, and one that is there is lost only when the new one is whole. The folder
     is made if it is missing.
+
+    Raises:
+        OSError: see `naming`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")  # many a library goes by the suffix
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.partial{path.suffix}")  # many a library goes by the suffix
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Checks that a file can be written, before the work that is to end in it; makes its folder.
+
+    Raises:
+        OSError: see `naming`.
+    """
+    with naming(path):
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .inputs import load_model, positive, read_checkpoint, read_dictionary, read_subset
-from .results import describe_environment, write_json, written_whole
+from .results import check_writable, describe_environment, write_json, written_whole
 from .scoring import score_stream, score_windows
 
 #: Lengths are drawn between the first and the last, evenly by their logarithm; there is a mask up to the second.
@@ -164,6 +164,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         if not args.minutes > 0:
             raise ValueError(f"--minutes must be more than 0, not {args.minutes:g}")
         read_dictionary(args.data)
+        check_writable(args.output / "soak.json")
         rounds = soak(args.data, 60 * args.minutes, args.updates)
     except (ValueError, OSError) as error:
         sys.exit(f"soak: {error}")

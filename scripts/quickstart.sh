@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
       ;;
   esac
 done
-for number in $train_length $updates $lengths; do
+for number in "${train_length:-none}" "${updates:-none}" ${lengths:-none}; do
   case $number in
     *[!0-9]* | 0) echo "quickstart: '$number' is no length or number of updates: pass whole numbers of at least 1" >&2; exit 2 ;;
   esac

@@ -39,15 +39,17 @@ def fairseqs_own(corpus, checkpoint, *arguments):
     """Loss and tokens that the plain fairseq-eval-lm prints."""
     command = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--gen-subset", "valid", "--cpu"]
     output = run(BIN / "fairseq-eval-lm", *command, *arguments).output
+    assert "Warning" not in output, "a calm console"
     loss = float(output.split("Loss (base 2): ")[1].split(",")[0])
     return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
 
 
-def failure(capsys, call, *arguments):
-    """Runs a command in this process, which has to fail with one line; returns it."""
+def failure(capsys, call, *arguments, status=None):
+    """Runs a command in this process, which has to fail with one line, and with this status; returns the line."""
     with pytest.raises(SystemExit) as stopped:
         call([str(part) for part in arguments])
     assert stopped.value.code not in (0, None)
+    assert status in (None, 1 if isinstance(stopped.value.code, str) else stopped.value.code)
     message = str(stopped.value.code)
     if stopped.value.code == 2:  # argparse prints its line itself
         message = capsys.readouterr().err.strip().splitlines()[-1]

@@ -160,38 +160,3 @@ def test_full_trains_the_architectures_of_wikitext103():
         assert cfg.model.dropout == 0.1
         assert cfg.model.attention_dropout == 0
         assert cfg.criterion._name == "adaptive_loss"
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--parts", "training,speed"], "'speed' is no part"),
-        (["--lengths", "512", "0"], "'0' is no such number"),
-        (["--repeats", "x"], "'x' is no such number"),
-        (["--checkpoint", "missing.pt"], "--data"),
-        (["--checkpoint", "missing.pt", "--data", "missing"], "missing.pt"),
-        (["--dtype", "int8"], "int8"),
-    ],
-)
-def test_bad_input_is_named_in_one_line(options, named, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        benchmark.main(["--cpu", "--output", str(tmp_path), *options])
-    message = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err.splitlines()[-1]
-    assert named in message
-    assert "\n" not in message
-    assert not (tmp_path / "benchmark.json").exists()
-
-
-def test_text_that_is_too_short_and_another_model_are_named(checkpoint, corpus, train, tmp_path):
-    options = ["--cpu", "--parts", "evaluation", "--output", str(tmp_path), "--data", str(corpus)]
-    with pytest.raises(SystemExit, match="not 1,000,001: pass shorter --lengths"):
-        benchmark.main([*options, "--checkpoint", str(checkpoint), "--lengths", "1000000"])
-    other = train("--position-method", "none", updates=1)
-    with pytest.raises(SystemExit, match="position method none"):
-        benchmark.main([*options, "--checkpoint", str(other)])
-
-
-def test_a_result_is_not_overwritten_silently(tmp_path):
-    (tmp_path / "benchmark.json").write_text("{}")
-    with pytest.raises(SystemExit, match="--overwrite"):
-        benchmark.main(["--cpu", "--output", str(tmp_path)])

@@ -307,39 +307,6 @@ def test_default_lengths_are_multiples_of_the_training_length(corpus, checkpoint
     assert [one["length"] for one in json.loads(path.read_text())["results"]] == [32, 64, 128, 256, 512]
 
 
-def test_bad_input_is_named_in_one_line(corpus, checkpoint, tmp_path, capsys):
-    def says(*arguments):
-        return fails(capsys, *arguments, "--output", tmp_path)
-
-    assert "'0'" in says(corpus, checkpoint, "--lengths", "64,0")
-    assert "'many'" in says(corpus, checkpoint, "--lengths", "many")
-    assert "stride 65 is longer than the length 64" in says(corpus, checkpoint, "--lengths", 64, "--stride", 65)
-    assert "'1.5'" in says(corpus, checkpoint, "--stride-fraction", "1.5")
-    assert "not allowed with" in says(corpus, checkpoint, "--stride", "5", "--streaming")
-    assert "no subset 'dev' (it holds test, train, valid)" in says(corpus, checkpoint, "--subset", "dev")
-    assert "dict.txt" in says(tmp_path / "nowhere", checkpoint)
-    assert "there is no checkpoint" in says(corpus, tmp_path / "nowhere.pt")
-    (tmp_path / "text.pt").write_text("no checkpoint")
-    assert "is no fairseq checkpoint" in says(corpus, tmp_path / "text.pt")
-    assert "has no option 'atention'" in says(corpus, checkpoint, "--model-overrides", "{'atention': 'mask'}")
-    assert "is no dictionary" in says(corpus, checkpoint, "--model-overrides", "__import__('os').system('true')")
-    assert "a stream has no windows" in says(corpus, checkpoint, "--streaming", "--by-position")
-    assert "one at a time" in says(corpus, checkpoint, checkpoint, "--save-token-losses", tmp_path / "l.npz")
-    assert ".npz" in says(corpus, checkpoint, "--save-token-losses", tmp_path / "l.txt")
-    assert "would both be written to" in says(corpus, checkpoint, checkpoint)
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_a_model_for_another_task_is_named(corpus, checkpoint, tmp_path, capsys):
-    state = torch.load(checkpoint)
-    state["cfg"]["task"]["_name"] = "translation"
-    torch.save(state, tmp_path / "other.pt")
-    assert "was trained for 'translation'" in fails(capsys, corpus, tmp_path / "other.pt")
-    state["cfg"]["task"].update(_name="language_modeling", add_bos_token=True)
-    torch.save(state, tmp_path / "bos.pt")
-    assert "--add-bos-token" in fails(capsys, corpus, tmp_path / "bos.pt")
-
-
 @pytest.mark.parametrize("method", ["rotary", "t5", "learned"])  # the others are trained in other tests
 def test_methods_train_and_evaluate_past_their_length(corpus, train, tmp_path, method):
     trained = train("--position-method", method, updates=3)
@@ -355,31 +322,6 @@ def test_learned_positions_end_with_the_training_length(corpus, train, tmp_path,
     message = fails(capsys, corpus, learned, "--lengths", "16,32,33", "--output", tmp_path)
     assert "length 33 is longer than the model's longest sequence, 32" in message
     assert results(tmp_path).keys() == {(16, 16), (32, 32)}
-
-
-def test_data_with_another_dictionary_is_named(corpus, checkpoint, tmp_path, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(corpus, data)
-    words = (corpus / "dict.txt").read_text()
-    (data / "dict.txt").write_text(words + "".join(f"more{n} 1\n" for n in range(8)))
-    assert "was trained with 48 types" in fails(capsys, data, checkpoint, "--output", tmp_path)
-    (data / "dict.txt").write_text(words.replace("word7 ", "wordX ", 1))
-    message = fails(capsys, data, checkpoint, "--output", tmp_path)
-    assert "'wordX'" in message
-    assert "'word7'" in message
-    (data / "dict.txt").write_text("".join(words.splitlines(keepends=True)[:9]))
-    assert "are not of one preparation" in fails(capsys, data, checkpoint, "--output", tmp_path)
-
-
-@pytest.mark.parametrize("suffix", ["bin", "idx"])
-@pytest.mark.parametrize("kept", [0, 11, 0.5])
-def test_broken_data_is_named(corpus, checkpoint, tmp_path, capsys, suffix, kept):
-    data = tmp_path / "data"
-    shutil.copytree(corpus, data)
-    path = data / f"valid.{suffix}"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
-    assert "prepare the folder anew" in fails(capsys, data, checkpoint, "--output", tmp_path)
 
 
 def test_a_model_that_diverged_is_named_and_what_was_done_is_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):

@@ -419,49 +419,6 @@ def test_text_is_tokenized_as_the_data_was_prepared(trained, corpus, tmp_path):
     assert generate.decode(model, tokens) == two_lines
 
 
-BAD = {
-    "there is no checkpoint nowhere.pt": ["DATA", "nowhere.pt", "x"],
-    "is no fairseq checkpoint": ["DATA", "README.md", "x"],
-    "there is no nowhere/dict.txt": ["nowhere", "CHECKPOINT", "x"],
-    "was trained with 48 types, but": ["OTHER", "CHECKPOINT", "x"],
-    "no prompt": ["DATA", "CHECKPOINT"],
-    "--tokens 0": ["DATA", "CHECKPOINT", "x", "--tokens", "0"],
-    "--beam 0": ["DATA", "CHECKPOINT", "x", "--beam", "0"],
-    "--seed -1": ["DATA", "CHECKPOINT", "x", "--seed", "-1"],
-    "--temperature 0": ["DATA", "CHECKPOINT", "x", "--temperature", "0"],
-    "--temperature nan": ["DATA", "CHECKPOINT", "x", "--temperature", "nan"],
-    "--sampling-topk 0": ["DATA", "CHECKPOINT", "x", "--sampling-topk", "0"],
-    "--sampling-topk 1000": ["DATA", "CHECKPOINT", "x", "--sampling-topk", "1000"],
-    "--sampling-topp 1.5": ["DATA", "CHECKPOINT", "x", "--sampling-topp", "1.5"],
-    "exclude each other": ["DATA", "CHECKPOINT", "x", "--sampling-topp", "0.5", "--sampling-topk", "2"],
-    "contradicts beam search": ["DATA", "CHECKPOINT", "x", "--sampling-topk", "2", "--beam", "2"],
-    "--no-repeat-ngram-size 1": ["DATA", "CHECKPOINT", "x", "--no-repeat-ngram-size", "1"],
-    "--bpe subword_nmt: there are no codes": ["DATA", "CHECKPOINT", "x", "--bpe", "subword_nmt"],
-    "not soon": ["DATA", "CHECKPOINT", "x", "--length-scale", "not soon"],
-    "longest sequence of 16": ["DATA", "SHORT", "x", "--tokens", "16"],
-}
-
-
-@pytest.fixture(scope="module")
-def names(corpus, train, trained, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    (other / "dict.txt").write_text("".join(f"other{i} 1\n" for i in range(1000)))
-    short = train("--max-target-positions", 16, "--tokens-per-sample", 16, updates=1)
-    return {"DATA": corpus, "CHECKPOINT": trained, "OTHER": other, "SHORT": short}
-
-
-@pytest.mark.parametrize("named", BAD)
-def test_bad_input_is_one_line(names, named, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO()))
-    with pytest.raises(SystemExit) as ended:
-        main(["generate", "--cpu", *(str(names.get(word, word)) for word in BAD[named])])
-    assert named in str(ended.value)
-    assert str(ended.value).startswith("fairseq-alibi generate: ")
-    assert len(str(ended.value).splitlines()) == 1
-    assert capsys.readouterr().out == ""
-
-
 def test_a_prompt_that_is_no_text_is_one_line(corpus, trained):
     done = command(corpus, trained, text=b"word1 \xff", check=False)
     assert done.returncode == 1

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 
 import pytest
 import torch
@@ -122,49 +121,9 @@ def test_result_evaluates_and_trains_on_without_overrides(theirs, trained, corpu
     assert first < 1.3 * perplexity, "it starts from what was learned, not from chance"
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch owned",)
-
-
-SPOILED = {
-    "system": lambda state: state.update(extra=Malicious()),
-    "options that are not known: alibi_twist": lambda state: state["cfg"]["model"].update(alibi_twist=1),
-    "only a transformer_lm": lambda state: state["cfg"]["model"].update(_name="transformer"),
-    "decoder.layers.0.twist": lambda state: state["model"].update({"decoder.layers.0.twist": torch.zeros(1)}),
-    "decoder.layers.0.fc1.weight": lambda state: state["model"].pop("decoder.layers.0.fc1.weight"),
-    "no table of token embeddings": lambda state: state["model"].clear(),
-}
-
-
-@pytest.mark.parametrize("named", SPOILED)
-def test_what_is_not_known_is_refused_by_name(theirs, tmp_path, named):
-    source = theirs(change=SPOILED[named])
-    done = import_checkpoint(source, tmp_path / "imported.pt", check=False)
-    assert done.returncode == 1
-    last = done.output.splitlines()[-1]
-    assert named in last
-    assert str(source) in last
-    assert "Traceback" not in done.output
-    assert [path.name for path in tmp_path.iterdir()] == [source.name], "nothing half-made, nothing run"
-
-
-def test_another_dictionary_is_refused(theirs, tmp_path):
-    (tmp_path / "dict.txt").write_text("word1 1\nword2 1\n")
-    done = import_checkpoint(theirs(), tmp_path / "out.pt", "--dict", tmp_path / "dict.txt", check=False)
-    assert done.returncode == 1
-    assert "48 types, but the dictionary has 6" in done.output
-    assert not (tmp_path / "out.pt").exists()
-
-
 def test_nothing_is_overwritten_silently(theirs, tmp_path):
     out = tmp_path / "out.pt"
     out.write_text("mine")
     assert "--overwrite" in import_checkpoint(theirs(), out, check=False).output
     assert out.read_text() == "mine"
     import_checkpoint(theirs(), out, "--overwrite")
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    done = import_checkpoint(tmp_path / "no.pt", tmp_path / "out.pt", check=False)
-    assert f"there is no checkpoint {tmp_path}/no.pt" in done.output.splitlines()[-1]

@@ -230,42 +230,6 @@ def test_vocabulary_is_that_of_the_data(corpus):
     assert dictionary.count == Dictionary.load(str(corpus / "dict.txt")).count
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nowhere.yaml"], ["there is no config nowhere.yaml"]),
-        (["configs/tiny.yaml"], ["configs/tiny.yaml", "--types"]),
-        (["configs/tiny.yaml", "task.data=nowhere"], ["nowhere/dict.txt"]),
-        (["configs/tiny.yaml", "model.decoder_layerz=3"], ["decoder_layerz"]),
-        (["configs/tiny.yaml", "+model.decoder_layerz=3"], ["decoder_layerz"]),
-        (["configs/wikitext103.yaml", "model._name=alibi_lm_wiki103"], ["alibi_lm_wiki103", "sizes"]),
-        (["configs/wikitext103.yaml", "optimizer._name=adafactor"], ["adafactor", "nag or adam"]),
-        (["configs/wikitext103.yaml", "common.amp=true"], ["common.amp"]),
-        (["configs/wikitext103.yaml", "dataset.max_tokens=500"], ["max_tokens=500", "512"]),
-        (["configs/wikitext103.yaml", "dataset.max_tokens=null"], ["max_tokens is not set"]),
-        (["configs/wikitext103.yaml", "--types", "50000"], ["vocab"]),
-        (["configs/wikitext103.yaml", "--gpus", "7"], ["7 GPUs", "--gpus 1, 2, 3"]),
-        (["configs/wikitext103.yaml", "--gpu-memory", "2"], ["not one block", "2 GiB"]),
-    ],
-)
-def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    more = [] if "--gpu-memory" in arguments else ["--gpu-memory", "80"]
-    with pytest.raises(SystemExit) as stopped:
-        main(["plan", *arguments, *more])
-    line = str(stopped.value)
-    assert line.startswith("fairseq-alibi plan: ")
-    assert "\n" not in line
-    assert all(word in line for word in words), line
-
-
-@pytest.mark.parametrize("memory", ["0", "-1", "much", "inf", "nan"])
-def test_memory_is_a_number(memory, capsys):
-    with pytest.raises(SystemExit):
-        main(["plan", str(CONFIGS / "tiny.yaml"), f"--gpu-memory={memory}"])
-    assert f"'{memory}' is no such number" in capsys.readouterr().err
-
-
 def test_command_line_is_quiet():
     """Tables and one command; nothing of what fairseq and hydra have to say."""
     done = run(sys.executable, "-m", "fairseq_alibi", "plan", "configs/wikitext103_3072.yaml", "--gpu-memory", "40")

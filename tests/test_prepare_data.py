@@ -285,21 +285,6 @@ def test_archive_that_climbs_out_is_refused_whole(server, tmp_path, capsys, memb
     assert not Path("/tmp/fairseq-alibi-x").exists()
 
 
-@pytest.mark.parametrize("rest", [b"not a zip", ARCHIVE[: len(ARCHIVE) // 2], b""], ids=["text", "half", "empty"])
-def test_broken_archive(tmp_path, capsys, rest):
-    archive = tmp_path / "x.zip"
-    archive.write_bytes(rest)
-    assert f"{archive} is no readable zip" in failure(capsys, "wikitext103", tmp_path / "data", "--from", archive)
-
-
-def test_archive_without_the_texts(tmp_path, capsys):
-    archive = tmp_path / "x.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("wikitext-103-raw/wiki.train.raw", "text")
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--from", archive)
-    assert "0 files wiki.train.tokens" in message
-
-
 # The whole corpus and parts of it
 
 
@@ -422,78 +407,6 @@ def test_word_level_has_no_bpe(corpus, tmp_path):
 
 
 # Bad input
-
-
-BAD_FILES = {
-    "missing": (None, "is not a file"),
-    "empty": (b"", "is empty"),
-    "blank": (b" \n\n", "is empty"),
-    "latin-1": ("fine\nnaïve\n".encode("latin-1"), "line 2: not UTF-8"),
-    "binary": (b"fine\nPK\x00\x01\n", "line 2: a zero byte"),
-    "byte-order-mark": (b"\xef\xbb\xbffine\n", "byte order mark"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_FILES)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_bad_file_is_named(corpus, tmp_path, capsys, split, bad):
-    content, expected = BAD_FILES[bad]
-    corpus[split].unlink()
-    if content is not None:
-        corpus[split].write_bytes(content)
-    message = failure(capsys, "text", tmp_path / "data", *text_arguments(corpus))
-    assert str(corpus[split]) in message
-    assert expected in message
-
-
-def test_bad_wikitext_file_is_named(wiki_folder, tmp_path, capsys):
-    (wiki_folder / "wiki.valid.tokens").write_bytes(b"")
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--from", wiki_folder)
-    assert f"{wiki_folder}/wiki.valid.tokens is empty" in message
-
-
-def test_carriage_return_that_fairseq_takes_for_a_line_end(wiki_folder, tmp_path, capsys):
-    (wiki_folder / "wiki.valid.tokens").write_bytes(b"one\rtwo\n")
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--from", wiki_folder)
-    assert "2 lines" in message
-    assert "carriage return" in message
-
-
-@pytest.mark.parametrize("options", [["text", "--builtin"], ["wikitext103"]], ids=["text", "wikitext103"])
-def test_folder_of_the_user_is_left_alone(tmp_path, capsys, options):
-    dest = tmp_path / "data"
-    dest.mkdir()
-    (dest / "thesis.tex").write_text("text")
-    assert "not made by this script" in failure(capsys, options[0], dest, *options[1:])
-    (tmp_path / "other.partial").mkdir()
-    (tmp_path / "other.partial" / "thesis.tex").write_text("text")
-    assert "not ours" in failure(capsys, options[0], tmp_path / "other", *options[1:])
-
-
-def test_text_without_a_pair_to_merge(tmp_path, capsys, corpus):
-    for text in ("a b c\n", "ab cd\n"):
-        corpus["train"].write_text(text)
-        message = failure(capsys, "text", tmp_path / "data", *text_arguments(corpus))
-        assert "too small to learn BPE" in message
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["text", "--builtin", "--workers", "0"], "--workers 0"),
-        (["text", "--builtin", "--bpe-merges", "-5"], "--bpe-merges -5"),
-        (["text", "--builtin", "--max-bytes", "1000"], "--max-bytes 1000"),
-        (["text", "--builtin", "--train", "x"], "--builtin alone"),
-        (["text", "--train", "x"], "all of --train"),
-        (["text", "--train", "x", "--valid", "x", "--test", "x", "--max-bytes", "9"], "--max-bytes 9"),
-        (["text", "--builtin", "--word-level", "--bpe-merges", "9"], "--bpe-merges 9"),
-        (["wikitext103", "--from", "/no/such"], "/no/such"),
-        (["wikitext103", "--from", "x", "--url", "http://y"], "exclude each other"),
-        (["wikitext103", "--from", __file__, "--md5", "ABC"], "instead of abc"),
-    ],
-)
-def test_bad_option_is_named(tmp_path, capsys, arguments, expected):
-    assert expected in failure(capsys, arguments[0], tmp_path / "data", *arguments[1:])
 
 
 def test_failing_fairseq_leaves_nothing(corpus, tmp_path, monkeypatch):

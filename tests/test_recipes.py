@@ -109,28 +109,12 @@ def test_script_passes_arguments_on_and_they_win(script_arguments):
     assert cfg.optimization.update_freq == [2]
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["data"], ["data", "save", "x12"], ["data", "save", "0"], ["data", "save", "-1"]]
-)
-def test_script_without_its_arguments_says_how_it_is_used(arguments):
-    done = run("bash", ROOT / "scripts" / "train_wikitext103.sh", *arguments, check=False)
-    assert done.returncode == 2
-    assert done.output.startswith("usage: ")
-    assert len(done.output.splitlines()) == 1
-
-
-def test_script_names_a_data_folder_that_is_none(tmp_path):
-    done = run("bash", ROOT / "scripts" / "train_wikitext103.sh", tmp_path, tmp_path / "save", 512, check=False)
-    assert done.returncode == 1
-    assert "prepare_wikitext103.sh" in done.output
-    assert not (tmp_path / "save").exists()
-
-
 def test_wikitext103_script_trains(corpus, tmp_path):
     small = ["--decoder-layers", 1, "--decoder-embed-dim", 32, "--decoder-input-dim", 32, "--decoder-output-dim", 32]
     small += ["--decoder-ffn-embed-dim", 32, "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"]
     script = ROOT / "scripts" / "train_wikitext103.sh"
-    run("bash", script, corpus, tmp_path, 64, *small, "--max-update", 2, "--log-interval", 1, "--cpu")
+    done = run("bash", script, corpus, tmp_path, 64, *small, "--max-update", 2, "--log-interval", 1, "--cpu")
+    assert "Warning" not in done.output, "a calm console"
     assert torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]["position_method"] == "alibi"
     assert list((tmp_path / "tensorboard" / "train").iterdir())
 
@@ -152,6 +136,9 @@ def test_hydra_train_runs_with_a_config_that_builds_on_another(corpus, tmp_path)
 def test_hydra_train_runs_with_the_tiny_config(corpus, tmp_path):
     overrides = [f"task.data={corpus}", f"checkpoint.save_dir={tmp_path}/save", "optimization.max_update=2"]
     overrides += [f"hydra.run.dir={tmp_path}/hydra", "dataset.disable_validation=true"]
-    run(BIN / "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "tiny", *overrides)
+    # This tree's startup module, whatever is installed.
+    path = os.pathsep.join([str(ROOT / "fairseq_alibi" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [BIN / "fairseq-hydra-train", "--config-dir", "configs", "--config-name", "tiny", *overrides]
+    assert "Warning" not in run(*command, PYTHONPATH=path).output, "a calm console"
     model = torch.load(tmp_path / "save" / "checkpoint_last.pt")["cfg"]["model"]
     assert (model["decoder_layers"], model["decoder_embed_dim"], model["position_method"]) == (2, 128, "alibi")

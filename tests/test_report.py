@@ -115,30 +115,9 @@ def test_more_series_than_styles_are_all_drawn(results, tmp_path):
     report.report(files, tmp_path / "report")
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [(None, "cannot be read"), ("{", "is no result"), ("[]", "is no result"), ('{"model": {}}', "is no result")],
-)
-def test_bad_files_are_named_in_one_line(tmp_path, content, named):
-    path = tmp_path / "bad.json"
-    if content is not None:
-        path.write_text(content)
-    done = run(BIN / "fairseq-alibi", "report", path, "--output", tmp_path / "report", check=False)
-    assert done.returncode == 1
-    assert str(path) in done.output
-    assert named in done.output.splitlines()[-1]
-    assert "Traceback" not in done.output
-    assert not (tmp_path / "report").exists()
-
-
 def test_a_report_is_not_overwritten_silently(results, tmp_path):
     files = [results("alibi", {(128, 128): 30.0})]
     report.report(files, tmp_path)
     with pytest.raises(ValueError, match="--overwrite"):
         report.report(files, tmp_path)
     report.report(files, tmp_path, overwrite=True)
-
-
-def test_an_evaluation_without_results_is_named(results, tmp_path):
-    with pytest.raises(ValueError, match="no result in"):
-        report.report([results("alibi", {})], tmp_path / "report")

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT
 
 from fairseq_alibi import reproduce
 from fairseq_alibi.__main__ import main
@@ -121,11 +121,3 @@ def test_order_is_compared_with_the_papers():
     assert "**not as in the paper**, where it is alibi, sinusoidal" in reproduce.compare_with_paper(
         models(sinusoidal=1.0, alibi=2.0), 64
     )
-
-
-def test_bad_input_is_named(tmp_path):
-    assert "--data" in fails("--preset", "slice", "--output", tmp_path)
-    assert "no dict.txt" in fails("--preset", "slice", "--data", tmp_path, "--output", tmp_path)
-    done = run("bash", ROOT / "scripts" / "reproduce.sh", "--preset", "desk", check=False)
-    assert done.returncode == 2
-    assert "'desk'" in done.output
