@@ -6,6 +6,7 @@ Where things are:
     modules.py            attention and transformer layers for any PyTorch model (pure torch)
     show_bias.py          pictures of the bias
     decoder.py            the hooks of fairseq's decoder that we override
+    encoder.py            the same of its encoder
     language_model.py     the model `alibi_lm`, its options and architectures
     prompts.py            fairseq's generator, which reads a prompt in one pass
     generate.py           text that continues a prompt: fairseq-alibi generate

@@ -173,9 +173,7 @@ class Decoder(TransformerDecoder):
     def build_decoder_layer(self, args, no_encoder_attn=False):
         layer = DecoderLayer(args, no_encoder_attn)
         layer.cpu_bf16 = self.cpu_bf16
-        if args.checkpoint_activations:
-            layer = checkpoint_wrapper(layer, offload_to_cpu=args.offload_activations)
-        return fsdp_wrap(layer, min_num_params=0 if args.checkpoint_activations else args.min_params_to_wrap)
+        return wrap_layer(layer, args)
 
     def buffered_future_mask(self, tensor: Tensor) -> Union[Pass, Tensor]:
         """What fairseq's layer loop hands on to each layer: the pass over T tokens.
@@ -184,13 +182,11 @@ class Decoder(TransformerDecoder):
             tensor: (T, B, C), gives length, device and dtype.
 
         Returns:
-            A `Pass`, made for the first layer. For a bias with parameters the mask itself, because activation
-            checkpointing carries gradients through tensors only.
+            A `Pass`, made for the first layer, or its mask, see `as_argument`.
         """
         if self._pass is None:
             self._pass = self.make_pass(tensor)
-        learned = self._pass.mask is not None and self._pass.mask.requires_grad
-        return self._pass.mask if learned and self._incremental_state is None else self._pass
+        return as_argument(self._pass)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """See `TransformerDecoder.output_layer`; the logits are in the dtype of the features."""
@@ -265,6 +261,22 @@ class Decoder(TransformerDecoder):
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given or positions are learned."""
         return self.longest
+
+
+def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
+    """A layer of a stack, wrapped as fairseq wraps its own: for activation checkpointing, and for FSDP."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+
+
+def as_argument(run: Pass) -> Union[Pass, Tensor]:
+    """What a layer is given of a pass: for a bias with parameters the mask, else all of it.
+
+    Activation checkpointing carries gradients through arguments that are tensors only.
+    """
+    learned = run.mask is not None and run.mask.requires_grad
+    return run.mask if learned and run.cache is None else run
 
 
 def cpu_bf16_products(wanted: bool, tensor: Tensor):

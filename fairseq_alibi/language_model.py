@@ -143,7 +143,8 @@ class AlibiLanguageModel(TransformerLanguageModel):
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        position_method = POSITION_METHODS[args.position_method].from_options(args.decoder_attention_heads, args)
+        sizes = (args.decoder_attention_heads, args.decoder_embed_dim)
+        position_method = POSITION_METHODS[args.position_method].from_options(*sizes, args)
         if position_method.needs_mask and args.attention == "fused":
             raise ValueError(
                 f"--attention fused: the bias of --position-method {args.position_method} needs a mask; use auto"

@@ -127,7 +127,10 @@ class Passes:
         kept = self.mask
         if not keys <= kept.size(-1) <= longest or kept.device != device or kept.dtype != dtype:
             make = method.future_mask if self.causal else method.full_mask
-            self.mask = make(keys, keys, dtype, device)
+            mask = make(keys, keys, dtype, device)
+            if mask.requires_grad:  # part of one graph; a module that keeps it cannot be copied
+                return Pass(mask, None, *rest)
+            self.mask = mask
         return Pass(self.mask[:, :keys, :keys], None, *rest)
 
     def takes_no_mask(

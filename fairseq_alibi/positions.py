@@ -84,8 +84,11 @@ class PositionMethod(nn.Module):
         self.num_heads = num_heads
 
     @classmethod
-    def from_options(cls, num_heads: int, args) -> "PositionMethod":
-        """The method as a model's options `args`, a namespace, want it; overridden where there are options."""
+    def from_options(cls, num_heads: int, embed_dim: int, args) -> "PositionMethod":
+        """The method as a model's options `args`, a namespace, want it; overridden where there are options.
+
+        `embed_dim` is C, the width of the stack.
+        """
         return cls(num_heads)
 
     @property
@@ -185,8 +188,8 @@ class Rotary(PositionMethod):
         self.frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
     @classmethod
-    def from_options(cls, num_heads: int, args) -> "Rotary":
-        return cls(num_heads, args.decoder_embed_dim // num_heads)
+    def from_options(cls, num_heads: int, embed_dim: int, args) -> "Rotary":
+        return cls(num_heads, embed_dim // num_heads)
 
     def rotation(self, first: int, last: int, device: Optional[torch.device] = None) -> Tensor:
         # In float64, because in float32 an angle near 100,000 is off by 0.004.
@@ -269,7 +272,7 @@ class ALiBi(PositionMethod):
         self.slopes = (self.unscaled_slopes / scale).float()  # plain attributes: not part of a checkpoint
 
     @classmethod
-    def from_options(cls, num_heads: int, args) -> "ALiBi":
+    def from_options(cls, num_heads: int, embed_dim: int, args) -> "ALiBi":
         scale = args.alibi_length_scale
         return cls(num_heads, args.alibi_max_bias, scale, args.tokens_per_sample, args.alibi_heads)
 
@@ -327,6 +330,11 @@ class EncoderALiBi(PositionMethod):
         unscaled = self.fixed.unscaled_slopes.sort(descending=True).values.view(-1, 2).t() if learned else None
         self.slope_logits = nn.Parameter(unscaled.logit().float()) if learned else None
 
+    @classmethod
+    def from_options(cls, num_heads: int, embed_dim: int, args) -> "EncoderALiBi":
+        scale, learned = args.alibi_length_scale, args.alibi_learned_slopes
+        return cls(num_heads, args.alibi_encoder_bias, args.alibi_max_bias, scale, args.tokens_per_sample, learned)
+
     def set_evaluation_length(self, length: int) -> None:
         self.fixed.set_evaluation_length(length)
 
@@ -363,3 +371,7 @@ POSITION_METHODS = {
     "learned": Learned,
     "none": PositionMethod,
 }
+
+#: Those of encoders: `T5` has no buckets for keys after a query.
+ENCODER_POSITION_METHODS = {name: method for name, method in POSITION_METHODS.items() if method is not T5}
+ENCODER_POSITION_METHODS["alibi"] = EncoderALiBi
