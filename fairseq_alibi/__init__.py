@@ -8,6 +8,8 @@ Where things are:
     decoder.py            the hooks of fairseq's decoder that we override
     encoder.py            the same of its encoder
     language_model.py     the model `alibi_lm`, its options and architectures
+    masked_lm.py          the model `alibi_masked_lm`, its options and architectures
+    options.py            options that the models have in common
     prompts.py            fairseq's generator, which reads a prompt in one pass
     generate.py           text that continues a prompt: fairseq-alibi generate
     compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
@@ -42,4 +44,4 @@ except Exception as error:  # missing, or whatever a broken one raises
         stacklevel=2,
     )
 else:
-    from . import compatibility, language_model  # noqa: F401
+    from . import compatibility, language_model, masked_lm  # noqa: F401

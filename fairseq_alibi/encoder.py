@@ -10,7 +10,7 @@ from fairseq.models.transformer import TransformerEncoder
 from torch import Tensor, nn
 
 from .decoder import DecoderLayer, as_argument, wrap_layer
-from .modules import Pass, Passes
+from .modules import KEPT_LENGTH, Pass, Passes
 from .positions import PositionMethod
 
 
@@ -59,7 +59,11 @@ class Encoder(TransformerEncoder):
         args = copy.copy(args)
         args.no_token_positional_embeddings = position_method.embedding is None
         args.encoder_learned_pos = position_method.embedding == "learned"
+        longest = args.max_source_positions
+        if position_method.embedding == "sinusoidal":  # of a size that grows by itself
+            args.max_source_positions = min(longest, KEPT_LENGTH)
         super().__init__(args, dictionary, embed_tokens)
+        self.max_source_positions = longest
         self.position_method = position_method
         self.passes = Passes(position_method, dropout=args.attention_dropout, causal=False)
         self._pass: Optional[Pass] = None

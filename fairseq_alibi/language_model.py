@@ -1,14 +1,9 @@
 """The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
-import contextlib
-import dataclasses
 import logging
 from dataclasses import dataclass, field
-from typing import Optional
 
-import torch
-from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
@@ -20,54 +15,19 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.utils import safe_getattr
-from omegaconf import DictConfig, open_dict
 
-from .attention import EPSILON
 from .decoder import Decoder
+from .options import DecoderOptions, PositionOptions, check_position_options, fill_in_options
 from .positions import POSITION_METHODS
 from .prompts import read_prompts_in_one_pass
 
 logger = logging.getLogger(__name__)
 
-#: How attention is computed, see the option.
-ATTENTION = ("auto", "mask", "fused")
-
 
 @dataclass
-class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
-    """All options of `transformer_lm`, and what this plugin adds."""
+class LanguageModelOptions(PositionOptions, DecoderOptions):
+    """What this plugin adds to the options of `transformer_lm`."""
 
-    position_method: ChoiceEnum(list(POSITION_METHODS)) = field(
-        default="alibi", metadata={"help": "how the model knows the positions of its tokens"}
-    )
-    alibi_max_bias: float = field(
-        default=8.0,
-        metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
-    )
-    alibi_heads: Optional[int] = field(
-        default=None,
-        metadata={"help": "number of heads with a bias, the first ones; the others have none (default: all have one)"},
-    )
-    alibi_length_scale: str = field(
-        default="1.0",
-        metadata={
-            "help": "divides the ALiBi slopes, to reach further than in training; to be overridden at evaluation: a "
-            "number, or auto for evaluation length over training length"
-        },
-    )
-    attention: ChoiceEnum(list(ATTENTION)) = field(
-        default="auto",
-        metadata={
-            "help": "mask: the bias folded into the future mask, the reference; fused: no mask, so that memory and, "
-            "past the reach of the heads, time per token do not grow with the length; auto: the faster one"
-        },
-    )
-    attention_epsilon: float = field(
-        default=EPSILON,
-        metadata={
-            "help": "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
-        },
-    )
     cpu_bf16: bool = field(
         default=False,
         metadata={
@@ -76,15 +36,9 @@ class AlibiLanguageModelConfig(TransformerLanguageModelConfig):
     )
 
 
-def fill_in_options(args) -> None:
-    """Gives `args` the defaults of those of this plugin's options that it lacks, as an older checkpoint does.
-
-    fairseq fills in options for a model's own name only, not for those of its architectures.
-    """
-    with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
-        for option in dataclasses.fields(AlibiLanguageModelConfig):
-            if option.name in AlibiLanguageModelConfig.__annotations__ and not hasattr(args, option.name):
-                setattr(args, option.name, option.default)
+@dataclass
+class AlibiLanguageModelConfig(LanguageModelOptions, TransformerLanguageModelConfig):
+    """All options of `transformer_lm`, and what this plugin adds."""
 
 
 def check_options(args) -> None:
@@ -96,11 +50,8 @@ def check_options(args) -> None:
     Raises:
         ValueError: names the option, the reason and the remedy.
     """
+    check_position_options(args, POSITION_METHODS)
     method = args.position_method
-    if method not in POSITION_METHODS:
-        raise ValueError(f"--position-method {method}: choose one of {', '.join(POSITION_METHODS)}")
-    if args.attention not in ATTENTION:
-        raise ValueError(f"--attention {args.attention}: choose one of {', '.join(ATTENTION)}")
     if not 0 <= args.attention_epsilon < 1:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if args.decoder_learned_pos:
@@ -112,8 +63,6 @@ def check_options(args) -> None:
             f"--no-token-positional-embeddings contradicts --position-method {method}: "
             "use --position-method none for a model without position information"
         )
-    if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
-        raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
     if safe_getattr(args, "base_layers"):
         raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
     if safe_getattr(args, "decoder_xformers_att_config"):
@@ -138,7 +87,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
         Raises:
             ValueError: see `check_options` and `alibi_slopes`.
         """
-        fill_in_options(args)
+        fill_in_options(args, LanguageModelOptions)
         check_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
