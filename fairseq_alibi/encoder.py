@@ -7,6 +7,7 @@ import copy
 from typing import Any, Optional, Union
 
 from fairseq.models.transformer import TransformerEncoder
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from torch import Tensor, nn
 
 from .decoder import DecoderLayer, as_argument, wrap_layer
@@ -23,6 +24,8 @@ class EncoderLayer(DecoderLayer):
 
     #: Read by fairseq's encoder: whether to run that kernel.
     load_to_BT = False  # noqa: N815
+
+    upgrade_state_dict_named = TransformerEncoderLayerBase.upgrade_state_dict_named
 
     def __init__(self, cfg):
         cfg = copy.copy(cfg)

@@ -7,8 +7,11 @@ sliding window    windows of L tokens, each `stride` tokens further; a window sc
 streaming         no windows: in every layer a token attends to the last L tokens, itself included.
 
 The first two are those of the paper (Press et al. 2022, section 4 and appendix B) and give the loss of fairseq-eval-lm,
-without what makes that slow (see `scoring`). A checkpoint is read once for all lengths. Its results stand in one JSON
-file, written after each length; what is there is not done again.
+without what makes that slow (see `scoring`). A masked language model has the first alone: it is to find the tokens that
+are masked, the same 15% at any length, in blocks that begin with <s>, as fairseq's task masked_lm makes them.
+
+A checkpoint is read once for all lengths. Its results stand in one JSON file, written after each length; what is there
+is not done again.
 """
 
 import argparse
@@ -27,6 +30,7 @@ import numpy
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
+from fairseq.models.roberta import RobertaModel
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +48,7 @@ from .inputs import (
     read_subset,
 )
 from .results import check_writable, describe_environment, naming, now, write_json, written_whole
-from .scoring import Scored, score_stream, score_windows
+from .scoring import Scored, masked_tokens, score_masked, score_stream, score_windows
 
 #: Options of the task that change what a model reads or is to predict.
 OTHER_TEXT = ("add_bos_token", "future_target", "past_target", "self_target")
@@ -104,12 +108,17 @@ class Text:
 
     def measures(self, bits: float, stride: Optional[int]) -> dict[str, Any]:
         """Losses and perplexities for all bits together."""
-        found = {"tokens": self.tokens, "loss": bits / self.tokens, "perplexity": perplexity(bits / self.tokens)}
+        found = per_token(bits, self.tokens)
         if self.divided:
             found.update(words=self.words, word_loss=bits / self.words, word_perplexity=perplexity(bits / self.words))
             if stride is not None:
                 found["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
         return {**found, "characters": self.characters, "bits_per_character": bits / self.characters}
+
+
+def per_token(bits: float, tokens: int) -> dict[str, Any]:
+    """Loss and perplexity of tokens that have so many bits together."""
+    return {"tokens": tokens, "loss": bits / tokens, "perplexity": perplexity(bits / tokens)}
 
 
 def perplexity(bits: float) -> float:
@@ -163,6 +172,8 @@ def by_position(length: int, sums: numpy.ndarray, counts: numpy.ndarray) -> list
 
 def scores(model: BaseFairseqModel, text: Text, way: Way, positions: int) -> Iterator[Scored]:
     """The scored tokens of a text, in its order."""
+    if isinstance(model, RobertaModel):
+        return score_masked(model, text.stream, way.length, positions)
     if way.stride is None:
         return score_stream(model, text.stream, way.length)
     return score_windows(model, text.stream, way.length, way.stride, positions)
@@ -182,11 +193,18 @@ def evaluate(
         title: of the progress bar.
 
     Returns:
-        The result: length, stride, tokens, loss, perplexity, ..., and the (N,) float32 losses of all tokens in bits.
+        The result: length, stride, tokens, loss, perplexity, ..., and the (N,) float32 losses of all tokens in bits, of
+        which a masked language model has those of the masked ones alone, else NaN.
 
     Raises:
         ValueError: the model gives a loss that is no number, or cannot be evaluated in this way.
     """
+    both_sides = isinstance(model, RobertaModel)
+    if both_sides and (way.stride != way.length or positionwise):
+        raise ValueError(
+            "a masked language model reads what is after a token too: it has no sliding window, stream or loss by "
+            "position; drop the option"
+        )
     losses = torch.full((text.tokens,), math.nan)
     longest = min(way.length, text.tokens)  # of a window that holds so much text
     sums, counts = numpy.zeros(longest), numpy.zeros(longest, dtype=int)
@@ -202,11 +220,18 @@ def evaluate(
                 counts[position : position + bits.size(1)] += len(bits)
             bar.update(bits.numel())
     seconds = time.perf_counter() - started
+    bits = losses.double().sum().item()
+    if both_sides:
+        masked = masked_tokens(text.tokens)
+        measures = {**per_token(bits, int(masked.sum())), "of_tokens": text.tokens}
+        losses[~masked] = math.nan
+    else:
+        measures = text.measures(bits, way.stride)
     result = {
         "length": way.length,
         "stride": way.stride,
         "context_window": None if way.stride is None else way.length - way.stride,
-        **text.measures(losses.double().sum().item(), way.stride),
+        **measures,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(text.tokens / seconds, 1),
         "finished": now(),
@@ -318,7 +343,7 @@ def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argpars
         ValueError: bad input.
     """
     state = read_checkpoint(checkpoint)
-    description = describe_model(checkpoint, state)
+    description = describe_model(checkpoint, state, ("language_modeling", "masked_lm"))
     task = state["cfg"]["task"]
     other = [name for name in OTHER_TEXT if task.get(name)]
     if other or task.get("output_dictionary_size", -1) > 0:
@@ -385,9 +410,11 @@ def table(content: dict[str, Any], wanted: list[Way]) -> str:
     results = [one for way in wanted for one in content["results"] if (one["length"], one["stride"]) == way]
     columns = [name for name in names if any(name in one for one in results)]
     rows = [["streaming" if one.get(name) is None else one[name] for name in columns] for one in results]
+    tokens, whole = results[0]["tokens"], results[0].get("of_tokens")
+    scored = f"{tokens:,}" if whole is None else f"{tokens:,} masked ones of the {whole:,}"
     text = (
         f"{model['position_method']}, trained on {model['training_length']} tokens, evaluated on the "
-        f"{results[0]['tokens']:,} tokens of {content['subset']}: {model['checkpoint']}\n"
+        f"{scored} tokens of {content['subset']}: {model['checkpoint']}\n"
     )
     formats = [names[name][1] for name in columns]
     headers = [names[name][0] for name in columns]

@@ -24,7 +24,7 @@ from torch import Tensor
 from .language_model import AlibiLanguageModelConfig
 
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
-EMBEDDING_TABLE = re.compile(r"decoder\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
+EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
 
 
 def positive(text: str) -> int:
@@ -125,26 +125,33 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return state
 
 
-def describe_model(path: str, state: Optional[dict[str, Any]] = None) -> dict[str, Any]:
+def describe_model(
+    path: str, state: Optional[dict[str, Any]] = None, tasks: tuple[str, ...] = ("language_modeling",)
+) -> dict[str, Any]:
     """What a result has to say about its model: architecture, position method, training length, updates.
 
     Args:
         path: of the checkpoint.
         state: its content, see `read_checkpoint`; read where it is not given.
+        tasks: of fairseq's that it may have been trained for.
 
     Raises:
-        ValueError: see `read_checkpoint`, or it is no language model's.
+        ValueError: see `read_checkpoint`, or it is of another task.
     """
     state = state or read_checkpoint(path)
     model, task = state["cfg"]["model"], state["cfg"]["task"]
     history = state.get("optimizer_history")
     get = model.get if hasattr(model, "get") else lambda name, default=None: getattr(model, name, default)
-    if getattr(task, "_name", None) != "language_modeling":
-        raise ValueError(f"{path} was trained for '{getattr(task, '_name', None)}', not for language_modeling")
+    if (name := getattr(task, "_name", None)) not in tasks:
+        raise ValueError(f"{path} was trained for '{name}', not for {' or '.join(tasks)}")
+    learned = get("decoder_learned_pos") or get("encoder_learned_pos")
+    method = get("position_method") or ("learned" if learned else "sinusoidal")
+    if method == "alibi" and get("alibi_encoder_bias"):
+        method = f"alibi {get('alibi_encoder_bias')}{' learned' * bool(get('alibi_learned_slopes'))}"
     return {
         "checkpoint": path,
         "architecture": get("_name") or get("arch"),
-        "position_method": get("position_method") or ("learned" if get("decoder_learned_pos") else "sinusoidal"),
+        "position_method": method,
         "training_length": task.tokens_per_sample,
         "updates": history[-1]["num_updates"] if history else None,
     }
@@ -225,7 +232,7 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     """
     model = state["cfg"]["model"]
     for name, value in overrides.items():
-        if name not in AlibiLanguageModelConfig.__dataclass_fields__:
+        if name not in AlibiLanguageModelConfig.__dataclass_fields__ and not hasattr(model, name):
             raise ValueError(f"a language model has no option '{name}' to override")
         with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
             setattr(model, name, value)
@@ -247,6 +254,8 @@ def load_model(
         ValueError: the data folder has no dictionary or another one; or the model cannot be built from its options.
     """
     dictionary = read_dictionary(data)
+    if state["cfg"]["task"]._name == "masked_lm":
+        dictionary.add_symbol("<mask>")  # as the task does
     check_dictionary(dictionary, data, path, state)
     override_options(state, overrides or {})
     state["cfg"]["task"]["data"] = data

@@ -1,4 +1,5 @@
-"""Loss of every token of a text, by windows or as one stream: only what is scored passes the output layer.
+"""Loss of every token of a text, by windows or as one stream, or of masked ones: only what is scored passes the output
+layer.
 
 Shapes: N tokens of the text, B windows in a batch, L tokens in a window, of which n are scored, C model width, V types.
 
@@ -13,10 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fairseq.models import BaseFairseqModel
-from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.models.roberta import RobertaModel
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor
 
 from .decoder import Decoder
+from .encoder import Encoder
 from .windows import batches, windows
 
 #: Scores of types that are in memory at once.
@@ -24,6 +27,9 @@ SCORES = 1 << 22
 
 #: Least and most tokens that a stream reads in one pass.
 CHUNK = (512, 4096)
+
+#: Share of the tokens that a masked language model has to find.
+MASKED = 0.15
 
 
 class Scored(NamedTuple):
@@ -152,19 +158,63 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
         yield Scored(first, first, output_losses(decoder, features[0], targets)[None].cpu())
 
 
+def masked_tokens(count: int) -> Tensor:
+    """Which tokens of a text are masked, the same ones at all lengths and for all models: (N,) bool."""
+    masked = torch.zeros(count, dtype=torch.bool)
+    masked[torch.randperm(count, generator=torch.Generator().manual_seed(1))[: max(1, round(MASKED * count))]] = True
+    return masked
+
+
+@torch.no_grad()
+def score_masked(model: BaseFairseqModel, stream: Tensor, length: int, positions: int) -> Iterator[Scored]:
+    """Scores the masked tokens of a text in blocks that do not overlap, see `masked_tokens`.
+
+    A block is what fairseq's task masked_lm makes: <s> and length - 1 tokens. All masked tokens are <mask> there.
+
+    Args:
+        model: masked language model of fairseq's or this plugin's, in evaluation mode.
+        stream: (N,) tokens of the text.
+        length: L, tokens in a block, <s> included.
+        positions: tokens in a batch; a batch has one block at least.
+
+    Yields:
+        The losses of all tokens, 0 for those that are not masked.
+
+    Raises:
+        ValueError: the length is 1, or see `prepare`.
+    """
+    if length < 2:
+        raise ValueError("length 1: a block begins with <s>, pass a length of at least 2")
+    prepare(model, length)
+    device, encoder = next(model.parameters()).device, model.encoder
+    masked = masked_tokens(len(stream))
+    source = stream.long().masked_fill(masked, encoder.dictionary.index("<mask>"))
+    for batch in batches(windows(len(stream), length - 1, length - 1), positions):
+        scored = slice(batch[0].begin, batch[-1].end)
+        inputs = F.pad(source[scored].view(len(batch), -1), (1, 0), value=encoder.dictionary.bos())
+        found = masked[scored].view(len(batch), -1)
+        features = encoder.extract_features(inputs.to(device))[0][:, 1:][found.to(device)]
+        targets = stream[scored].view_as(found)[found].to(device).long()
+        losses = torch.zeros(found.shape)
+        losses[found] = cross_entropies(encoder.lm_head, features, targets, len(encoder.dictionary)).cpu()
+        yield Scored(scored.start, 1, losses)
+
+
 def prepare(model: BaseFairseqModel, length: int) -> None:
     """Tells a model the length at which it is evaluated.
 
     Raises:
         ValueError: the model has a longest sequence, and this is longer; or it is no transformer.
     """
-    if not isinstance(model.decoder, TransformerDecoderBase):
+    masked = isinstance(model, RobertaModel)
+    stack = model.encoder.sentence_encoder if masked else model.decoder
+    if not isinstance(stack, (TransformerDecoderBase, TransformerEncoderBase)):
         raise ValueError(f"{type(model).__name__} is no transformer: evaluate it with scripts/eval_nonoverlapping.sh")
-    longest = model.max_decoder_positions()
+    longest, option = model.max_positions(), "max_positions" if masked else "max_target_positions"
     if length > longest:
         raise ValueError(
             f"length {length:,} is longer than the model's longest sequence, {longest:,}: evaluate it at up to that "
-            "or, where its positions go on, pass --model-overrides \"{'max_target_positions': N}\""
+            f"or, where its positions go on, pass --model-overrides \"{{'{option}': N}}\""
         )
-    if isinstance(model.decoder, Decoder):
-        model.decoder.set_evaluation_length(length)
+    if isinstance(stack, (Decoder, Encoder)):
+        stack.set_evaluation_length(length)
