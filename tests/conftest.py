@@ -93,18 +93,20 @@ def build(corpus):
 
     import fairseq_alibi  # noqa: F401
 
-    def build_model(arch, *arguments, seed=1):
+    def build_model(arch, *arguments, seed=1, task="language_modeling"):
         if "t5" in arguments and "fused" in arguments:
             pytest.skip("the bias of t5 needs a mask")
-        if "learned" in arguments and "--max-target-positions" not in arguments:
+        language_model = task == "language_modeling"
+        if language_model and "learned" in arguments and "--max-target-positions" not in arguments:
             arguments = (*arguments, "--max-target-positions", 4096)
         parser = options.get_training_parser()
-        arguments = [str(corpus), "--task", "language_modeling", "--arch", arch, *map(str, arguments)]
+        arguments = [str(corpus), "--task", task, "--arch", arch, *map(str, arguments)]
         cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
         torch.manual_seed(seed)
         model = tasks.setup_task(cfg.task).build_model(cfg.model).eval()
-        for parameter in getattr(model.decoder, "position_method", torch.nn.Module()).parameters():
-            torch.nn.init.normal_(parameter)  # they may start from 0, which would tell nothing
+        for name, parameter in model.named_parameters():
+            if "position_method" in name:
+                torch.nn.init.normal_(parameter)  # they may start from 0, which would tell nothing
         return model
 
     return build_model

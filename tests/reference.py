@@ -112,3 +112,42 @@ def encoder_bias(heads, length, form, left=None, right=None):
         bias[h][after < 0] = left[h] * after[after < 0].double()
         bias[h][after > 0] = -right[h] * after[after > 0].double()
     return bias
+
+
+def masked_lm_logits(model, tokens, bias):
+    """Logits of a masked language model for one sequence: tokens (L,), bias (H, L, L) -> (L, V). gelu as in RoBERTa.
+
+    Norms are in front of the parts of a layer where the stack ends with one, else behind them. Rotary as in `logits`.
+    """
+    p = {name.replace("encoder.sentence_encoder.", ""): value.double() for name, value in model.state_dict().items()}
+    stack = model.encoder.sentence_encoder
+    rotary = type(stack.position_method).__name__ == "Rotary"
+    heads, length, pre = stack.layers[0].self_attn.num_heads, len(tokens), "layer_norm.weight" in p
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+    x = norm(p["embed_tokens.weight"][tokens], "layernorm_embedding")
+    for n in range(len(stack.layers)):
+        at = f"layers.{n}"
+        h = norm(x, f"{at}.self_attn_layer_norm") if pre else x
+        q, k, v = (linear(h, f"{at}.self_attn.{name}_proj").view(length, heads, -1).transpose(0, 1) for name in "qkv")
+        if rotary:
+            q, k = turned(q), turned(k)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(q.size(-1)) + bias).softmax(-1)
+        out = (weights @ v).transpose(0, 1).reshape(length, -1)
+        x = x + linear(out, f"{at}.self_attn.out_proj")
+        x = x if pre else norm(x, f"{at}.self_attn_layer_norm")
+        h = norm(x, f"{at}.final_layer_norm") if pre else x
+        x = x + linear(gelu(linear(h, f"{at}.fc1")), f"{at}.fc2")
+        x = x if pre else norm(x, f"{at}.final_layer_norm")
+    x = norm(x, "layer_norm") if pre else x
+    x = norm(gelu(linear(x, "encoder.lm_head.dense")), "encoder.lm_head.layer_norm")
+    return x @ p["embed_tokens.weight"].T + p["encoder.lm_head.bias"]
