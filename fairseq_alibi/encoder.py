@@ -68,7 +68,8 @@ class Encoder(TransformerEncoder):
         super().__init__(args, dictionary, embed_tokens)
         self.max_source_positions = longest
         self.position_method = position_method
-        self.passes = Passes(position_method, dropout=args.attention_dropout, causal=False)
+        attention = (args.attention, args.attention_epsilon, args.attention_dropout)
+        self.passes = Passes(position_method, *attention, causal=False)
         self._pass: Optional[Pass] = None
 
     def build_encoder_layer(self, args):

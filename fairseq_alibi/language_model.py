@@ -52,8 +52,6 @@ def check_options(args) -> None:
     """
     check_position_options(args, POSITION_METHODS)
     method = args.position_method
-    if not 0 <= args.attention_epsilon < 1:
-        raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if args.decoder_learned_pos:
         raise ValueError(
             f"--decoder-learned-pos: drop it; {method} is the position method, --position-method learned has a table"

@@ -12,8 +12,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
 from .encoder import Encoder
-from .options import EncoderOptions, check_encoder_options, fill_in_options
-from .positions import ENCODER_POSITION_METHODS
+from .options import EncoderOptions, check_encoder_options, encoder_position_method, fill_in_options
 
 
 def check_options(args) -> None:
@@ -33,8 +32,9 @@ class MaskedLanguageModelEncoder(RobertaEncoder):
     """fairseq's RoBERTa encoder and output layer, with an `Encoder` in it."""
 
     def build_encoder(self, args, dictionary, embed_tokens):
-        sizes = (args.encoder_attention_heads, args.encoder_embed_dim)
-        position_method = ENCODER_POSITION_METHODS[args.position_method].from_options(*sizes, args)
+        position_method = encoder_position_method(args)
+        # RoBERTa's tokens start as small as its learned positions, and would be lost beside sines of size 1.
+        args.no_scale_embedding = position_method.embedding != "sinusoidal"
         encoder = Encoder(args, dictionary, embed_tokens, position_method)
         encoder.apply(init_bert_params)
         return encoder

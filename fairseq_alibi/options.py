@@ -19,7 +19,7 @@ ATTENTION = ("auto", "mask", "fused")
 
 @dataclass
 class PositionOptions(FairseqDataclass):
-    """How a model knows positions."""
+    """How a model knows positions, and attends with them."""
 
     position_method: ChoiceEnum(list(POSITION_METHODS)) = field(
         default="alibi", metadata={"help": "how the model knows the positions of its tokens"}
@@ -35,20 +35,10 @@ class PositionOptions(FairseqDataclass):
             "number, or auto for evaluation length over training length"
         },
     )
-
-
-@dataclass
-class DecoderOptions(FairseqDataclass):
-    """How a decoder attends to the tokens before."""
-
-    alibi_heads: Optional[int] = field(
-        default=None,
-        metadata={"help": "number of heads with a bias, the first ones; the others have none (default: all have one)"},
-    )
     attention: ChoiceEnum(list(ATTENTION)) = field(
         default="auto",
         metadata={
-            "help": "mask: the bias folded into the future mask, the reference; fused: no mask, so that memory and, "
+            "help": "mask: the bias folded into the mask, the reference; fused: no mask, so that memory and, "
             "past the reach of the heads, time per token do not grow with the length; auto: the faster one"
         },
     )
@@ -57,6 +47,16 @@ class DecoderOptions(FairseqDataclass):
         metadata={
             "help": "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
         },
+    )
+
+
+@dataclass
+class DecoderOptions(FairseqDataclass):
+    """How a decoder knows positions."""
+
+    alibi_heads: Optional[int] = field(
+        default=None,
+        metadata={"help": "number of heads with a bias, the first ones; the others have none (default: all have one)"},
     )
 
 
@@ -102,6 +102,8 @@ def check_position_options(args, methods: dict[str, type[PositionMethod]]) -> No
         raise ValueError(f"--position-method {args.position_method}: choose one of {', '.join(methods)}")
     if args.attention not in ATTENTION:
         raise ValueError(f"--attention {args.attention}: choose one of {', '.join(ATTENTION)}")
+    if not 0 <= args.attention_epsilon < 1:
+        raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
 
@@ -113,3 +115,17 @@ def check_encoder_options(args) -> None:
     if method != "alibi" and (form != "symmetric" or args.alibi_learned_slopes):
         option = "--alibi-learned-slopes" if args.alibi_learned_slopes else f"--alibi-encoder-bias {form}"
         raise ValueError(f"{option} is for --position-method alibi, not {method}: drop one of the two")
+
+
+def encoder_position_method(args) -> PositionMethod:
+    """The position method of an encoder with these options, `EncoderOptions` among them.
+
+    Raises:
+        ValueError: attention is to run without a mask, and its bias needs one; see `EncoderALiBi`.
+    """
+    method = ENCODER_POSITION_METHODS[args.position_method].from_options(
+        args.encoder_attention_heads, args.encoder_embed_dim, args
+    )
+    if args.attention == "fused" and method.slopes is None:
+        raise ValueError("--attention fused is for an encoder with ALiBi whose slopes are fixed: use auto")
+    return method

@@ -19,6 +19,9 @@ FORMS = [(f"--alibi-encoder-bias={form}",) for form in EncoderALiBi.FORMS]
 LEARNED = ("--alibi-encoder-bias=two_slopes", "--alibi-learned-slopes")
 FORMS += [LEARNED]
 
+#: Those that need no mask.
+FUSED = [(*form, "--attention=fused") for form in FORMS[:3]]
+
 #: What trains an encoder, in place of the arguments of conftest's `train`.
 TASK = ("--task", "masked_lm", "--criterion", "masked_lm")
 
@@ -60,11 +63,13 @@ def expected_bias(model, length):
     return reference.encoder_bias(heads, length, "two_slopes", left, right)
 
 
-@pytest.mark.parametrize("length", [1, 100])
+@pytest.mark.parametrize("attention", ["mask", "auto"])
+@pytest.mark.parametrize("length", [1, 300])
 @pytest.mark.parametrize("before", [True, False], ids=["pre-norm", "post-norm"])
 @pytest.mark.parametrize("options", [*FORMS, ("--position-method=rotary",), ("--position-method=none",)])
-def test_logits_equal_a_float64_reference_model(masked, options, before, length):
-    model = masked(*options, *norms(before), arch="alibi_masked_lm")
+def test_logits_equal_a_float64_reference_model(masked, options, before, length, attention):
+    """At 300 tokens `auto` takes no mask where the slopes are fixed."""
+    model = masked(*options, *norms(before), "--attention", attention, arch="alibi_masked_lm")
     tokens = torch.randint(4, 40, (1, length))
     with torch.no_grad():
         (logits,), _ = model(tokens)
@@ -95,7 +100,10 @@ def test_learned_positions_are_fairseqs_roberta(masked, build, before):
         torch.testing.assert_close(ours(tokens)[0][real], theirs(tokens)[0][real], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [*FORMS, ("--position-method=sinusoidal",)])
+@pytest.mark.parametrize(
+    "options",
+    [*FORMS, (*FORMS[1], "--attention=fused"), (*FORMS[2], "--attention=fused"), ("--position-method=sinusoidal",)],
+)
 def test_padding_on_either_side_changes_nothing(masked, options):
     model = masked(*options)
     tokens, pad = torch.randint(4, 40, (1, 40)), model.encoder.dictionary.pad()
@@ -158,6 +166,8 @@ def test_any_length_unless_there_is_a_table(masked):
             "even number of heads, not 3",
         ),
         (["--alibi-max-bias", -1], "not -1"),
+        ([*LEARNED, "--attention", "fused"], "--attention fused is for"),
+        (["--position-method", "none", "--attention", "fused"], "--attention fused is for"),
         (["--mha-heads-to-keep", 2], "--mha-heads-to-keep"),
         (["--quant-noise-scalar", 0.1], "--quant-noise-scalar"),
     ],
