@@ -254,7 +254,7 @@ def load_model(
         ValueError: the data folder has no dictionary or another one; or the model cannot be built from its options.
     """
     dictionary = read_dictionary(data)
-    if state["cfg"]["task"]._name == "masked_lm":
+    if getattr(state["cfg"]["task"], "_name", None) == "masked_lm":
         dictionary.add_symbol("<mask>")  # as the task does
     check_dictionary(dictionary, data, path, state)
     override_options(state, overrides or {})
