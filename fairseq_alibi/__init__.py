@@ -26,6 +26,7 @@ Where things are:
     doctor.py             what works of an environment, and the first thing to fix: fairseq-alibi doctor
     inputs.py             checkpoints and data folders, read safely; results.py: result files, written whole
     benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
+    soak.py               a long run that looks for leaks
     startup/              lets fairseq be imported on Python 3.11 and newer, without hydra's old warnings
 
 Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.
