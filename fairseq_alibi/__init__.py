@@ -13,6 +13,7 @@ Where things are:
     prompts.py            fairseq's generator, which reads a prompt in one pass
     generate.py           text that continues a prompt: fairseq-alibi generate
     compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
+    training.py           whole checkpoints, restarts, SIGTERM: training that survives
     import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
     prepare_data.py       corpora: get, check, tokenize, binarize
     download.py           a file from several sources, resumed and checked
@@ -45,4 +46,4 @@ except Exception as error:  # missing, or whatever a broken one raises
         stacklevel=2,
     )
 else:
-    from . import compatibility, language_model, masked_lm  # noqa: F401
+    from . import compatibility, language_model, masked_lm, training  # noqa: F401

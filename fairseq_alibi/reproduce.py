@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from . import report
 from .inputs import one_line, positive, read_dictionary, subset_tokens
 from .positions import POSITION_METHODS
 from .results import describe_environment, now, write_json, write_text, written_whole
+from .training import updates_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,6 +195,8 @@ def carry_out(run: Run, preset: Preset, args: argparse.Namespace, running: Runni
         if name not in done:
             bar.set_postfix_str(f"{run.method}, trained on {run.length:,}: {name}")
             memory = running.run(command, run.folder / f"{name.replace(' ', '-')}.log")
+            if name == "training" and (updates := updates_of(run.checkpoint)) < args.updates:  # SIGTERM ends it well
+                raise ValueError(f"{run.folder}: training was stopped after {updates:,} updates; start this again")
             done[name] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
             write_json(marker, done)
         bar.update()
@@ -339,6 +343,7 @@ def main(args: argparse.Namespace) -> None:
     subset_tokens(args.data, args.subset)
     check_settings(args, preset)
     running = Running(preset.at_once > 1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which else would leave the models' training behind
     try:
         with (
             tqdm(total=3 * len(runs), desc="reproduce", unit="step") as bar,

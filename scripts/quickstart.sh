@@ -53,14 +53,16 @@ export OMP_NUM_THREADS=1
 both() { # both COMMAND: for alibi, whose progress bar is shown, and sinusoidal; ends with the log of what fails
   "$1" sinusoidal >>"$output/sinusoidal.log" 2>&1 &
   local other=$!
-  trap 'kill $other 2>/dev/null || true' EXIT
-  "$1" alibi >>"$output/alibi.log" || { tail -n 20 "$output/alibi.log" >&2; exit 1; }
+  "$1" alibi >>"$output/alibi.log" &
+  local one=$!
+  trap 'kill $one $other 2>/dev/null || true; wait' EXIT # however this ends, nothing goes on behind it
+  wait $one || { tail -n 20 "$output/alibi.log" >&2; exit 1; }
   wait $other || { tail -n 20 "$output/sinusoidal.log" >&2; exit 1; }
   trap - EXIT
 }
 train() {
   local warmup=$((updates < 100 ? updates / 2 : 50))
-  fairseq-train "$data" --user-dir "$root/fairseq_alibi" \
+  exec fairseq-train "$data" --user-dir "$root/fairseq_alibi" \
     --task language_modeling --arch alibi_lm_tiny --position-method "$1" \
     --tokens-per-sample "$train_length" --max-tokens $((train_length < 2048 ? 2048 : train_length)) \
     --required-batch-size-multiple 1 --criterion cross_entropy --optimizer adam --lr 0.004 --clip-norm 0.5 \
@@ -69,7 +71,7 @@ train() {
 }
 evaluate() {
   # shellcheck disable=SC2086 # the lengths are words
-  bash "$here/eval_nonoverlapping.sh" "$data" "$output/$1/checkpoint_last.pt" $lengths --output "$output/$1.json" -- --cpu
+  exec bash "$here/eval_nonoverlapping.sh" "$data" "$output/$1/checkpoint_last.pt" $lengths --output "$output/$1.json" -- --cpu
 }
 more=("$@")
 train_more() { train "$1" ${more[@]+"${more[@]}"}; }

@@ -1,0 +1,327 @@
+"""Training runs that are killed, stopped or find a broken checkpoint end as if nothing had happened.
+
+The runs are forked from a process that has imported everything, so that a restart costs a second and not six.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from fairseq.dataclass.configs import CheckpointConfig
+
+from fairseq_alibi import training
+
+#: Epochs have 82 updates, which neither the log interval nor the save interval divides.
+OPTIONS = ["--task=language_modeling", "--arch=alibi_lm_tiny", "--tokens-per-sample=32", "--max-tokens=256"]
+OPTIONS += ["--optimizer=adam", "--lr=0.003", "--lr-scheduler=inverse_sqrt", "--warmup-updates=20", "--dropout=0.1"]
+OPTIONS += ["--cpu", "--no-epoch-checkpoints", "--save-interval-updates=7", "--keep-interval-updates=2"]
+OPTIONS += ["--max-valid-steps=2", "--log-format=json", "--log-interval=4", "--user-dir=fairseq_alibi"]
+OPTIONS += ["--max-update=180"]
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_copying(source, target):
+    """In the place of `shutil.copyfile`."""
+    with open(source, "rb") as whole, open(target, "wb") as half:
+        half.write(whole.read(os.path.getsize(source) // 2))
+    die()
+
+
+def die_while_saving(state, file):
+    """In the place of fairseq's `_torch_persistent_save`."""
+    whole = io.BytesIO()
+    torch.save(state, whole)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    die()
+
+
+def train(arguments, output, after=None, do=None, delay=0.0, environment=()):
+    """fairseq-train in a process group of its own; in the update of that number something is done."""
+    os.environ.update(environment)
+    os.setpgrp()
+    file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as ever for the data loader's workers
+    import fairseq_cli.train
+    from fairseq import checkpoint_utils
+    from fairseq.trainer import Trainer
+
+    actions = {
+        "die": lambda: threading.Timer(delay, die).start(),
+        "die while copying": lambda: setattr(shutil, "copyfile", die_while_copying),
+        "die while saving": lambda: setattr(checkpoint_utils, "_torch_persistent_save", die_while_saving),
+        # As torchrun does: to the data loader's workers too, and not from their parent, whom they obey.
+        "stop": lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"]),
+    }
+    step, done = Trainer.train_step, []
+
+    def counted(*args, **options):
+        done.append(None)
+        if len(done) == after:
+            actions[do]()
+        return step(*args, **options)
+
+    Trainer.train_step = counted
+    sys.argv = ["fairseq-train", *arguments]
+    fairseq_cli.train.cli_main()
+
+
+@pytest.fixture(scope="module")
+def launch(corpus):
+    """Starts a training run in a folder, see `train`; returns its process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fairseq_alibi", "fairseq_cli.train"])
+
+    def run(folder, *more, **event):
+        folder.mkdir(exist_ok=True)
+        arguments = [str(corpus), *OPTIONS, f"--save-dir={folder}", f"--log-file={folder}/log", *more]
+        process = context.Process(target=train, args=(arguments, folder / "output"), kwargs=event)
+        process.start()
+        return process
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def start(launch):
+    """Runs training in a folder; returns its exit status and its new output."""
+
+    def run(folder, *more, **event):
+        output = folder / "output"
+        before = output.stat().st_size if output.exists() else 0
+        process = launch(folder, *more, **event)
+        process.join()
+        return process.exitcode, output.read_text()[before:]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def start_two(launch):
+    """Runs training in two processes; returns their exit statuses and new output. SIGTERM comes to the second one."""
+
+    def run(folder, *more, **event):
+        output = folder / "output"
+        before = output.stat().st_size if output.exists() else 0
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        more = ("--distributed-backend=gloo", "--ddp-backend=legacy_ddp", *more)
+        first = launch(folder, *more, environment={**address, "RANK": "0"})
+        second = launch(folder, *more, environment={**address, "RANK": "1"}, **event)
+        for process in (first, second):
+            process.join()
+        return first.exitcode, second.exitcode, output.read_text()[before:]
+
+    return run
+
+
+def losses(folder):
+    """What was logged last for each update: loss and gradient norm of training, loss and best loss of validation."""
+    found = {}
+    for line in (folder / "log").read_text().splitlines():
+        if line.startswith('{"'):
+            entry = json.loads(line)
+            for prefix in ("", "valid_"):
+                if f"{prefix}num_updates" in entry:
+                    names = ("loss", "gnorm", "best_loss")
+                    found[prefix, int(entry[f"{prefix}num_updates"])] = [entry.get(prefix + name) for name in names]
+    return found
+
+
+def state(folder, name="checkpoint_last.pt"):
+    return torch.load(folder / name)
+
+
+def assert_same(folder, other):
+    """Parameters, Adam's averages and everything logged agree to the last bit."""
+    ours, theirs = state(folder), state(other)
+    for name, value in theirs["model"].items():
+        assert "_float_tensor" in name or torch.equal(ours["model"][name], value), name
+    adam = (ours["last_optimizer_state"]["state"], theirs["last_optimizer_state"]["state"])
+    torch.testing.assert_close(*adam, rtol=0, atol=0)
+    assert ours["optimizer_history"][-1] == theirs["optimizer_history"][-1]
+    assert losses(folder) == losses(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    status, output = start(folder)
+    assert status == 0, output
+    assert len(losses(folder)) > 60
+    return folder
+
+
+def test_a_run_killed_twenty_times_ends_like_one_never_killed(start, uninterrupted, tmp_path):
+    rng = random.Random(1)
+    ways = ["die"] * 12 + ["die while copying"] * 4 + ["die while saving"] * 4
+    rng.shuffle(ways)
+    for way in ways:
+        status, output = start(tmp_path, after=rng.randint(8, 15), do=way, delay=rng.uniform(0, 0.03))
+        assert status == -signal.SIGKILL, output
+        assert way == "die" or list(tmp_path.glob("*.pt.tmp")), "killed in the midst of a file"
+    status, output = start(tmp_path)
+    assert status == 0, output
+    assert_same(tmp_path, uninterrupted)
+    assert not list(tmp_path.glob("*.tmp")), "what the killed ones left"
+    assert "is broken" not in (tmp_path / "output").read_text(), "no name ever stood for half a file"
+
+
+def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path):
+    """As one has to be that was killed after its last checkpoint."""
+    copy = shutil.copytree(uninterrupted, tmp_path / "copy")
+    status, output = start(copy)
+    assert status == 0, output
+    assert "nothing to do: the checkpoint has 180 updates, --max-update is 180" in output
+    assert_same(copy, uninterrupted)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+def flip_a_bit(path):
+    """In the weights, where torch's loader does not look."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+BREAK = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"garbage" * 1000),
+    "flipped bit": flip_a_bit,
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture
+def folder(uninterrupted, tmp_path):
+    """A finished run: checkpoint_last.pt has 180 updates, checkpoint_best.pt some, checkpoint_3_175.pt the most."""
+    return shutil.copytree(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_the_newest_good_checkpoint_takes_the_place_of_a_broken_one(folder, how, caplog):
+    last = folder / "checkpoint_last.pt"
+    BREAK[how](last)
+    broken = last.read_bytes() if last.exists() else None
+    good = (folder / "checkpoint_3_168.pt").read_bytes()
+    truncate(folder / "checkpoint_3_175.pt")
+    os.utime(folder / "checkpoint_best.pt")  # newer by its date, older by its updates
+    (folder / "checkpoint_3_182.pt.tmp").touch()
+    training.make_restorable(CheckpointConfig(save_dir=str(folder)))
+    assert last.read_bytes() == good
+    assert not list(folder.glob("*.tmp"))
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert record.levelname == "WARNING"
+    assert f"{last} is " in line
+    assert "training goes on from checkpoint_3_168.pt, 168 updates" in line
+    aside = [path for path in folder.iterdir() if ".broken-" in path.name]
+    assert [path.read_bytes() for path in aside] == ([] if broken is None else [broken]), "kept"
+    assert all(path.name in line for path in aside)
+
+
+def test_a_good_checkpoint_is_left_alone(folder, caplog):
+    old = folder / "checkpoint_last.pt"
+    torch.save(torch.load(old), old, _use_new_zipfile_serialization=False)
+    for path in (old, folder / "checkpoint_3_175.pt"):
+        content = path.read_bytes()
+        path.rename(old)
+        training.make_restorable(CheckpointConfig(save_dir=str(folder)))
+        assert old.read_bytes() == content
+    old.unlink()
+    training.make_restorable(CheckpointConfig(save_dir=str(folder), finetune_from_model="other.pt"))
+    assert not old.exists(), "a run to be begun from another model"
+    assert not caplog.records
+
+
+def test_a_broken_checkpoint_is_passed_over_and_the_run_ends_the_same(start, uninterrupted, folder):
+    truncate(folder / "checkpoint_last.pt")
+    status, output = start(folder)
+    assert status == 0, output
+    assert len([line for line in output.splitlines() if "checkpoint_last.pt is broken" in line]) == 1
+    assert "Loaded checkpoint" in output
+    assert_same(folder, uninterrupted)
+
+
+def test_without_a_good_checkpoint_nothing_is_begun_anew(start, folder):
+    for path in folder.glob("*.pt"):
+        truncate(path)
+    before = {path: path.read_bytes() for path in folder.glob("*.pt*")}
+    status, output = start(folder)
+    assert status == 1
+    assert output.splitlines()[-1].startswith(f"{folder}/checkpoint_last.pt is broken (")
+    assert output.splitlines()[-1].endswith(f") and {folder} holds no good checkpoint: move it away to start anew")
+    assert "Traceback" not in output
+    assert {path: path.read_bytes() for path in folder.glob("*.pt*")} == before
+
+
+def test_a_broken_file_that_the_user_named_is_refused(folder):
+    named = folder / "checkpoint_3_175.pt"
+    truncate(named)
+    cfg = CheckpointConfig(save_dir=str(folder), restore_file=str(named))
+    with pytest.raises(ValueError, match=r"^--restore-file .*checkpoint_3_175.pt is broken \(.*: name another"):
+        training.make_restorable(cfg)
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on(start, uninterrupted, tmp_path):
+    """Sent to the workers too; without a buffer between them and training, their end would be an error at once."""
+    status, output = start(tmp_path, "--data-buffer-size=0", after=50, do="stop")
+    assert status == 0, output
+    assert len([line for line in output.splitlines() if "stopped by SIGTERM after 50 updates, saved" in line]) == 1
+    assert "Traceback" not in output
+    assert state(tmp_path)["optimizer_history"][-1]["num_updates"] == 50
+    assert ("valid_", 49) in losses(tmp_path)
+    assert ("valid_", 50) not in losses(tmp_path), "no validation that was not due"
+    status, output = start(tmp_path, after=32, do="stop")
+    assert status == 0, output
+    assert "stopped by SIGTERM after 82 updates, saved" in output
+    assert state(tmp_path)["extra_state"]["train_iterator"]["iterations_in_epoch"] == 0, "at the end of an epoch"
+    status, output = start(tmp_path)
+    assert status == 0, output
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_sigterm_says_that_nothing_is_saved(start, tmp_path):
+    status, output = start(tmp_path, "--no-save", after=3, do="stop")
+    assert status == 0, output
+    assert "stopped by SIGTERM after 3 updates, but not saved (--no-save)" in output
+
+
+def test_two_processes_stop_together_and_go_on_from_the_same_checkpoint(start_two, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    *statuses, output = start_two(whole, "--max-update=24")
+    assert statuses == [0, 0], output
+    *statuses, output = start_two(stopped, "--max-update=24", after=17, do="stop")
+    assert statuses == [0, 0], output
+    assert output.count("stopped by SIGTERM after 17 updates, saved") == 1
+    truncate(stopped / "checkpoint_last.pt")
+    *statuses, output = start_two(stopped, "--max-update=24")
+    assert statuses == [0, 0], output
+    assert output.count("training goes on from checkpoint_1_14.pt, 14 updates") == 1
+    assert_same(stopped, whole)
+    for path in stopped.glob("*.pt"):
+        truncate(path)
+    *statuses, output = start_two(stopped, "--max-update=24")
+    assert statuses == [1, 1], output
+    assert output.count("holds no good checkpoint") == 1
