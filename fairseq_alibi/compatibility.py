@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import torch
+from fairseq.distributed import utils as distributed_utils
 from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 
 
@@ -36,6 +37,18 @@ def allow_old_checkpoints() -> None:
     )
 
 
+def broadcast_objects() -> None:
+    """Lets several processes restart: fairseq sends the first one's checkpoint to the others as a file of torch's, of
+    which the safe loader refuses the configuration. torch has a broadcast of objects by now."""
+
+    def broadcast_object(obj, src_rank, group, dist_device):
+        box = [obj]
+        torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+        return box[0]
+
+    distributed_utils._broadcast_object_slow = broadcast_object
+
+
 def hush_fairseqs_old_words() -> None:
     """Silences the warnings that fairseq's calls of 2022 cause and that no user can act on; no others.
 
@@ -56,3 +69,4 @@ def hush_fairseqs_old_words() -> None:
 restore_numpy_long()
 hush_fairseqs_old_words()
 allow_old_checkpoints()
+broadcast_objects()

@@ -56,11 +56,15 @@ def fault(path: Path) -> Optional[str]:
         with zipfile.ZipFile(path) as records:
             damaged = records.testzip()
         return damaged and f"{damaged} is damaged"
-    except zipfile.BadZipFile:  # cut off, or of a torch before 1.6
+    except zipfile.BadZipFile:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(2) == b"PK":
+                return f"cut off after {size:,} bytes"
         try:
-            torch.load(path, map_location="cpu")
-        except Exception as error:  # whatever garbage raises in pickle
-            return f"{path.stat().st_size:,} bytes, {type(error).__name__}"
+            torch.load(path, map_location="cpu")  # of a torch before 1.6
+        except Exception:  # whatever garbage raises in pickle
+            return f"{size:,} bytes that are no checkpoint"
     return None
 
 

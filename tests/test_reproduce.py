@@ -121,3 +121,12 @@ def test_order_is_compared_with_the_papers():
     assert "**not as in the paper**, where it is alibi, sinusoidal" in reproduce.compare_with_paper(
         models(sinusoidal=1.0, alibi=2.0), 64
     )
+
+
+def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
+    """SIGTERM ends it with status 0, as if it were."""
+    monkeypatch.setattr(reproduce.Running, "run", lambda *_: 0)
+    monkeypatch.setattr(reproduce, "updates_of", lambda _: 44)
+    line = fails("--output", tmp_path / "out", "--methods", "alibi")
+    assert "training was stopped after 44 updates; start this again" in line
+    assert not list(tmp_path.rglob("run.json"))
