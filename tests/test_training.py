@@ -126,7 +126,8 @@ def start_two(launch):
         first = launch(folder, *more, environment={**address, "RANK": "0"})
         second = launch(folder, *more, environment={**address, "RANK": "1"}, **event)
         for process in (first, second):
-            process.join()
+            process.join(timeout=300)  # else they wait for each other
+            process.kill()
         return first.exitcode, second.exitcode, output.read_text()[before:]
 
     return run
