@@ -109,7 +109,7 @@ class Decoder(Transformer):
         heads, width = config.decoder_attention_heads, config.decoder_embed_dim
         # transformers makes models on the meta device, where a method's tensors that are no parameters would stay.
         with torch.device("cpu"):
-            method = POSITION_METHODS[config.position_method].from_options(heads, config)
+            method = POSITION_METHODS[config.position_method].from_options(heads, width, config)
         super().__init__(
             config.decoder_layers,
             width,
