@@ -54,5 +54,8 @@ setup(
         "tabulate",
         "tensorboardX",
     ],
-    extras_require={"test": ["hypothesis", "pytest", "pytest-xdist", "ruff"]},
+    extras_require={
+        "transformers": ["transformers>=4.57", "safetensors"],
+        "test": ["accelerate", "hypothesis", "pytest", "pytest-xdist", "ruff", "safetensors", "transformers>=4.57"],
+    },
 )

@@ -5,6 +5,7 @@ Where things are:
     attention.py          attention under a mask that carries the bias, and without any mask (pure torch)
     modules.py            attention and transformer layers for any PyTorch model (pure torch)
     show_bias.py          pictures of the bias
+    adaptive.py           adaptive input and softmax, and the loss of targets alone (pure torch)
     decoder.py            the hooks of fairseq's decoder that we override
     encoder.py            the same of its encoder
     language_model.py     the model `alibi_lm`, its options and architectures
@@ -14,6 +15,7 @@ Where things are:
     generate.py           text that continues a prompt: fairseq-alibi generate
     compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
     training.py           whole checkpoints, restarts, SIGTERM: training that survives
+    export_hf.py          checkpoints as folders for transformers, with modeling_alibi.py and tokenization_alibi.py
     import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
     prepare_data.py       corpora: get, check, tokenize, binarize
     download.py           a file from several sources, resumed and checked

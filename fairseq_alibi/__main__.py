@@ -16,6 +16,7 @@ COMMANDS = {
     "reproduce": "The paper's comparison: all position methods, trained and evaluated alike, on one page.",
     "generate": "Text that continues a prompt.",
     "import-checkpoint": "Turns a checkpoint of the ALiBi authors' fairseq fork into one of alibi_lm.",
+    "export-hf": "Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.",
     "show-bias": "A picture of the ALiBi bias, head by head, causal and in the three forms of encoders.",
     "doctor": "What this environment has, what of it works, and the first thing to fix.",
 }

@@ -378,6 +378,9 @@ class Transformer(nn.Module):
         ValueError: see `Attention`.
     """
 
+    #: Class of the layers, with the arguments of `Layer`.
+    layer_type = Layer
+
     def __init__(
         self,
         layers: int,
@@ -398,7 +401,9 @@ class Transformer(nn.Module):
         super().__init__()
         dropouts = (dropout, attention_dropout, activation_dropout)
         sizes = (embed_dim, num_heads, ffn_dim or 4 * embed_dim)
-        self.layers = nn.ModuleList(Layer(*sizes, activation, normalize_before, *dropouts, n) for n in range(layers))
+        self.layers = nn.ModuleList(
+            self.layer_type(*sizes, activation, normalize_before, *dropouts, n) for n in range(layers)
+        )
         self.position_method = own_or_alibi(position_method, num_heads, causal)
         self.passes = Passes(self.position_method, attention, epsilon, attention_dropout, causal)
         final_norm = normalize_before if final_norm is None else final_norm

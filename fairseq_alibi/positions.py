@@ -63,6 +63,22 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embeddings of positions (Vaswani et al. 2017, section 3.5), in fairseq's order: sines, then cosines.
+
+    Args:
+        positions: (...); fairseq's first token has the position 2, one more than the number of its padding token.
+        dim: C.
+
+    Returns:
+        (..., C) float32.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
+    angles = positions[..., None].float() * frequencies.to(positions.device)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
+
+
 class PositionMethod(nn.Module):
     """What a position method may do; this base does nothing, which is the method `none` (NoPE).
 

@@ -18,12 +18,10 @@ from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor
 
+from .adaptive import cross_entropies, target_losses
 from .decoder import Decoder
 from .encoder import Encoder
 from .windows import batches, windows
-
-#: Scores of types that are in memory at once.
-SCORES = 1 << 22
 
 #: Least and most tokens that a stream reads in one pass.
 CHUNK = (512, 4096)
@@ -46,20 +44,6 @@ class Scored(NamedTuple):
     losses: Tensor
 
 
-def cross_entropies(project, features: Tensor, targets: Tensor, types: int) -> Tensor:
-    """-log softmax(project(features)) at the targets, some rows at a time: (n,) float32, nats.
-
-    Args:
-        project: (n, C) -> (n, V) scores.
-        features: (n, C).
-        targets: (n,) int64.
-        types: V.
-    """
-    rows = max(1, SCORES // types)
-    chunks = zip(features.split(rows), targets.split(rows))
-    return torch.cat([F.cross_entropy(project(x).float(), wanted, reduction="none") for x, wanted in chunks])
-
-
 def output_losses(decoder, features: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target, without a tensor of n x V elements.
 
@@ -74,14 +58,7 @@ def output_losses(decoder, features: Tensor, targets: Tensor) -> Tensor:
     softmax = getattr(decoder, "adaptive_softmax", None)
     if softmax is None:
         return cross_entropies(decoder.output_layer, features, targets, len(decoder.dictionary))
-    # The head tells frequent types and bands of rare ones; within its band a rare type is told by the band's tail.
-    (in_head, *in_tails), rows = softmax.adapt_target(targets)
-    losses = cross_entropies(softmax.head, features, in_head, softmax.cutoff[0] + len(softmax.tail))
-    for band, (tail, wanted, which) in enumerate(zip(softmax.tail, in_tails, rows)):
-        if which is not None:
-            types = softmax.cutoff[band + 1] - softmax.cutoff[band]
-            losses[which] += cross_entropies(tail, features[which], wanted, types)
-    return losses
+    return target_losses(softmax, features, targets)
 
 
 def source_of(stream: Tensor, end_of_sentence: int) -> Tensor:

@@ -107,6 +107,7 @@ def build(corpus):
         for name, parameter in model.named_parameters():
             if "position_method" in name:
                 torch.nn.init.normal_(parameter)  # they may start from 0, which would tell nothing
+        model.built_from = cfg
         return model
 
     return build_model

@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi import scoring
+from fairseq_alibi import adaptive, scoring
 from fairseq_alibi.decoder import PROGRESS
 
 SIZES = (
@@ -43,7 +43,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 22])
 def test_output_losses_equal_the_log_probabilities_of_all_types(build, output, at_once, monkeypatch):
-    monkeypatch.setattr(scoring, "SCORES", at_once)
+    monkeypatch.setattr(adaptive, "SCORES", at_once)
     model = build("alibi_lm", *OUTPUTS[output], *SIZES, "--decoder-input-dim", 32, "--decoder-output-dim", 32)
     targets = torch.arange(len(model.decoder.dictionary))
     features = torch.randn(1, len(targets), model.decoder.output_embed_dim)

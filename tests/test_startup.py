@@ -119,7 +119,7 @@ print(mask.shape, (masked_attention(x, x, x, mask) == fused_attention(x, x, x)).
 
 
 def test_tensor_files_import_neither_fairseq_nor_numpy():
-    for name in ("positions", "attention"):
+    for name in ("positions", "attention", "adaptive"):
         text = (ROOT / "fairseq_alibi" / f"{name}.py").read_text()
         imports = re.findall(r"^(?:from|import) +([.\w]+)", text, re.MULTILINE)
         assert {found.split(".")[0] for found in imports} <= {

@@ -1,0 +1,200 @@
+"""Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.
+
+The folder loads without this package and without fairseq:
+
+    model = AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(OUT, trust_remote_code=True)
+
+Its code is `modeling_alibi`, `tokenization_alibi` and what they import from this package, which transformers copies. It
+is read again and its log-probabilities are compared with fairseq's before it gets its name.
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
+from fairseq.utils import split_paths
+
+from .generate import text_options
+from .import_checkpoint import plain
+from .inputs import load_model, one_line, options_of_model, read_checkpoint
+from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
+
+#: Options that the exported model does not have, with what they are in every model that it can be.
+WITHOUT = {
+    "character_embeddings": False,
+    "decoder_layerdrop": 0.0,
+    "quant_noise_pq": 0.0,
+    "quant_noise_scalar": 0.0,
+    "scale_fc": False,
+    "scale_attn": False,
+    "scale_heads": False,
+    "scale_resids": False,
+    "cpu_bf16": False,
+}
+
+#: Activation functions that `modules.Layer` has.
+ACTIVATIONS = ("relu", "gelu", "tanh")
+
+#: Names of fairseq's buffers that are no weights.
+NO_WEIGHTS = ("version", "_float_tensor")
+
+#: Largest difference of a log-probability between fairseq's model and the exported one, in nats.
+TOLERANCE = 1e-3
+
+
+def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[str, Any]:
+    """The options of the exported model, see `modeling_alibi.AlibiConfig.OPTIONS`.
+
+    Args:
+        options: of the checkpoint's model.
+        model: built from them.
+
+    Raises:
+        ValueError: one of them is none of the exported model's.
+    """
+    from .modeling_alibi import AlibiConfig
+
+    decoder = model.decoder
+    for name, value in WITHOUT.items():
+        if options.get(name, value) not in (value, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {options[name]}: the exported model has no such thing; where a model is "
+                f"the same without it, in evaluation, pass --model-overrides \"{{'{name}': {value}}}\""
+            )
+    if options["activation_fn"] not in ACTIVATIONS:
+        raise ValueError(
+            f"--activation-fn {options['activation_fn']}: the exported model has only {', '.join(ACTIVATIONS)}"
+        )
+    if options["alibi_length_scale"] == "auto":
+        raise ValueError(
+            "--alibi-length-scale auto: nothing tells the exported model at which length it is evaluated; pass "
+            "--model-overrides \"{'alibi_length_scale': '4.0'}\", with a scale of yours"
+        )
+    derived = {
+        "vocab_size": len(decoder.dictionary),
+        "decoder_layers": decoder.num_layers,
+        "adaptive_input_cutoff": getattr(decoder.embed_tokens, "cutoff", None),
+        "adaptive_softmax_cutoff": getattr(decoder.adaptive_softmax, "cutoff", None),
+        "activation_dropout": options["activation_dropout"] or options["relu_dropout"],
+    }
+    if decoder.position_method.embedding == "learned":
+        derived["max_target_positions"] = decoder.longest
+    return {**{name: options[name] for name in AlibiConfig.OPTIONS if name in options}, **derived}
+
+
+def exported_weights(model: BaseFairseqModel) -> dict[str, torch.Tensor]:
+    """The weights of a model, each once: where modules share one, under the name that the exported model has for it."""
+    weights, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if name.rsplit(".", 1)[-1] not in NO_WEIGHTS and value.data_ptr() not in seen:
+            seen.add(value.data_ptr())  # the embeddings come first, and all that is shared is theirs
+            weights[name] = value
+    return weights
+
+
+def differences(exported, model: BaseFairseqModel) -> float:
+    """Largest difference of the log-probabilities after some tokens, from all over the dictionary."""
+    tokens = torch.linspace(4, len(model.decoder.dictionary) - 1, 48).long().view(2, 24)
+    with torch.no_grad():
+        found = exported(tokens).logits.log_softmax(-1)
+        wanted = model.get_normalized_probs(model(tokens), log_probs=True)
+    return (found - wanted).abs().max().item()
+
+
+def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
+    """Writes the tokenizer of a data folder; says in words how it splits a text."""
+    from .tokenization_alibi import AlibiTokenizer
+
+    options = text_options(data)
+    with tempfile.TemporaryDirectory() as folder:
+        types = Path(folder) / AlibiTokenizer.vocab_files_names["vocab_file"]
+        types.write_bytes("\n".join(dictionary.symbols).encode())
+        moses = options["tokenizer"] == "moses"
+        AlibiTokenizer(str(types), options["bpe_codes"], moses).save_pretrained(out)
+    return f"{'Moses tokens' if moses else 'white space'}{', BPE' if options['bpe'] else ''}"
+
+
+def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> str:
+    """Writes the folder `out`, whole or not at all.
+
+    Args:
+        checkpoint: of `alibi_lm`.
+        out: is made; may be there if it is empty.
+        data: fairseq data folder of the checkpoint; "" for the one that it was trained on.
+        overrides: options of the model in the place of those in the checkpoint, by name.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: what is wrong with the checkpoint or the folders, or that the model is not the same afterwards.
+    """
+    from transformers import GenerationConfig
+
+    from .modeling_alibi import AlibiConfig, AlibiForCausalLM
+
+    state = read_checkpoint(checkpoint)
+    task = state["cfg"]["task"]
+    data = data or split_paths(str(task["data"]))[0]
+    model = load_model(checkpoint, state, data, overrides)
+    if not isinstance(model, AlibiLanguageModel):
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of alibi_lm, and only those can be exported; one of transformer_lm becomes "
+            f"one by fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
+        )
+    defaults = {option.name: option.default for option in dataclasses.fields(AlibiLanguageModelConfig)}
+    options = {**defaults, **plain(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
+    exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model)))
+    try:
+        exported.load_state_dict(exported_weights(model))
+    except RuntimeError as error:  # torch lists every name, a line each
+        raise ValueError(f"{checkpoint} has weights that the exported model has not: {one_line(error)}") from error
+    end = model.decoder.dictionary.eos()
+    exported.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=model.decoder.dictionary.pad()
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
+        partial = Path(folder) / out.name
+        exported.save_pretrained(partial)
+        splits = export_tokenizer(model.decoder.dictionary, Path(data), partial)
+        difference = differences(AlibiForCausalLM.from_pretrained(partial).eval(), model)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"{checkpoint}: the exported model's log-probabilities differ from fairseq's by up to "
+                f"{difference:.2g}, so nothing was written"
+            )
+        partial.replace(out)
+    return f"tokenizer: {splits}\nlog-probabilities: those of fairseq, differences up to {difference:.2g}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fairseq-alibi export-hf`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of alibi_lm")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--data", default="", help="its fairseq data folder (default: the one it was trained on)")
+    parser.add_argument(
+        "--model-overrides", type=options_of_model, default={}, metavar="DICT", help="options of the model, by name"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """`fairseq-alibi export-hf`: says what was written."""
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists: move it away, or pass another name")
+    try:
+        import safetensors  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name} is not installed: get it with pip install 'transformers>=4.57' safetensors"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    print(export(args.checkpoint, args.out, args.data, args.model_overrides))
+    print(f"written to {args.out}")

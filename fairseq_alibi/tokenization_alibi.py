@@ -1,0 +1,126 @@
+"""The tokenizer of a data folder for Hugging Face's transformers. Needs sacremoses and subword-nmt, no fairseq.
+
+`fairseq-alibi export-hf` puts it beside the model:
+
+    tokenizer = AutoTokenizer.from_pretrained(OUT, trust_remote_code=True)
+
+It gives the ids that the text has in fairseq. `</s>` ends a line: a line break becomes one, and one stands in front of
+the text, which is what the models read first; `add_special_tokens=False` leaves that out.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from sacremoses import MosesDetokenizer, MosesTokenizer
+from subword_nmt.apply_bpe import BPE
+from transformers import PreTrainedTokenizer
+
+#: The first types of a dictionary of fairseq's, with the ids 0 to 3.
+BEGIN, PADDING, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
+
+#: What subword-nmt puts behind a part of a word that goes on.
+SEPARATOR = "@@"
+
+
+class AlibiTokenizer(PreTrainedTokenizer):
+    """Words, or parts of words, of a dictionary, as scripts/prepare_text.sh and prepare_wikitext103.sh make them.
+
+    Args:
+        vocab_file: the types, a line each, by id.
+        codes_file: BPE codes of subword-nmt; None for whole words.
+        moses: whether lines are split into words by the Moses tokenizer; else at white space.
+    """
+
+    vocab_files_names = {"vocab_file": "vocab.txt", "codes_file": "bpe.codes"}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab_file: str, codes_file: Optional[str] = None, moses: bool = False, **kwargs: Any):
+        self.vocab_file, self.codes_file = vocab_file, codes_file
+        self.types = Path(vocab_file).read_bytes().decode().split("\n")  # no other line break than this one
+        self.ids = {word: number for number, word in enumerate(self.types)}
+        self.moses = moses  # transformers saves what has an argument's name
+        self.tokenizer, self.detokenizer = MosesTokenizer("en"), MosesDetokenizer("en")
+        self.bpe = None
+        if codes_file:
+            with open(codes_file, encoding="utf-8") as codes:
+                self.bpe = BPE(codes, separator=SEPARATOR)
+        names = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
+        # not split at what looks like special tokens: in fairseq a text has none
+        options = {"padding_side": "left", "split_special_tokens": True, **names, **kwargs}
+        super().__init__(moses=moses, **options)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of types."""
+        return len(self.types)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Id of each type."""
+        return {**self.ids, **self.added_tokens_encoder}
+
+    def words(self, line: str) -> list[str]:
+        """The types of a line; `<s>` and `<pad>`, which are not fairseq's in a text, are unknown."""
+        if self.moses:
+            line = self.tokenizer.tokenize(line, aggressive_dash_splits=True, return_str=True, escape=True)
+        if self.bpe:
+            line = self.bpe.process_line(line)
+        return [UNKNOWN if word in (BEGIN, PADDING) else word for word in line.split()]
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        first, *others = (self.words(line) for line in text.split("\n"))
+        return first + [word for line in others for word in (END, *line)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.ids.get(token, self.ids[UNKNOWN])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.types[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Types -> text, with a line break for each `</s>`."""
+        lines: list[list[str]] = [[]]
+        for token in tokens:
+            if token == END:
+                lines.append([])
+            else:
+                lines[-1].append(token)
+        return "\n".join(map(self.line_of, lines))
+
+    def line_of(self, words: list[str]) -> str:
+        """The reverse of `words`, as far as there is one."""
+        line = " ".join(words)
+        if self.bpe:
+            line = f"{line} ".replace(f"{SEPARATOR} ", "").rstrip()
+        return self.detokenizer.detokenize(line.split()) if self.moses else line
+
+    def _decode(self, token_ids: Union[int, list[int]], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        # A line end inside the text is text, and special only in front of it.
+        tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
+        if skip_special_tokens:
+            tokens = [token for token in tokens if token not in (BEGIN, PADDING)]
+            tokens = tokens[tokens[:1] == [END] :]
+        return self.convert_tokens_to_string(tokens)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None
+    ) -> list[int]:
+        """`</s>` in front of a text, and in front of the second one."""
+        end = [self.ids[END]]
+        return end + token_ids_0 + ([] if token_ids_1 is None else end + token_ids_1)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> tuple[str, ...]:
+        """Copies dictionary and codes into a folder; returns their paths there."""
+        files = {"vocab_file": self.vocab_file, "codes_file": self.codes_file}
+        paths = []
+        for name, file in files.items():
+            if file:
+                prefix = f"{filename_prefix}-" if filename_prefix else ""
+                target = Path(save_directory) / f"{prefix}{self.vocab_files_names[name]}"
+                if not target.exists() or not target.samefile(file):
+                    shutil.copyfile(file, target)
+                paths.append(str(target))
+        return tuple(paths)
+
+
+AlibiTokenizer.register_for_auto_class()
