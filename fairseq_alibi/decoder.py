@@ -85,10 +85,15 @@ class DecoderLayer(TransformerDecoderLayerBase):
     #: Whether they do.
     cpu_bf16 = False
 
-    def forward(self, x, *args, **kwargs):
-        """See `TransformerDecoderLayerBase.forward`."""
+    def forward(self, x, encoder_out=None, encoder_padding_mask=None, incremental_state=None, **kwargs):
+        """See `TransformerDecoderLayerBase.forward`; an incremental state comes with the pass, as its cache.
+
+        Attention to an encoder is fairseq's own, without positions; it keeps the encoder's keys in that state.
+        """
+        run = kwargs.get("self_attn_mask")
+        cache = run.cache if isinstance(run, Pass) else incremental_state
         with cpu_bf16_products(self.cpu_bf16, x):
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, encoder_out, encoder_padding_mask, cache, **kwargs)
 
     def residual_connection(self, x, residual):
         """See `TransformerDecoderLayerBase.residual_connection`; `x` may be of the last tokens alone."""
@@ -147,15 +152,16 @@ class Decoder(TransformerDecoder):
         dictionary: of the targets.
         embed_tokens: token embeddings.
         position_method: what tells the positions.
+        no_encoder_attn: whether its layers attend to no encoder.
     """
 
-    def __init__(self, args, dictionary, embed_tokens, position_method: PositionMethod):
+    def __init__(self, args, dictionary, embed_tokens, position_method: PositionMethod, no_encoder_attn: bool = False):
         args = copy.copy(args)
         self.longest = args.max_target_positions or sys.maxsize
         self.cpu_bf16 = args.cpu_bf16
         args.no_token_positional_embeddings = True  # or fairseq makes one of its own
         args.max_target_positions = args.tokens_per_sample
-        super().__init__(args, dictionary, embed_tokens, no_encoder_attn=True)
+        super().__init__(args, dictionary, embed_tokens, no_encoder_attn)
         self.layers[-1].self_attn.in_last_layer = True
         self.position_method = position_method
         self.passes = Passes(position_method, args.attention, args.attention_epsilon, args.attention_dropout)
