@@ -10,6 +10,7 @@ Where things are:
     encoder.py            the same of its encoder
     language_model.py     the model `alibi_lm`, its options and architectures
     masked_lm.py          the model `alibi_masked_lm`, its options and architectures
+    translation.py        the model `alibi_transformer`, from sequence to sequence
     options.py            options that the models have in common
     prompts.py            fairseq's generator, which reads a prompt in one pass
     generate.py           text that continues a prompt: fairseq-alibi generate
@@ -48,4 +49,4 @@ except Exception as error:  # missing, or whatever a broken one raises
         stacklevel=2,
     )
 else:
-    from . import compatibility, language_model, masked_lm, training  # noqa: F401
+    from . import compatibility, language_model, masked_lm, training, translation  # noqa: F401

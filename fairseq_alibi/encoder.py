@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 
 from fairseq.models.transformer import TransformerEncoder
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
 from .decoder import DecoderLayer, as_argument, wrap_layer
@@ -74,6 +75,7 @@ class Encoder(TransformerEncoder):
 
     def build_encoder_layer(self, args):
         layer = EncoderLayer(args)
+        layer.cpu_bf16 = safe_getattr(args, "cpu_bf16", False)
         # fairseq's layer loop tells layers of padding only. The hook runs outside of activation checkpointing.
         layer.register_forward_pre_hook(self.hand_on, with_kwargs=True)
         return wrap_layer(layer, args)

@@ -1,8 +1,7 @@
 """The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
-import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
@@ -17,57 +16,21 @@ from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.utils import safe_getattr
 
 from .decoder import Decoder
-from .options import DecoderOptions, PositionOptions, check_position_options, fill_in_options
+from .options import (
+    DecoderOptions,
+    PositionOptions,
+    check_decoder_options,
+    check_position_options,
+    decoder_position_method,
+    fill_in_options,
+)
 from .positions import POSITION_METHODS
 from .prompts import read_prompts_in_one_pass
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
-class LanguageModelOptions(PositionOptions, DecoderOptions):
-    """What this plugin adds to the options of `transformer_lm`."""
-
-    cpu_bf16: bool = field(
-        default=False,
-        metadata={
-            "help": "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
-        },
-    )
-
-
-@dataclass
-class AlibiLanguageModelConfig(LanguageModelOptions, TransformerLanguageModelConfig):
+class AlibiLanguageModelConfig(PositionOptions, DecoderOptions, TransformerLanguageModelConfig):
     """All options of `transformer_lm`, and what this plugin adds."""
-
-
-def check_options(args) -> None:
-    """Refuses options of `transformer_lm` that contradict the position method or would bypass it.
-
-    Args:
-        args: the model's options, a namespace or fairseq config.
-
-    Raises:
-        ValueError: names the option, the reason and the remedy.
-    """
-    check_position_options(args, POSITION_METHODS)
-    method = args.position_method
-    if args.decoder_learned_pos:
-        raise ValueError(
-            f"--decoder-learned-pos: drop it; {method} is the position method, --position-method learned has a table"
-        )
-    if args.no_token_positional_embeddings and POSITION_METHODS[method].embedding:
-        raise ValueError(
-            f"--no-token-positional-embeddings contradicts --position-method {method}: "
-            "use --position-method none for a model without position information"
-        )
-    if safe_getattr(args, "base_layers"):
-        raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
-    if safe_getattr(args, "decoder_xformers_att_config"):
-        raise ValueError(
-            "--decoder-xformers-att-config: xFormers' attention takes no bias per head; drop the option, "
-            "attention runs through PyTorch's fused kernels already"
-        )
 
 
 @register_model("alibi_lm", dataclass=AlibiLanguageModelConfig)
@@ -83,25 +46,17 @@ class AlibiLanguageModel(TransformerLanguageModel):
         """Builds the model from `args`, which are left as they are.
 
         Raises:
-            ValueError: see `check_options` and `alibi_slopes`.
+            ValueError: see `check_position_options`, `check_decoder_options` and `decoder_position_method`.
         """
-        fill_in_options(args, LanguageModelOptions)
-        check_options(args)
+        fill_in_options(args, PositionOptions, DecoderOptions)
+        check_position_options(args, POSITION_METHODS)
+        check_decoder_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        sizes = (args.decoder_attention_heads, args.decoder_embed_dim)
-        position_method = POSITION_METHODS[args.position_method].from_options(*sizes, args)
-        if position_method.needs_mask and args.attention == "fused":
-            raise ValueError(
-                f"--attention fused: the bias of --position-method {args.position_method} needs a mask; use auto"
-            )
-        if position_method.needs_mask and args.attention == "auto":
-            logger.warning(
-                "--position-method %s needs a mask: attention takes memory that grows with the square of the length",
-                args.position_method,
-            )
-        return cls(Decoder(args, task.target_dictionary, cls.embed_tokens(args, task), position_method))
+        position_method = decoder_position_method(args)
+        embed_tokens = cls.embed_tokens(args, task)
+        return cls(Decoder(args, task.target_dictionary, embed_tokens, position_method, no_encoder_attn=True))
 
     def prepare_for_inference_(self, cfg):
         """See `BaseFairseqModel.prepare_for_inference_`; fairseq's commands call it once they know the windows."""

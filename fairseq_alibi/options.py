@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import logging
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -12,6 +14,8 @@ from omegaconf import DictConfig, open_dict
 
 from .attention import EPSILON
 from .positions import ENCODER_POSITION_METHODS, POSITION_METHODS, EncoderALiBi, PositionMethod
+
+logger = logging.getLogger(__name__)
 
 #: How attention is computed, see the option.
 ATTENTION = ("auto", "mask", "fused")
@@ -52,11 +56,20 @@ class PositionOptions(FairseqDataclass):
 
 @dataclass
 class DecoderOptions(FairseqDataclass):
-    """How a decoder knows positions."""
+    """How a model with a decoder knows positions there, and how it computes."""
 
     alibi_heads: Optional[int] = field(
         default=None,
-        metadata={"help": "number of heads with a bias, the first ones; the others have none (default: all have one)"},
+        metadata={
+            "help": "number of heads of the decoder with a bias, the first ones; the others have none (default: all "
+            "have one)"
+        },
+    )
+    cpu_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
+        },
     )
 
 
@@ -77,13 +90,13 @@ class EncoderOptions(PositionOptions):
     alibi_learned_slopes: bool = field(default=False, metadata={"help": "learn the slopes of two_slopes"})
 
 
-def fill_in_options(args, options: type[FairseqDataclass]) -> None:
-    """Gives `args` the defaults of those `options` that it lacks, as an older checkpoint does.
+def fill_in_options(args, *groups: type[FairseqDataclass]) -> None:
+    """Gives `args` the defaults of those options of the groups that it lacks, as an older checkpoint does.
 
     fairseq fills in options for a model's own name only, not for those of its architectures.
     """
     with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
-        for option in dataclasses.fields(options):
+        for option in itertools.chain.from_iterable(map(dataclasses.fields, groups)):
             if not hasattr(args, option.name):
                 setattr(args, option.name, option.default)
 
@@ -117,6 +130,32 @@ def check_encoder_options(args) -> None:
         raise ValueError(f"{option} is for --position-method alibi, not {method}: drop one of the two")
 
 
+def check_decoder_options(args) -> None:
+    """Refuses what a model with a decoder of this package cannot have, on either side of it.
+
+    Raises:
+        ValueError: names the option, the reason and the remedy.
+    """
+    method = args.position_method
+    if args.no_token_positional_embeddings and POSITION_METHODS[method].embedding:
+        raise ValueError(
+            f"--no-token-positional-embeddings contradicts --position-method {method}: "
+            "use --position-method none for a model without position information"
+        )
+    if safe_getattr(args, "base_layers"):
+        raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
+    for side in ("encoder", "decoder"):
+        if safe_getattr(args, f"{side}_learned_pos"):
+            raise ValueError(
+                f"--{side}-learned-pos: drop it; {method} is the position method, --position-method learned has a table"
+            )
+        if safe_getattr(args, f"{side}_xformers_att_config"):
+            raise ValueError(
+                f"--{side}-xformers-att-config: xFormers' attention takes no bias per head; drop the option, "
+                "attention runs through PyTorch's fused kernels already"
+            )
+
+
 def encoder_position_method(args) -> PositionMethod:
     """The position method of an encoder with these options, `EncoderOptions` among them.
 
@@ -128,4 +167,21 @@ def encoder_position_method(args) -> PositionMethod:
     )
     if args.attention == "fused" and method.slopes is None:
         raise ValueError("--attention fused is for an encoder with ALiBi whose slopes are fixed: use auto")
+    return method
+
+
+def decoder_position_method(args) -> PositionMethod:
+    """The position method of a decoder with these options, `PositionOptions` and `DecoderOptions` among them.
+
+    Raises:
+        ValueError: its bias needs a mask, and attention is to run without; see `alibi_slopes`.
+    """
+    name = args.position_method
+    method = POSITION_METHODS[name].from_options(args.decoder_attention_heads, args.decoder_embed_dim, args)
+    if method.needs_mask and args.attention == "fused":
+        raise ValueError(f"--attention fused: the bias of --position-method {name} needs a mask; use auto")
+    if method.needs_mask and args.attention == "auto":
+        logger.warning(
+            "--position-method %s needs a mask: attention takes memory that grows with the square of the length", name
+        )
     return method

@@ -53,6 +53,19 @@ def attention(q, k, v, method="alibi", seen=None, window=math.inf, bucket_bias=N
     return torch.einsum("bhij,bhjd->bhid", weights, v)
 
 
+def embedded(p, tokens, method):
+    """What the layers of a side with the parameters `p` read: tokens (L,) -> (L, C)."""
+    width, length = p["embed_tokens.weight"].size(1), len(tokens)
+    x = p["embed_tokens.weight"][tokens] * math.sqrt(width)
+    if method == "sinusoidal":  # fairseq: sines, then cosines; the first token is at position 2 (padding index + 1)
+        frequency = torch.exp(torch.arange(width // 2) * -(math.log(10000) / (width // 2 - 1))).double()
+        angle = (torch.arange(length, dtype=torch.float64)[:, None] + 2) * frequency
+        x = x + torch.cat([angle.sin(), angle.cos()], dim=1)
+    if method == "learned":
+        x = x + p["embed_positions.weight"][2 : length + 2]
+    return x
+
+
 def logits(model, tokens, window=math.inf):
     """Logits of a pre-norm transformer language model for one sequence: tokens (L,) -> (L, V).
 
@@ -70,13 +83,7 @@ def logits(model, tokens, window=math.inf):
     def linear(x, name):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
-    x = p["embed_tokens.weight"][tokens] * math.sqrt(width)
-    if method == "sinusoidal":  # fairseq: sines, then cosines; the first token is at position 2 (padding index + 1)
-        frequency = torch.exp(torch.arange(width // 2) * -(math.log(10000) / (width // 2 - 1))).double()
-        angle = (torch.arange(length, dtype=torch.float64)[:, None] + 2) * frequency
-        x = x + torch.cat([angle.sin(), angle.cos()], dim=1)
-    if method == "learned":
-        x = x + p["embed_positions.weight"][2 : length + 2]
+    x = embedded(p, tokens, method)
     for n in range(layers):
         at = f"layers.{n}"
         h = norm(x, f"{at}.self_attn_layer_norm")
@@ -151,3 +158,59 @@ def masked_lm_logits(model, tokens, bias):
     x = norm(x, "layer_norm") if pre else x
     x = norm(gelu(linear(x, "encoder.lm_head.dense")), "encoder.lm_head.layer_norm")
     return x @ p["embed_tokens.weight"].T + p["encoder.lm_head.bias"]
+
+
+def translation_logits(model, source, target, way):
+    """Logits of an `alibi_transformer` for one pair: source (S,), target as the decoder reads it (T,) -> (T, V).
+
+    Self-attention knows positions on either side, attention to the source does not. `way` is a position method or, for
+    ALiBi, the form of the encoder's bias.
+    """
+    alibi = way in ("symmetric", "one_sided", "two_slopes")
+    sides = {
+        side: {name[len(side) + 1 :]: x.double() for name, x in model.state_dict().items() if name.startswith(side)}
+        for side in ("encoder", "decoder")
+    }
+
+    def norm(x, p, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, p, name):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def attend(x, memory, p, name, heads, bias):
+        q, k, v = (
+            linear(y, p, f"{name}.{projection}_proj").unflatten(-1, (heads, -1)).transpose(0, 1)
+            for y, projection in ((x, "q"), (memory, "k"), (memory, "v"))
+        )
+        if way == "rotary" and "self" in name:
+            q, k = turned(q), turned(k)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(q.size(-1)) + bias).softmax(-1)
+        return linear((weights @ v).transpose(0, 1).flatten(1), p, f"{name}.out_proj")
+
+    def run(side, tokens, bias, memory=None):
+        p, stack = sides[side], getattr(model, side)
+        x = embedded(p, tokens, way)
+
+        def part(x, name, f):  # its norm stands in front of it or behind the residual connection
+            before = stack.layers[0].normalize_before
+            return x + f(norm(x, p, name)) if before else norm(x + f(x), p, name)
+
+        def layer(x, at, heads):
+            x = part(x, f"{at}.self_attn_layer_norm", lambda h: attend(h, h, p, f"{at}.self_attn", heads, bias))
+            if memory is not None:
+                name = f"{at}.encoder_attn"
+                x = part(x, f"{name}_layer_norm", lambda h: attend(h, memory, p, name, heads, 0.0))
+            return part(x, f"{at}.final_layer_norm", lambda h: linear(linear(h, p, f"{at}.fc1").relu(), p, f"{at}.fc2"))
+
+        for n in range(len(stack.layers)):
+            x = layer(x, f"layers.{n}", stack.layers[n].self_attn.num_heads)
+        return norm(x, p, "layer_norm") if "layer_norm.weight" in p else x
+
+    heads = model.encoder.layers[0].self_attn.num_heads
+    memory = run("encoder", source, encoder_bias(heads, len(source), way) if alibi else 0.0)
+    distance = torch.arange(len(target))[:, None] - torch.arange(len(target))
+    m = torch.tensor(slopes(heads) if alibi else [0.0], dtype=torch.float64)[:, None, None]
+    features = run("decoder", target, (-m * distance).masked_fill(distance < 0, -math.inf), memory)
+    return features @ sides["decoder"]["output_projection.weight"].T

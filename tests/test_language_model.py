@@ -73,7 +73,7 @@ class Squares(PositionMethod):
 
 def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, monkeypatch, caplog):
     monkeypatch.setitem(POSITION_METHODS, "none", Squares)
-    with caplog.at_level(logging.WARNING, "fairseq_alibi.language_model"):
+    with caplog.at_level(logging.WARNING, "fairseq_alibi.options"):
         model = build("alibi_lm_tiny", "--position-method", "none")
     assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method none needs a mask"]
     assert model(random_tokens(model, 1, 500))[0].isfinite().all()

@@ -1,0 +1,129 @@
+"""The model `alibi_transformer`: fairseq's `transformer` with a switch for the position method; architectures.
+
+The encoder has one of the encoder forms of ALiBi, the decoder the causal one; attention between them has no positions.
+"""
+
+import copy
+import sys
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import DEFAULT_MAX_SOURCE_POSITIONS, DEFAULT_MAX_TARGET_POSITIONS, TransformerModel
+from fairseq.models.transformer.transformer_legacy import (
+    base_architecture,
+    transformer_iwslt_de_en,
+    transformer_wmt_en_de_big,
+)
+from fairseq.utils import safe_getattr
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .options import (
+    DecoderOptions,
+    EncoderOptions,
+    check_decoder_options,
+    check_encoder_options,
+    decoder_position_method,
+    encoder_position_method,
+    fill_in_options,
+)
+
+#: Size of a table of positions, where there is one: fairseq's.
+TABLE = DEFAULT_MAX_TARGET_POSITIONS
+
+#: What this model adds to the options of `transformer`.
+OPTIONS = (EncoderOptions, DecoderOptions)
+
+
+@register_model("alibi_transformer")
+class AlibiTransformer(TransformerModel):
+    """A transformer for sequence to sequence without position embeddings, unless its position method adds some.
+
+    `--max-source-positions` and `--max-target-positions`, if given, limit the lengths; without them there is no limit.
+    """
+
+    @classmethod
+    def hub_models(cls):
+        """None; fairseq's are no models of ours."""
+        return {}
+
+    @classmethod
+    def add_args(cls, parser):
+        """See `TransformerModel.add_args`."""
+        super().add_args(parser)
+        for group in OPTIONS:
+            gen_parser_from_dataclass(parser, group(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args, task):
+        """Builds the model from `args`, which get the options that they lack.
+
+        Raises:
+            ValueError: see `check_encoder_options`, `check_decoder_options`, `encoder_position_method` and
+                `decoder_position_method`; attention to source and target at once; a length scale that needs a length.
+        """
+        fill_in_options(args, *OPTIONS)
+        check_encoder_options(args)
+        check_decoder_options(args)
+        if args.alibi_length_scale == "auto":
+            raise ValueError("--alibi-length-scale auto: a translation has no length known beforehand; pass a number")
+        if safe_getattr(args, "cross_self_attention"):
+            raise ValueError("--cross-self-attention: source and target have no distance to each other; drop it")
+        lift_default_limits(task)
+        args = copy.copy(args)
+        unasked = TABLE if args.position_method == "learned" else sys.maxsize
+        for name in ("max_source_positions", "max_target_positions"):
+            setattr(args, name, safe_getattr(args, name) or unasked)
+        args.tokens_per_sample = TABLE
+        return super().build_model(args, task)
+
+    @classmethod
+    def build_encoder(cls, args, src_dict, embed_tokens):
+        """See `TransformerModel.build_encoder`."""
+        return Encoder(args, src_dict, embed_tokens, encoder_position_method(args))
+
+    @classmethod
+    def build_decoder(cls, args, tgt_dict, embed_tokens):
+        """See `TransformerModel.build_decoder`."""
+        return Decoder(args, tgt_dict, embed_tokens, decoder_position_method(args), args.no_cross_attention)
+
+
+def lift_default_limits(task) -> None:
+    """Takes from a task the longest source and target that fairseq gives it unasked, 1,024 tokens each.
+
+    A limit that is given in training is one of the model too, and so is kept. One that cuts sources is left. One that
+    is given later, as just 1,024, cannot be told from fairseq's.
+    """
+    for side, unasked in (("source", DEFAULT_MAX_SOURCE_POSITIONS), ("target", DEFAULT_MAX_TARGET_POSITIONS)):
+        name = f"max_{side}_positions"
+        if safe_getattr(task.cfg, name) == unasked and not safe_getattr(task.cfg, f"truncate_{side}"):
+            setattr(task.cfg, name, sys.maxsize)
+
+
+@register_model_architecture("alibi_transformer", "alibi_transformer")
+def alibi_transformer(args):
+    """fairseq's `transformer`: 6 layers on each side, width 512, 8 heads."""
+    base_architecture(args)
+
+
+@register_model_architecture("alibi_transformer", "alibi_transformer_iwslt_de_en")
+def alibi_transformer_iwslt_de_en(args):
+    """fairseq's `transformer_iwslt_de_en`: 6 layers on each side, width 512, 4 heads."""
+    transformer_iwslt_de_en(args)
+
+
+@register_model_architecture("alibi_transformer", "alibi_transformer_wmt_en_de_big")
+def alibi_transformer_wmt_en_de_big(args):
+    """fairseq's `transformer_wmt_en_de_big`: 6 layers on each side, width 1024, 16 heads."""
+    transformer_wmt_en_de_big(args)
+
+
+@register_model_architecture("alibi_transformer", "alibi_transformer_tiny")
+def alibi_transformer_tiny(args):
+    """For CPUs: 2 layers on each side, width 128, 8 heads."""
+    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)
+    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 512)
+    args.encoder_layers = safe_getattr(args, "encoder_layers", 2)
+    args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
+    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
+    base_architecture(args)
