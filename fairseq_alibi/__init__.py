@@ -23,6 +23,7 @@ Where things are:
     windows.py            which tokens are scored with which context
     scoring.py            the loss of every token, by windows or as one stream
     evaluate.py           perplexity at many lengths: fairseq-alibi evaluate
+    processes.py          several processes on one evaluation, under torchrun
     eval_lm.py            the same through fairseq-eval-lm
     report.py             results to tables and plots
     reproduce.py          all position methods, trained and evaluated alike, on one page

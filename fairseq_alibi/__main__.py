@@ -24,6 +24,7 @@ COMMANDS = {
 
 def main(argv: Optional[list[str]] = None) -> None:
     """Runs a subcommand; bad input ends it with one line and status 1."""
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
@@ -37,8 +38,9 @@ def main(argv: Optional[list[str]] = None) -> None:
             except Exception as error:  # a broken installation raises anything
                 sys.exit(f"fairseq-alibi {name}: {error}; see what to fix first: fairseq-alibi doctor")
             module.add_arguments(command)
+    if argv[:1] == ["evaluate"]:  # the one command that several processes can share
+        module.follow()
     args = parser.parse_args(argv)
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     try:
         module.main(args)
     except (ValueError, OSError) as error:

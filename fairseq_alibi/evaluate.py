@@ -11,10 +11,11 @@ without what makes that slow (see `scoring`). A masked language model has the fi
 are masked, the same 15% at any length, in blocks that begin with <s>, as fairseq's task masked_lm makes them.
 
 A checkpoint is read once for all lengths. Its results stand in one JSON file, written after each length; what is there
-is not done again.
+is not done again. Under torchrun the processes deal out the batches among themselves, with the same results.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import shlex
@@ -35,6 +36,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from . import processes
 from .generate import text_options
 from .inputs import (
     check_exists,
@@ -49,6 +51,7 @@ from .inputs import (
 )
 from .results import check_writable, describe_environment, naming, now, write_json, written_whole
 from .scoring import Scored, masked_tokens, score_masked, score_stream, score_windows
+from .windows import batches, windows
 
 #: Options of the task that change what a model reads or is to predict.
 OTHER_TEXT = ("add_bos_token", "future_target", "past_target", "self_target")
@@ -147,21 +150,28 @@ def position_bins(length: int) -> list[int]:
     return [edge for edge in dict.fromkeys(edges) if edge < length]
 
 
-def by_position(length: int, sums: numpy.ndarray, counts: numpy.ndarray) -> list[dict[str, Any]]:
+def by_position(losses: Tensor, way: Way, positions: int) -> list[dict[str, Any]]:
     """Loss by position in the window.
 
     Args:
-        length: of a window.
-        sums: bits at each position, as far as there are any.
-        counts: tokens scored there.
+        losses: (N,) of all tokens, bits.
+        way: windows' length and stride.
+        positions: tokens in a batch, see `batches`.
 
     Returns:
         Per bin: first and last position, counted from the window's start, 0; tokens; loss in bits. Position p has p
         tokens of the window before it. Without bins in which nothing was scored.
     """
-    edges = position_bins(length)
+    longest = min(way.length, len(losses))  # of a window that holds so much text
+    sums, counts = numpy.zeros(longest), numpy.zeros(longest, dtype=int)
+    for batch in batches(windows(len(losses), way.length, way.stride), positions):
+        tokens, last = batch[0].shape
+        of_batch = losses[batch[0].scored : batch[-1].end].view(len(batch), last)
+        sums[tokens - last : tokens] += of_batch.double().sum(0).numpy()
+        counts[tokens - last : tokens] += len(batch)
+    edges = position_bins(way.length)
     found = []
-    for first, end in zip(edges, [*edges[1:], length]):
+    for first, end in zip(edges, [*edges[1:], way.length]):
         tokens = int(counts[first:end].sum())
         if tokens:
             found.append(
@@ -171,33 +181,61 @@ def by_position(length: int, sums: numpy.ndarray, counts: numpy.ndarray) -> list
 
 
 def scores(model: BaseFairseqModel, text: Text, way: Way, positions: int) -> Iterator[Scored]:
-    """The scored tokens of a text, in its order."""
+    """The scored tokens of a text, in its order: those that are this process' share."""
+    share = (processes.rank(), processes.count())
     if isinstance(model, RobertaModel):
-        return score_masked(model, text.stream, way.length, positions)
+        return score_masked(model, text.stream, way.length, positions, share)
     if way.stride is None:
         return score_stream(model, text.stream, way.length)
-    return score_windows(model, text.stream, way.length, way.stride, positions)
+    return score_windows(model, text.stream, way.length, way.stride, positions, share)
 
 
-def evaluate(
-    model: BaseFairseqModel, text: Text, way: Way, positions: int = 4096, positionwise: bool = False, title: str = ""
-) -> tuple[dict[str, Any], Tensor]:
-    """Scores a text in one way, with a progress bar.
+def score(model: BaseFairseqModel, text: Text, way: Way, positions: int, title: str = "") -> Tensor:
+    """Scores a text in one way, with a progress bar; all processes together, if there are several.
 
     Args:
         model: language model, in evaluation mode.
         text: see `read_text`.
         way: length and stride.
         positions: tokens in a batch, context included.
+        title: of the progress bar, which the first process shows.
+
+    Returns:
+        The (N,) float32 losses of all tokens in bits.
+
+    Raises:
+        ValueError: the model gives a loss that is no number, or cannot be evaluated in this way.
+    """
+    losses = torch.full((text.tokens,), math.inf)
+    hidden = True if processes.rank() else None
+    with tqdm(total=text.tokens, desc=title, unit=" tokens", unit_scale=True, disable=hidden) as bar:
+        with processes.together():
+            for first, found in scores(model, text, way, positions):
+                bits = found.flatten() / math.log(2)
+                if not bits.isfinite().all():
+                    raise ValueError(f"{way.name}: a loss is {bits[~bits.isfinite()][0]:g}; the model has diverged")
+                losses[first : first + len(bits)] = bits
+                bar.update(first + len(bits) - bar.n)
+        processes.minimum(losses)  # what was not this process' share is infinite
+        bar.update(text.tokens - bar.n)
+    return losses
+
+
+def evaluate(
+    model: BaseFairseqModel, text: Text, way: Way, positions: int = 4096, positionwise: bool = False, title: str = ""
+) -> tuple[dict[str, Any], Tensor]:
+    """Scores a text in one way.
+
+    Args:
+        model, text, way, positions, title: see `score`.
         positionwise: whether the result has the loss by position in the window.
-        title: of the progress bar.
 
     Returns:
         The result: length, stride, tokens, loss, perplexity, ..., and the (N,) float32 losses of all tokens in bits, of
         which a masked language model has those of the masked ones alone, else NaN.
 
     Raises:
-        ValueError: the model gives a loss that is no number, or cannot be evaluated in this way.
+        ValueError: see `score`.
     """
     both_sides = isinstance(model, RobertaModel)
     if both_sides and (way.stride != way.length or positionwise):
@@ -205,20 +243,8 @@ def evaluate(
             "a masked language model reads what is after a token too: it has no sliding window, stream or loss by "
             "position; drop the option"
         )
-    losses = torch.full((text.tokens,), math.nan)
-    longest = min(way.length, text.tokens)  # of a window that holds so much text
-    sums, counts = numpy.zeros(longest), numpy.zeros(longest, dtype=int)
     started = time.perf_counter()
-    with tqdm(total=text.tokens, desc=title, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for first, position, found in scores(model, text, way, positions):
-            bits = found / math.log(2)
-            if not bits.isfinite().all():
-                raise ValueError(f"{way.name}: a loss is {bits[~bits.isfinite()][0]:g}; the model has diverged")
-            losses[first : first + bits.numel()] = bits.flatten()
-            if positionwise:
-                sums[position : position + bits.size(1)] += bits.double().sum(0).numpy()
-                counts[position : position + bits.size(1)] += len(bits)
-            bar.update(bits.numel())
+    losses = score(model, text, way, positions, title)
     seconds = time.perf_counter() - started
     bits = losses.double().sum().item()
     if both_sides:
@@ -237,7 +263,7 @@ def evaluate(
         "finished": now(),
     }
     if positionwise:
-        result["by_position"] = by_position(way.length, sums, counts)
+        result["by_position"] = by_position(losses, way, positions)
     return result, losses
 
 
@@ -333,6 +359,42 @@ def ways(args: argparse.Namespace, training_length: int) -> list[Way]:
     return list(dict.fromkeys(found))
 
 
+def open_checkpoint(
+    checkpoint: str, text: Text, args: argparse.Namespace
+) -> tuple[BaseFairseqModel, dict[str, Any], dict[str, Any]]:
+    """Reads a checkpoint, in all processes at once.
+
+    Returns:
+        Its model, where it is to run; what it says of itself; and what is evaluated, to tell it from anything else.
+
+    Raises:
+        ValueError: bad input, or not the same in all processes.
+    """
+    with processes.together():
+        state = read_checkpoint(checkpoint)
+        description = describe_model(checkpoint, state, ("language_modeling", "masked_lm"))
+        task = state["cfg"]["task"]
+        other = [name for name in OTHER_TEXT if task.get(name)]
+        if other or task.get("output_dictionary_size", -1) > 0:
+            option = (other or ["output_dictionary_size"])[0].replace("_", "-")
+            raise ValueError(
+                f"{checkpoint} was trained with --{option}: use scripts/eval_nonoverlapping.sh with -- --{option}"
+            )
+        model = load_model(checkpoint, state, args.data, args.model_overrides)
+        subject = {
+            "weights": checksum(model.parameters()),
+            "text": checksum([text.stream]),
+            "model_overrides": args.model_overrides,
+            "dtype": args.dtype,
+            "remove_bpe": args.remove_bpe,
+        }
+        model = model.to(args.device, getattr(torch, args.dtype))
+    ours, *theirs = processes.everyones(subject)
+    if any(one != ours for one in theirs):
+        raise ValueError(f"{checkpoint} or {args.data} is not the same on all machines: copy one to all")
+    return model, description, subject
+
+
 def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates a checkpoint in all ways that are wanted and not in `output` yet, which is written after each.
 
@@ -342,24 +404,8 @@ def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argpars
     Raises:
         ValueError: bad input.
     """
-    state = read_checkpoint(checkpoint)
-    description = describe_model(checkpoint, state, ("language_modeling", "masked_lm"))
-    task = state["cfg"]["task"]
-    other = [name for name in OTHER_TEXT if task.get(name)]
-    if other or task.get("output_dictionary_size", -1) > 0:
-        option = (other or ["output_dictionary_size"])[0].replace("_", "-")
-        raise ValueError(
-            f"{checkpoint} was trained with --{option}: use scripts/eval_nonoverlapping.sh with -- --{option}"
-        )
+    model, description, subject = open_checkpoint(checkpoint, text, args)
     wanted = ways(args, description["training_length"])
-    model = load_model(checkpoint, state, args.data, args.model_overrides)
-    subject = {
-        "weights": checksum(model.parameters()),
-        "text": checksum([text.stream]),
-        "model_overrides": args.model_overrides,
-        "dtype": args.dtype,
-        "remove_bpe": args.remove_bpe,
-    }
     parameters = sum(parameter.numel() for parameter in model.parameters())
     results = read_results(output, subject, args.overwrite)
     losses = LossFile(args.save_token_losses, text.stream, args.overwrite)
@@ -368,19 +414,23 @@ def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argpars
         "data": args.data,
         "subset": args.subset,
         "subject": subject,
-        "settings": {"max_tokens": args.max_tokens, "command": shlex.join(sys.argv)},
+        "settings": {
+            "max_tokens": args.max_tokens,
+            "processes": processes.count(),
+            "command": shlex.join(sys.argv),
+        },
         "environment": describe_environment(),
         "results": results,
     }
     for path in filter(None, (output, args.save_token_losses)):
         check_writable(path)
-    model = model.to(args.device, getattr(torch, args.dtype))
     for way in wanted:
         (found,) = [one for one in results if (one["length"], one["stride"]) == way] or [None]
         if found and not losses.lacks(way) and (found.get("by_position") or not args.by_position):
             print(f"{way.name}: perplexity {found['perplexity']:.2f} (in {output} already)")
             continue
         title = f"{Path(checkpoint).resolve().parent.name}: {way.name}"
+        processes.tell(way)
         try:
             result, of_tokens = evaluate(model, text, way, args.max_tokens, args.by_position, title)
         except RuntimeError as error:
@@ -391,6 +441,7 @@ def evaluate_checkpoint(checkpoint: str, text: Text, output: Path, args: argpars
         results.append(result)
         write_json(output, content)
         print(f"{title}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
+    processes.tell(None)
     return content
 
 
@@ -501,6 +552,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError("--save-token-losses: the file is of one checkpoint, evaluate one at a time")
         if args.save_token_losses.suffix != ".npz":
             raise ValueError(f"--save-token-losses {args.save_token_losses}: the file's name has to end in .npz")
+    if args.streaming and processes.count() > 1:
+        raise ValueError("--streaming: a stream is read from one end to the other, by one process; do without torchrun")
     files: dict[Path, str] = {}
     for checkpoint in args.checkpoints:
         check_exists(checkpoint)
@@ -516,7 +569,9 @@ def main(args: argparse.Namespace) -> None:
     args.device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     if args.remove_bpe is None and text_options(Path(args.data))["bpe"] == "subword_nmt":
         args.remove_bpe = "@@ "
-    text = read_text(args.data, args.subset, args.remove_bpe)
+    processes.tell(args)
+    with processes.together():
+        text = read_text(args.data, args.subset, args.remove_bpe)
     tables = []
     try:
         for checkpoint in args.checkpoints:
@@ -529,3 +584,20 @@ def main(args: argparse.Namespace) -> None:
         sys.exit("fairseq-alibi evaluate: interrupted; the same command goes on with the length that was not done")
     finally:
         print("".join(f"\n{table}\n" for table in tables), end="")
+
+
+def follow() -> None:
+    """Under torchrun, what the processes but the first do, which end here: they score their share."""
+    processes.join()
+    if processes.rank() == 0:
+        return
+    # What fails, in whichever process, the first says; until it has, this one is not to end and take it along.
+    with contextlib.suppress(ValueError, OSError, RuntimeError, KeyboardInterrupt):
+        args = processes.told()
+        with processes.together():
+            text = read_text(args.data, args.subset, args.remove_bpe)
+        for checkpoint in args.checkpoints:
+            model, _, _ = open_checkpoint(checkpoint, text, args)
+            for way in iter(processes.told, None):
+                score(model, text, way, args.max_tokens)
+    processes.told()

@@ -9,6 +9,7 @@ has its head and, where it needs one, its own tail.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -35,12 +36,10 @@ class Scored(NamedTuple):
 
     Args:
         first: number of the first of them.
-        position: that of the first of each window in its window, from 0 on.
         losses: (B, n) float32, nats; the windows one after the other.
     """
 
     first: int
-    position: int
     losses: Tensor
 
 
@@ -66,6 +65,11 @@ def source_of(stream: Tensor, end_of_sentence: int) -> Tensor:
     return torch.cat([stream.new_tensor([end_of_sentence]), stream[:-1]])
 
 
+def shared(items: Iterator, share: tuple[int, int]) -> Iterator:
+    """Of a share (k, n) the items k, k + n, k + 2n, ..."""
+    return islice(items, share[0], None, share[1])
+
+
 def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
     """(B, L) tokens -> (B, n, C) features of the last n, as the output layer reads them."""
     if isinstance(model.decoder, Decoder):
@@ -75,7 +79,12 @@ def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
 
 @torch.no_grad()
 def score_windows(
-    model: BaseFairseqModel, stream: Tensor, length: int, stride: int, positions: int
+    model: BaseFairseqModel,
+    stream: Tensor,
+    length: int,
+    stride: int,
+    positions: int,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Scored]:
     """Scores a text by windows, see `windows`; the losses equal those of fairseq-eval-lm.
 
@@ -85,18 +94,19 @@ def score_windows(
         stream: (N,) tokens of the text.
         length, stride: L and stride, in tokens.
         positions: tokens in a batch, context included; a batch has one window at least.
+        share: k and n, to score the batches k, k + n, k + 2n, ... alone.
     """
     device = next(model.parameters()).device
     source = source_of(stream, model.decoder.dictionary.eos())
     prepare(model, length)
-    for batch in batches(windows(len(stream), length, stride), positions):
+    for batch in shared(batches(windows(len(stream), length, stride), positions), share):
         scored = batch[0].scored
-        tokens, last = batch[0].shape
+        _, last = batch[0].shape
         inputs = torch.stack([source[window.begin : window.end] for window in batch]).to(device).long()
         targets = stream[scored : batch[-1].end].to(device).long()
         features = last_features(model, inputs, last)
         losses = output_losses(model.decoder, features.reshape(len(targets), -1), targets)
-        yield Scored(scored, tokens - last, losses.view(len(batch), last).cpu())
+        yield Scored(scored, losses.view(len(batch), last).cpu())
 
 
 @torch.no_grad()
@@ -132,7 +142,7 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
         inputs = source[max(0, first - (window - 1)) : end].to(device).long()[None]
         targets = stream[first:end].to(device).long()
         features = decoder.extract_features_scriptable(inputs, None, state, last=end - first, window=window)[0]
-        yield Scored(first, first, output_losses(decoder, features[0], targets)[None].cpu())
+        yield Scored(first, output_losses(decoder, features[0], targets)[None].cpu())
 
 
 def masked_tokens(count: int) -> Tensor:
@@ -143,7 +153,9 @@ def masked_tokens(count: int) -> Tensor:
 
 
 @torch.no_grad()
-def score_masked(model: BaseFairseqModel, stream: Tensor, length: int, positions: int) -> Iterator[Scored]:
+def score_masked(
+    model: BaseFairseqModel, stream: Tensor, length: int, positions: int, share: tuple[int, int] = (0, 1)
+) -> Iterator[Scored]:
     """Scores the masked tokens of a text in blocks that do not overlap, see `masked_tokens`.
 
     A block is what fairseq's task masked_lm makes: <s> and length - 1 tokens. All masked tokens are <mask> there.
@@ -153,6 +165,7 @@ def score_masked(model: BaseFairseqModel, stream: Tensor, length: int, positions
         stream: (N,) tokens of the text.
         length: L, tokens in a block, <s> included.
         positions: tokens in a batch; a batch has one block at least.
+        share: see `score_windows`.
 
     Yields:
         The losses of all tokens, 0 for those that are not masked.
@@ -166,7 +179,7 @@ def score_masked(model: BaseFairseqModel, stream: Tensor, length: int, positions
     device, encoder = next(model.parameters()).device, model.encoder
     masked = masked_tokens(len(stream))
     source = stream.long().masked_fill(masked, encoder.dictionary.index("<mask>"))
-    for batch in batches(windows(len(stream), length - 1, length - 1), positions):
+    for batch in shared(batches(windows(len(stream), length - 1, length - 1), positions), share):
         scored = slice(batch[0].begin, batch[-1].end)
         inputs = F.pad(source[scored].view(len(batch), -1), (1, 0), value=encoder.dictionary.bos())
         found = masked[scored].view(len(batch), -1)
@@ -174,7 +187,7 @@ def score_masked(model: BaseFairseqModel, stream: Tensor, length: int, positions
         targets = stream[scored].view_as(found)[found].to(device).long()
         losses = torch.zeros(found.shape)
         losses[found] = cross_entropies(encoder.lm_head, features, targets, len(encoder.dictionary)).cpu()
-        yield Scored(scored.start, 1, losses)
+        yield Scored(scored.start, losses)
 
 
 def prepare(model: BaseFairseqModel, length: int) -> None:

@@ -77,7 +77,7 @@ def test_features_of_the_last_tokens_are_those_of_the_full_pass(build, method, a
 def losses_of(scored, tokens):
     """One after the other, checking that the pieces join."""
     found = []
-    for first, _, losses in scored:
+    for first, losses in scored:
         assert first == len(found)
         found += losses.flatten().tolist()
     assert len(found) == tokens
