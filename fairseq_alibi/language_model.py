@@ -3,6 +3,7 @@
 import ast
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
@@ -33,6 +34,30 @@ class AlibiLanguageModelConfig(PositionOptions, DecoderOptions, TransformerLangu
     """All options of `transformer_lm`, and what this plugin adds."""
 
 
+def check_whole_text(cfg) -> None:
+    """Refuses what has fairseq-eval-lm report, in silence, the loss of a share of the text or in a wrong context.
+
+    Args:
+        cfg: fairseq's config for inference.
+
+    Raises:
+        ValueError: names the option, the reason and the remedy.
+    """
+    # Not what `cfg` says: to the hub interface that is of the training.
+    if dist.is_initialized() and dist.get_world_size() > 1 and cfg.common_eval.path:
+        raise ValueError(
+            "fairseq-eval-lm in several processes reports the loss of one process' share as that of the text: use "
+            "fairseq-alibi evaluate under torchrun, or one process"
+        )
+    for option, name in (("num_shards", "--num-shards"), ("num_workers", "--num-workers")):
+        number = getattr(cfg.dataset, option)
+        if cfg.eval_lm.context_window > 0 and number > 1:
+            raise ValueError(
+                f"{name} {number} with --context-window gives windows other context than what is in front of them: "
+                "drop it, or use fairseq-alibi evaluate"
+            )
+
+
 @register_model("alibi_lm", dataclass=AlibiLanguageModelConfig)
 class AlibiLanguageModel(TransformerLanguageModel):
     """A causal transformer language model without position embeddings, unless its position method adds some.
@@ -60,6 +85,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
 
     def prepare_for_inference_(self, cfg):
         """See `BaseFairseqModel.prepare_for_inference_`; fairseq's commands call it once they know the windows."""
+        check_whole_text(cfg)
         super().prepare_for_inference_(cfg)
         # fairseq-eval-lm has taken the context window off the tokens per sample by now.
         length = cfg.task.tokens_per_sample + cfg.eval_lm.context_window

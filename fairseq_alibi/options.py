@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import sys
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -102,7 +103,7 @@ def fill_in_options(args, *groups: type[FairseqDataclass]) -> None:
 
 
 def check_position_options(args, methods: dict[str, type[PositionMethod]]) -> None:
-    """Refuses what no model of this package can have.
+    """Refuses what no model of this package can have, or not on this machine.
 
     Args:
         args: the model's options, a namespace or fairseq config.
@@ -119,6 +120,9 @@ def check_position_options(args, methods: dict[str, type[PositionMethod]]) -> No
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
+    fairscale = sys.modules.get("fairscale.nn.wrap.auto_wrap")
+    if fairscale and fairscale.ConfigAutoWrap.in_autowrap_context and not torch.cuda.is_available():
+        raise ValueError("--ddp-backend fully_sharded: fairscale shards on GPUs only, and here is none; use legacy_ddp")
 
 
 def check_encoder_options(args) -> None:
