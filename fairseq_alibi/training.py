@@ -27,6 +27,8 @@ from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
+from .inputs import code_called
+
 logger = logging.getLogger(__name__)
 
 #: Set by SIGTERM: training ends after the update, or validation, that is under way.
@@ -62,16 +64,17 @@ def fault(path: Path) -> Optional[str]:
             if file.read(2) == b"PK":
                 return f"cut off after {size:,} bytes"
         try:
-            torch.load(path, map_location="cpu")  # of a torch before 1.6
-        except Exception:  # whatever garbage raises in pickle
-            return f"{size:,} bytes that are no checkpoint"
+            torch.load(path, map_location="cpu", weights_only=True)  # of a torch before 1.6
+        except Exception as error:  # whatever garbage raises in pickle
+            code = code_called(str(path), str(error))
+            return f"it calls {code}, which could run anything" if code else f"{size:,} bytes that are no checkpoint"
     return None
 
 
 def updates_of(path: Path) -> int:
     """Number of updates of a checkpoint, without reading its weights; -1 for one that training cannot go on from."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         state["last_optimizer_state"], state["extra_state"]["train_iterator"]
         return state["optimizer_history"][-1]["num_updates"]
     except Exception:  # whatever a broken file raises

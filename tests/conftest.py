@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,14 @@ def failure(capsys, call, *arguments, status=None):
 def random_tokens(model, *shape):
     """Tokens that are words, as a tensor of this shape."""
     return torch.randint(4, len(model.decoder.dictionary), shape)
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """Training in this process takes SIGTERM for a wish to save and end; after a test it ends pytest again."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(params=POSITION_METHODS)

@@ -576,7 +576,7 @@ def test_fairseqs_commands_with_the_plugin_run_no_code(given, tmp_path, monkeypa
     else:
         arguments += ["--path", name]
     monkeypatch.setattr("sys.argv", ["fairseq", *arguments])
-    with pytest.raises(Exception, match=r"posix\.system"):
+    with pytest.raises((Exception, SystemExit), match=r"posix\.system"):
         (train if command == "train" else fairseqs_eval_lm).cli_main()
     assert not (given / "owned").exists()
 
@@ -590,15 +590,16 @@ def test_what_is_malicious_would_run_code(given, tmp_path, monkeypatch):
 
 
 def test_nothing_in_this_package_evaluates_text_or_loads_without_the_safe_loader():
-    """Names and attributes in its source; a checkpoint is read by `inputs.read_checkpoint` alone."""
+    """Names and attributes in its source; commands read a checkpoint by `inputs.read_checkpoint` alone."""
     for path in (ROOT / "fairseq_alibi").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in {"eval", "exec", "compile", "os.system", "os.popen", "torch.load"}, (path, name)
+                assert name not in {"eval", "exec", "compile", "os.system", "os.popen"}, (path, name)
                 assert not re.search(r"(^|\.)(unsafe_load|full_load)$|^(yaml|marshal|shelve)\.", name), (path, name)
-                given = {keyword.arg for keyword in node.keywords}
-                assert not given & {"shell", "allow_pickle", "weights_only"}, (path, name)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert not given.keys() & {"shell", "allow_pickle"}, (path, name)
+                assert given.get("weights_only") == ("True" if name == "torch.load" else None), (path, name)
                 if name.endswith("load_checkpoint_to_cpu"):
                     assert path.name == "inputs.py"
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
