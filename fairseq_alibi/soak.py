@@ -54,9 +54,10 @@ def trainer_of(data: str) -> Trainer:
 
 
 def batches(trainer: Trainer) -> Iterator[list[Any]]:
-    """Batches of training, epoch after epoch."""
+    """Batches of training, epoch after epoch, of a data set that is opened once, as fairseq-train has it."""
     for epoch in range(1, sys.maxsize):
-        yield from GroupedIterator(trainer.get_train_iterator(epoch).next_epoch_itr(), 1)
+        iterator = trainer.get_train_iterator(epoch, load_dataset=epoch == 1)
+        yield from GroupedIterator(iterator.next_epoch_itr(), 1)
 
 
 def evaluate(model: torch.nn.Module, text: Tensor, length: int, attention: str) -> float:

@@ -19,6 +19,16 @@ def test_a_round_trains_evaluates_and_notes_what_is_held(corpus, tmp_path, capsy
     assert (tmp_path / "soak.png").exists()
 
 
+def test_epochs_leave_no_data_set_behind(corpus):
+    trainer = soak.trainer_of(str(corpus))
+    batches = soak.batches(trainer)
+    first = next(batches)
+    epochs = [trainer.get_train_iterator(1, load_dataset=False).epoch for _ in zip(range(60), batches)]
+    assert first
+    assert max(epochs) > 2
+    assert len(trainer.task.dataset_to_epoch_iter) == 1
+
+
 @pytest.mark.parametrize(("leak", "grown"), [({}, None), ({"memory_mib": 1}, "memory_mib"), ({"files": 0.1}, "files")])
 def test_what_grows_is_named(leak, grown, monkeypatch, corpus, tmp_path, capsys):
     still = {"seconds": 9, "updates": 1, "length": 64, "loss": 1, "memory_mib": 500, "files": 9, "threads": 2}
