@@ -20,6 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with the walk-through, the longest test: begun last, it would keep one process alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_walkthrough.py")
+
+
 def run(*command, cwd=ROOT, check=True, **environment):
     """Runs a command; returns the finished process with stdout and stderr together as `output`."""
     done = subprocess.run(
