@@ -83,7 +83,9 @@ def test_loss_is_that_of_fairseq_eval_lm(corpus, checkpoint, sharpened, tmp_path
     command(corpus, checkpoint, "--lengths", "24,32", "--stride-fraction", "1/4", "--output", tmp_path)
     found = results(tmp_path)
     assert found.keys() == {(16, 16), (longest, longest), (32, 12), (24, 6), (32, 8)}
-    for (length, stride), one in found.items():
+    # fairseq's command takes seconds to start: one window of each kind tells of the other output layers
+    compared = found if kind == "plain" else {way: found[way] for way in ((longest, longest), (32, 12))}
+    for (length, stride), one in compared.items():
         arguments = ("--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", 300)
         loss, tokens = fairseqs_own(corpus, checkpoint, *arguments)
         assert one["loss"] == pytest.approx(loss, abs=1e-4)
