@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import BIN, random_tokens, run
+from conftest import fairseqs_own, random_tokens
 
 from fairseq_alibi import decoder
 from fairseq_alibi.attention import fused_attention, masked_attention
@@ -124,7 +124,5 @@ def test_evaluation_in_fp16_gives_the_same_loss(corpus, train):
     checkpoint = train(updates=3)
     losses = []
     for flags in ([], ["--fp16"]):
-        arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu", "--gen-subset", "valid"]
-        output = run(BIN / "fairseq-eval-lm", *arguments, "--tokens-per-sample", 512, *flags).output
-        losses.append(float(output.split("Loss (base 2): ")[1].split(",")[0]))
+        losses.append(fairseqs_own(corpus, checkpoint, "--tokens-per-sample", 512, *flags)[0])
     assert losses[1] == pytest.approx(losses[0], abs=0.01)

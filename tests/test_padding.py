@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import BIN, random_tokens, run
+from conftest import fairseqs_own, random_tokens
 
 
 @pytest.mark.parametrize("attention", ["mask", "fused"])
@@ -28,10 +28,8 @@ def test_padding_changes_no_logits(build, method, attention, side, way):
 @pytest.mark.parametrize("break_mode", ["none", "complete", "complete_doc", "eos"])
 def test_trains_and_evaluates_far_past_its_length_without_overrides(corpus, train, break_mode):
     checkpoint = train("--sample-break-mode", break_mode, updates=3)
-    arguments = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu", "--max-tokens", 2048]
-    arguments += ["--sample-break-mode", break_mode, "--gen-subset", "valid", "--tokens-per-sample", 1024]
-    output = run(BIN / "fairseq-eval-lm", *arguments).output
-    scored = int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
+    arguments = ["--sample-break-mode", break_mode, "--tokens-per-sample", 1024, "--max-tokens", 2048]
+    _, scored = fairseqs_own(corpus, checkpoint, *arguments)
     from fairseq.data.data_utils import load_indexed_dataset
 
     dataset = load_indexed_dataset(str(corpus / "valid"))

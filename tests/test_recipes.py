@@ -1,6 +1,7 @@
 """Training script, YAML and architecture say the same; fairseq's commands run unmodified with them."""
 
 import dataclasses
+import functools
 import os
 import shlex
 from argparse import Namespace
@@ -25,6 +26,7 @@ def script_arguments(tmp_path_factory):
         (folder / name).write_text('#!/bin/bash\nprintf "%q " "$@"\n')
         (folder / name).chmod(0o755)
 
+    @functools.cache
     def arguments(length, *more):
         path = f"{folder}:{BIN}:{os.environ['PATH']}"
         script = ROOT / "scripts" / "train_wikitext103.sh"

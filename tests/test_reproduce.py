@@ -20,7 +20,7 @@ def small(monkeypatch, corpus):
     def train(*arguments):
         return [*reproduce.laptop(*arguments), "--decoder-layers", "1", "--decoder-embed-dim", "32"]
 
-    preset = reproduce.Preset(train, str(corpus), (16, 32), (16, 64), 45, 2)
+    preset = reproduce.Preset(train, str(corpus), (16,), (16, 64), 45, 2)
     monkeypatch.setitem(reproduce.PRESETS, "laptop", preset)
     return preset
 
@@ -36,7 +36,7 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, m
     sweep = ("--output", tmp_path / "out", "--methods", "alibi", "learned", "--cpu")
     main(["reproduce", *map(str, sweep)])
     page = (tmp_path / "out" / "results.md").read_text()
-    for name in ("perplexity-16.png", "perplexity-32-sliding.png", "positions-32.png"):
+    for name in ("perplexity-16.png", "perplexity-16-sliding.png", "positions-16.png"):
         assert f"({name})" in page
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "\nfairseq-train " in page
@@ -55,13 +55,15 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, m
 
 
 def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, tmp_path, monkeypatch):
-    def broken(data, method, *rest):
-        return [*small.train(data, method, *rest), *(["--lr", "x"] if method == "none" else [])]
+    def commands(run, *_):
+        script = "echo from afar; exit 3" if run.method == "none" else ""
+        return {"training": ["sh", "-c", script]}
 
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", small._replace(train=broken, at_once=1, training_lengths=(16,)))
+    monkeypatch.setitem(reproduce.PRESETS, "laptop", small._replace(at_once=1))
+    monkeypatch.setattr(reproduce, "steps", commands)
+    monkeypatch.setattr(reproduce, "updates_of", lambda _: 3)
     message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3)
-    assert "training.log" in message
-    assert "status" in message
+    assert message.endswith(f"sh -c ended with status 3, see {tmp_path}/none-16/training.log: from afar")
     assert (tmp_path / "alibi-16" / "run.json").exists()
     assert not (tmp_path / "none-16" / "run.json").exists()
 
