@@ -3,10 +3,10 @@
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 
 `masked_attention` is the reference: the bias is folded into the future mask and everything is one call of PyTorch's
-scaled_dot_product_attention. `fused_attention` computes the same for a bias that is linear in distance, and never makes
-a tensor of T x S elements: queries go in chunks, each head reads only the keys that can matter to it, and one vector,
-with a number for each distance, serves as the bias of all chunks. Both are causal or not: the queries of an encoder see
-keys after them too, with slopes of their own.
+scaled_dot_product_attention. `fused_attention` computes the same for a bias that depends on distance alone, and never
+makes a tensor of T x S elements: queries go in chunks, and one vector, with a number for each distance, serves as the
+bias of all chunks; where the bias is linear, each head reads only the keys that can matter to it. Both are causal or
+not: the queries of an encoder see keys after them too, with slopes of their own.
 """
 
 import functools
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from .positions import linear_bias
 
 #: Queries in a tile of `fused_attention`, by how far its heads reach.
 CHUNKS = (256, 512, 1024)
@@ -117,24 +119,6 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
 
 
-def distance_vector(slopes: Tensor, first: int, key_length: int, window: int) -> Tensor:
-    """The bias of all chunks of queries by distance, from `first`, below 0, on; -inf where a head sees nothing.
-
-    Args:
-        slopes: (2, H), before and after a query; infinite where a head sees nothing there.
-        first: the lowest distance.
-        key_length: S.
-        window: distances from it on are not seen.
-
-    Returns:
-        (H, S - first) in the dtype of the slopes.
-    """
-    before, after = slopes[..., None]
-    distance = torch.arange(first, key_length, device=slopes.device)
-    bias = torch.where(distance > 0, -before * distance, torch.where(distance < 0, after * distance, 0.0))
-    return bias.masked_fill_(distance >= window, -math.inf)
-
-
 class Tile(NamedTuple):
     """One call of the kernel: some heads, some queries, and the keys that these read, in reversed order."""
 
@@ -183,8 +167,8 @@ class TileBias(NamedTuple):
     """The bias of every tile.
 
     Args:
-        vector: see `distance_vector`.
-        first: its argument.
+        vector: (H, S - first), by distance from `first` on; -inf where a head sees nothing.
+        first: the lowest distance that a tile has.
         query_length: T.
         padding: (B, S) bool, True at padded keys, in reversed order; or None.
     """
@@ -347,12 +331,13 @@ def fused_attention(
     dropout: float = 0.0,
     epsilon: float = EPSILON,
     window: Optional[int] = None,
+    bias: Optional[Tensor] = None,
 ) -> Tensor:
-    """Attention with the bias -slopes * (i - j), or none, without a tensor of T x S elements.
+    """Attention with the bias -slopes * (i - j), another one by distance, or none, without a tensor of T x S elements.
 
-    On the CPU through PyTorch's flash kernel, tile by tile. On a GPU, if causal, through FlexAttention (not yet
-    measured on a GPU). With dropout, and else, through scaled_dot_product_attention, tile by tile, which are recomputed
-    in the backward pass.
+    On the CPU through PyTorch's flash kernel, tile by tile. On a GPU, if causal with slopes, through FlexAttention (not
+    yet measured on a GPU). With dropout, for gradients of the bias, and else, through scaled_dot_product_attention,
+    tile by tile, each computed again in the backward pass.
 
     Args:
         q: (B, H, T, D), not yet scaled.
@@ -363,6 +348,8 @@ def fused_attention(
         dropout: probability that an attention weight is dropped; 0 outside training.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
         window: number of keys that a query sees, the last ones, itself included; None for all.
+        bias: (H, N) or (1, N), N at least T + S - 1, in the place of slopes: of the distances up to S - 1, -inf where a
+            head sees nothing. No key that is seen is skipped.
 
     Returns:
         (B, H, T, D). Rows of queries on padding are finite and without meaning.
@@ -370,13 +357,19 @@ def fused_attention(
     heads, query_length, key_length = q.size(1), q.size(2), k.size(2)
     on_cpu = q.device.type == "cpu"
     window = key_length if window is None else min(window, key_length)
-    if slopes is None:
+    if slopes is None and bias is None:
         if padding is None and window == query_length == key_length and not (on_cpu and dropout):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         slopes = q.new_zeros(heads, dtype=torch.float32)
     # Over short sequences the least reach is most of the past.
     epsilon = epsilon if key_length > CHUNKS[0] else 0.0
-    if slopes.dim() == 1:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if bias is not None:
+        first = 1 - query_length
+        vector = bias.expand(heads, -1)[:, first - key_length :].to(dtype)
+        before = torch.full((heads,), window - 1)
+        after = torch.where(vector[:, : query_length - 1].isneginf().all(1), 0.0, math.inf)
+    elif slopes.dim() == 1:
         before = reach(q.detach(), k.detach(), slopes, epsilon).clamp(max=window - 1)
         if q.device.type == "cuda" and not dropout:
             return block_attention(q, k, v, slopes.to(q.device), padding, before.to(q.device), window)
@@ -385,12 +378,14 @@ def fused_attention(
     else:  # what is skipped may be half on either side
         before, after = (reach(q.detach(), k.detach(), one, epsilon / 2) for one in slopes)
         first = 1 - key_length
-    slopes = slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
+    distance = torch.arange(first, key_length, device=q.device)
+    if bias is None:
+        vector = linear_bias(*slopes.to(q.device, dtype), distance)
+    if window < key_length:
+        vector = vector.masked_fill(distance >= window, -math.inf)
     cut = tiles(query_length, key_length, before.tolist(), after.tolist())
-    padding = None if padding is None else padding.flip(1)
-    vector = distance_vector(slopes, first, key_length, window)
-    bias = TileBias(vector, first, query_length, padding)
+    tile_bias = TileBias(vector, first, query_length, None if padding is None else padding.flip(1))
     k, v = k.flip(2), v.flip(2)
-    if on_cpu and not dropout:
-        return TiledAttention.apply(q, k, v, bias, cut)
-    return checkpointed_tiles(q, k, v, bias, cut, dropout)
+    if on_cpu and not dropout and not vector.requires_grad:
+        return TiledAttention.apply(q, k, v, tile_bias, cut)
+    return checkpointed_tiles(q, k, v, tile_bias, cut, dropout)

@@ -11,6 +11,7 @@ Shapes: B batch, H heads, T new tokens, S all tokens (the last S positions), D h
 The models of fairseq in this package run through the same code: their layers are fairseq's, and attend as here.
 """
 
+import math
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -36,7 +37,7 @@ class Pass(NamedTuple):
 
     Args:
         mask: (H, T, S) or (1, T, S), see `PositionMethod.future_mask`; None for attention without a mask.
-        slopes, epsilon: see `fused_attention`.
+        slopes, bias, epsilon: see `fused_attention`.
         padding: (B, S) bool, True at padded keys that are to be hidden; None for none.
         window: number of keys that a query sees, the last ones, itself included; None for all.
         last: number of queries, the last ones, that the last layer is computed for; None for all.
@@ -47,6 +48,7 @@ class Pass(NamedTuple):
 
     mask: Optional[Tensor] = None
     slopes: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
     epsilon: float = EPSILON
     padding: Optional[Tensor] = None
     window: Optional[int] = None
@@ -117,21 +119,26 @@ class Passes:
         rotation = method.rotation(first, first + queries, device)
         rest = (self.epsilon, padding, window, last, rotation, cache)
         if self.takes_no_mask(device, queries, keys, padding, window, training):
-            slopes = method.slopes
-            return Pass(None, None if slopes is None else slopes.to(device), *rest)
+            if method.slopes is not None:
+                return Pass(None, method.slopes.to(device), None, *rest)
+            distance = torch.arange(1 - queries, keys, device=device)
+            bias = method.relative_bias(distance)
+            if bias is not None and self.causal:
+                bias = bias.masked_fill(distance < 0, -math.inf)
+            return Pass(None, None, bias, *rest)
         # PyTorch's CPU kernels take a float32 mask in half precision, the GPU's want their own dtype
         dtype = torch.promote_types(tensor.dtype, torch.float32) if device.type == "cpu" else compute_dtype(tensor)
         if keys > queries or window is not None:
-            return Pass(method.future_mask(queries, keys, dtype, device, window), None, *rest)
+            return Pass(method.future_mask(queries, keys, dtype, device, window), None, None, *rest)
         longest = max(KEPT_LENGTH, 2 * keys)
         kept = self.mask
         if not keys <= kept.size(-1) <= longest or kept.device != device or kept.dtype != dtype:
             make = method.future_mask if self.causal else method.full_mask
             mask = make(keys, keys, dtype, device)
             if mask.requires_grad:  # part of one graph; a module that keeps it cannot be copied
-                return Pass(mask, None, *rest)
+                return Pass(mask, None, None, *rest)
             self.mask = mask
-        return Pass(self.mask[:, :keys, :keys], None, *rest)
+        return Pass(self.mask[:, :keys, :keys], None, None, *rest)
 
     def takes_no_mask(
         self,
@@ -148,13 +155,13 @@ class Passes:
             self.attention == "mask"
             or method.needs_mask
             or queries == 1 < keys
-            or not (self.causal or method.slopes is not None)
+            or not (self.causal or method.has_relative_bias)
         ):
             return False  # the mask of one query is one row
         if window is not None:
             return True  # the mask would be another one in each pass
         dropout = self.dropout if training else 0.0
-        plain = method.slopes is None and queries == keys and padding is None and not dropout
+        plain = not method.has_relative_bias and queries == keys and padding is None and not dropout
         return self.attention == "fused" or plain or fused_is_faster(device, queries, keys)
 
 
@@ -208,7 +215,7 @@ class AttentionCore:
         if run.mask is None:
             if need_weights:
                 raise ValueError("attention weights are there with --attention mask only")
-            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon, run.window)
+            out = fused_attention(q, k, v, run.slopes, run.padding, dropout, run.epsilon, run.window, run.bias)
         else:
             mask = run.mask[:, -last:]
             out = masked_attention(q, k, v, mask, run.padding, dropout)

@@ -169,8 +169,8 @@ def encoder_position_method(args) -> PositionMethod:
     method = ENCODER_POSITION_METHODS[args.position_method].from_options(
         args.encoder_attention_heads, args.encoder_embed_dim, args
     )
-    if args.attention == "fused" and method.slopes is None:
-        raise ValueError("--attention fused is for an encoder with ALiBi whose slopes are fixed: use auto")
+    if args.attention == "fused" and not method.has_relative_bias:
+        raise ValueError("--attention fused is for an encoder with ALiBi: use auto")
     return method
 
 

@@ -246,7 +246,8 @@ class Run:
         heads, ffn = layer.nh, layer.fc1.out_features
         attention_dropout = layer.self_attn.dropout_module.p
         on_gpu = self.device.type == "cuda"
-        tiled = not self.masked and self.decoder.position_method.slopes is not None and attention_dropout
+        method = self.decoder.position_method
+        tiled = not self.masked and method.has_relative_bias and (attention_dropout or method.slopes is None)
         found = e * ((9 if on_gpu and not tiled else 8) * width + ffn) + 4 * heads + 16
         if self.cfg.model.activation_fn != "relu":
             found += 4 * ffn  # its input, which fairseq's gelu makes float32

@@ -56,6 +56,20 @@ def distances(query_length: int, key_length: int, device: Optional[torch.device]
     return positions[key_length - query_length :, None] - positions[None, :]
 
 
+def linear_bias(before: Tensor, after: Tensor, distance: Tensor) -> Tensor:
+    """The bias -before * distance for keys before a query, after * distance for keys after it, 0 for its own.
+
+    Args:
+        before, after: (H,) slopes, infinite for a head that sees nothing there.
+        distance: (N,) i - j, see `distances`.
+
+    Returns:
+        (H, N) in the dtype of the slopes.
+    """
+    before, after = before[:, None], after[:, None]
+    return torch.where(distance > 0, -before * distance, torch.where(distance < 0, after * distance, 0.0))
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turns pairs of dimensions, in float32 at least: (..., T, D), by (2, T, D / 2) cosines and sines; x's dtype."""
     cos, sin = rotation
@@ -108,9 +122,14 @@ class PositionMethod(nn.Module):
         return cls(num_heads)
 
     @property
+    def has_relative_bias(self) -> bool:
+        """Whether there is a bias that depends on distance alone."""
+        return type(self).relative_bias is not PositionMethod.relative_bias
+
+    @property
     def needs_mask(self) -> bool:
         """Whether the bias is of a kind that attention can only have from a mask."""
-        return self.slopes is None and type(self).bias is not PositionMethod.bias
+        return type(self).bias is not PositionMethod.bias
 
     def set_evaluation_length(self, length: int) -> None:
         """Is told the length of the windows, in tokens, before a model is evaluated."""
@@ -123,9 +142,26 @@ class PositionMethod(nn.Module):
         """
         return None
 
-    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
-        """Bias to add to the scores after their division by sqrt(D): (H, T, S) float32, or None for no bias."""
+    def relative_bias(self, distance: Tensor) -> Optional[Tensor]:
+        """Bias to add to the scores after their division by sqrt(D), by distance.
+
+        Args:
+            distance: (N,) int64, i - j from query i to key j; below 0 for a key after the query, where a causal model
+                sees nothing, whatever is returned.
+
+        Returns:
+            (H, N) float32 on the device of `distance`, -inf where a head sees nothing; None for no bias.
+        """
         return None
+
+    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
+        """The bias of each query and key, (H, T, S) float32, or None for no bias.
+
+        Overridden where it depends on more than the distance; attention then needs a mask.
+        """
+        by_distance = self.relative_bias(torch.arange(key_length - 1, -query_length, -1, device=device))
+        # From the longest distance down; row t of the bias is the part that ends at t's own.
+        return None if by_distance is None else by_distance.unfold(1, key_length, 1).flip(1)
 
     def future_mask(
         self,
@@ -237,11 +273,8 @@ class T5(PositionMethod):
         shared = (exact + (octaves * (self.buckets - exact)).long()).clamp(max=self.buckets - 1)
         return torch.where(distance < exact, distance.clamp(min=0), shared)
 
-    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
-        # One number for each distance, from the longest down; row t of the bias is the part of it that ends at t's own.
-        distance = torch.arange(key_length - 1, -query_length, -1, device=device)
-        by_distance = F.embedding(self.bucket(distance), self.bucket_bias).t()
-        return by_distance.unfold(1, key_length, 1).flip(1)
+    def relative_bias(self, distance: Tensor) -> Tensor:
+        return F.embedding(self.bucket(distance), self.bucket_bias).t()
 
 
 class ALiBi(PositionMethod):
@@ -296,10 +329,9 @@ class ALiBi(PositionMethod):
         if self.training_length:
             self.slopes = (self.unscaled_slopes / max(1.0, length / self.training_length)).float()
 
-    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
-        """See `PositionMethod.bias`. Keys in the future get 0, for `future_mask` to replace."""
-        distance = distances(query_length, key_length, device).clamp_(min=0)
-        return -self.slopes.to(device)[:, None, None] * distance
+    def relative_bias(self, distance: Tensor) -> Tensor:
+        """See `PositionMethod.relative_bias`; 0 for keys in the future."""
+        return -self.slopes.to(distance.device)[:, None] * distance.clamp(min=0)
 
 
 class EncoderALiBi(PositionMethod):
@@ -356,7 +388,7 @@ class EncoderALiBi(PositionMethod):
 
     @property
     def slopes(self) -> Optional[Tensor]:
-        """(2, H), of the left and the right; None where they are learned, and gradients have to flow through a mask."""
+        """(2, H), of the left and the right; None where they are learned, and gradients have to flow through a bias."""
         return self.left_and_right() if self.slope_logits is None else None
 
     def left_and_right(self, device: Optional[torch.device] = None) -> Tensor:
@@ -372,10 +404,8 @@ class EncoderALiBi(PositionMethod):
             return torch.stack([torch.cat([slopes, blind]), torch.cat([blind, slopes])])
         return slopes.sort(descending=True).values.view(-1, 2).t()
 
-    def bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
-        left, right = self.left_and_right(device)[..., None, None]
-        distance = distances(query_length, key_length, device)
-        return torch.where(distance > 0, -left * distance, torch.where(distance < 0, right * distance, 0.0))
+    def relative_bias(self, distance: Tensor) -> Tensor:
+        return linear_bias(*self.left_and_right(distance.device), distance)
 
 
 #: The values of `--position-method`.

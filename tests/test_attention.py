@@ -1,5 +1,6 @@
 """Attention with and without a mask against a float64 reference written from the formula: outputs and gradients."""
 
+import functools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_alibi import attention
-from fairseq_alibi.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes
+from fairseq_alibi.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes, linear_bias
 
 #: Those with a bias that needs no mask, and without one.
 BIASES = ("alibi", "none")
@@ -29,14 +30,29 @@ def without_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
 def recomputed(q, k, v, method, padding=None, dropout=0.0):
     """The way of dropout and of devices without a kernel of their own."""
     slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
-    both = torch.stack([slopes, torch.full_like(slopes, math.inf)]).to(torch.promote_types(q.dtype, torch.float32))
-    vector = attention.distance_vector(both, -1023, k.size(2), k.size(2))
+    slopes = slopes.to(torch.promote_types(q.dtype, torch.float32))
+    vector = linear_bias(slopes, torch.full_like(slopes, math.inf), torch.arange(-1023, k.size(2)))
     cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
     bias = attention.TileBias(vector, -1023, q.size(2), None if padding is None else padding.flip(1))
     return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
 
 
-KERNELS = {"mask": by_mask, "fused": without_mask, "recomputed": recomputed}
+def by_distance(q, k, v, method, padding=None, dropout=0.0, window=None, trained=False):
+    """The way of a bias that is not linear; `trained` for one with gradients."""
+    distance = torch.arange(-q.size(2), k.size(2))  # one more than needed
+    bias = POSITION_METHODS[method](q.size(1)).relative_bias(distance)
+    bias = torch.zeros(1, len(distance)) if bias is None else bias
+    bias = bias.masked_fill(distance < 0, -math.inf).requires_grad_(trained)
+    return attention.fused_attention(q, k, v, None, padding, dropout, window=window, bias=bias)
+
+
+KERNELS = {
+    "mask": by_mask,
+    "fused": without_mask,
+    "recomputed": recomputed,
+    "by distance": by_distance,
+    "by distance, trained": functools.partial(by_distance, trained=True),
+}
 
 
 def inputs(batch, heads, queries, keys, dtype, dim=16, seed=0):
@@ -69,7 +85,7 @@ def test_output_and_gradients_equal_the_reference(kernel, method, dtype, heads, 
     assert_equals_reference(kernel, inputs(2, heads, queries, keys, dtype), method, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("kernel", ["fused", "recomputed"])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "mask"])
 @pytest.mark.parametrize("method", ["alibi", "none"])
 @pytest.mark.parametrize(("heads", "queries", "keys"), [(12, 700, 700), (8, 300, 1500), (3, 2, 900), (1, 1100, 1100)])
 def test_many_tiles_equal_the_reference(kernel, method, heads, queries, keys):
@@ -77,7 +93,7 @@ def test_many_tiles_equal_the_reference(kernel, method, heads, queries, keys):
     assert_equals_reference(kernel, inputs(1, heads, queries, keys, torch.float32), method, 2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["mask", "fused"])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "recomputed"])
 @pytest.mark.parametrize("method", BIASES)
 @pytest.mark.parametrize("window", [1, 7, 256, 300, 5000])
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (600, 899), (1, 300)])

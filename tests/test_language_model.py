@@ -50,6 +50,8 @@ def test_gradients_are_the_same_with_and_without_a_mask(build, method):
         ("none", 5, False, 0.1, True),
         ("none", 5, True, 0.1, False),
         ("sinusoidal", 5, True, 0.0, True),
+        ("t5", 256, True, 0.0, False),
+        ("t5", 257, True, 0.0, True),
     ],
 )
 def test_auto_takes_the_faster_attention(build, monkeypatch, method, length, training, dropout, fused):

@@ -19,8 +19,8 @@ FORMS = [(f"--alibi-encoder-bias={form}",) for form in EncoderALiBi.FORMS]
 LEARNED = ("--alibi-encoder-bias=two_slopes", "--alibi-learned-slopes")
 FORMS += [LEARNED]
 
-#: Those that need no mask.
-FUSED = [(*form, "--attention=fused") for form in FORMS[:3]]
+#: All of them without a mask.
+FUSED = [(*form, "--attention=fused") for form in FORMS]
 
 #: What trains an encoder, in place of the arguments of conftest's `train`.
 TASK = ("--task", "masked_lm", "--criterion", "masked_lm")
@@ -68,7 +68,7 @@ def expected_bias(model, length):
 @pytest.mark.parametrize("before", [True, False], ids=["pre-norm", "post-norm"])
 @pytest.mark.parametrize("options", [*FORMS, ("--position-method=rotary",), ("--position-method=none",)])
 def test_logits_equal_a_float64_reference_model(masked, options, before, length, attention):
-    """At 300 tokens `auto` takes no mask where the slopes are fixed."""
+    """At 300 tokens `auto` takes no mask for ALiBi."""
     model = masked(*options, *norms(before), "--attention", attention, arch="alibi_masked_lm")
     tokens = torch.randint(4, 40, (1, length))
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_learned_positions_are_fairseqs_roberta(masked, build, before):
 
 @pytest.mark.parametrize(
     "options",
-    [*FORMS, (*FORMS[1], "--attention=fused"), (*FORMS[2], "--attention=fused"), ("--position-method=sinusoidal",)],
+    [*FORMS, *FUSED, ("--position-method=sinusoidal",)],
 )
 def test_padding_on_either_side_changes_nothing(masked, options):
     model = masked(*options)
@@ -116,11 +116,11 @@ def test_padding_on_either_side_changes_nothing(masked, options):
     torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_every_parameter_learns_and_slopes_do_under_activation_checkpointing(masked):
+def test_every_parameter_learns_with_checkpoints_of_activations_and_without_a_mask_too(masked):
     tokens = torch.randint(4, 40, (2, 50))
     tokens[1, 30:] = 1
     gradients = []
-    for more in ((), ("--checkpoint-activations",)):
+    for more in ((), ("--checkpoint-activations",), ("--attention=fused",)):
         model = masked(*LEARNED, *more, "--dropout=0", "--attention-dropout=0").train()
         torch.manual_seed(1)
         weights = torch.randn(2, 50, len(model.encoder.dictionary))
@@ -128,7 +128,8 @@ def test_every_parameter_learns_and_slopes_do_under_activation_checkpointing(mas
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in gradients[0].items():
         assert name.endswith("k_proj.bias") or expected.abs().max() > 1e-3, name  # softmax ignores a bias of all keys
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-3, msg=name)
+        for others in gradients[1:]:
+            torch.testing.assert_close(others[name], expected, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_a_copy_has_a_bias_of_its_own(masked):
@@ -166,7 +167,6 @@ def test_any_length_unless_there_is_a_table(masked):
             "even number of heads, not 3",
         ),
         (["--alibi-max-bias", -1], "not -1"),
-        ([*LEARNED, "--attention", "fused"], "--attention fused is for"),
         (["--position-method", "none", "--attention", "fused"], "--attention fused is for"),
         (["--mha-heads-to-keep", 2], "--mha-heads-to-keep"),
         (["--quant-noise-scalar", 0.1], "--quant-noise-scalar"),
