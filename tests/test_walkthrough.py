@@ -81,7 +81,7 @@ def test_quickstart_names_bad_arguments_before_it_does_anything(clone, arguments
 
 def test_the_readmes_position_method_is_complete(clone, corpus):
     """A class and a line: the README's example trains, evaluates past its length, and its parameters learn."""
-    _, example = blocks("README.md", "python")
+    example, _ = blocks("README.md", "python")
     positions = clone / "fairseq_alibi" / "positions.py"
     positions.write_text(positions.read_text() + "\n\n" + example)
     common = [corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--cpu"]
@@ -104,7 +104,7 @@ def test_the_readmes_position_method_is_complete(clone, corpus):
 
 
 def test_the_modules_of_the_readme_run():
-    modules, _ = blocks("README.md", "python")
+    _, modules = blocks("README.md", "python")
     names = {"torch": torch}
     exec(modules, names)
     assert names["y"].shape == (2, 1000, 256)
