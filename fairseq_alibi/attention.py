@@ -11,13 +11,12 @@ not: the queries of an encoder see keys after them too, with slopes of their own
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from .positions import linear_bias
@@ -276,6 +275,8 @@ def block_attention(
         q, k, v, slopes, padding, window: see `fused_attention`.
         reaches: (H,), see `reach`.
     """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention  # as in `not_compiled`
+
     query_length, key_length = q.size(2), k.size(2)
     earlier = key_length - query_length
 
@@ -310,6 +311,8 @@ def block_attention(
 @functools.cache
 def compiled_flex_attention():
     """FlexAttention as one GPU kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -321,7 +324,19 @@ def fused_is_faster(device: torch.device, query_length: int, key_length: int) ->
     return device.type == "cpu" and query_length > 1 and key_length > CHUNKS[0]
 
 
-@torch.compiler.disable
+def not_compiled(function: Callable) -> Callable:
+    """`torch.compiler.disable`, but only where something is compiled: it imports TorchDynamo, which takes a second."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **options):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return wrapper
+
+
+@not_compiled
 def fused_attention(
     q: Tensor,
     k: Tensor,
