@@ -24,7 +24,7 @@ from conftest import ROOT, failure, run
 from fairseq_cli import eval_lm as fairseqs_eval_lm
 from fairseq_cli import train
 
-from fairseq_alibi import benchmark, download, eval_lm, prepare_data, soak
+from fairseq_alibi import benchmark, download, eval_lm, evaluate, prepare_data, soak
 from fairseq_alibi.__main__ import main
 
 #: What makes a file if it is evaluated.
@@ -494,6 +494,12 @@ def inside(given, monkeypatch):
 @pytest.mark.parametrize("command", TABLE)
 def test_bad_input_is_named_in_one_line_and_nothing_is_lost(given, command, capsys):
     check(capsys, given, command)
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(given, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("that is the work"))
+    line = failure(capsys, main, "evaluate", "data", "good.pt", "--output", "/proc", "--cpu", status=1)
+    assert "/proc/given0_good_valid.json cannot be written" in line
 
 
 @pytest.mark.parametrize("command", [command for command in TABLE if "malicious" in command])
