@@ -234,7 +234,9 @@ def checkpointed_tiles(q: Tensor, k: Tensor, v: Tensor, bias: TileBias, cut: lis
 
     def attend(tile: Tile) -> Tensor:
         h, t, s = tile
-        mask = bias.of(tile) if q.device.type == "cpu" else bias.of(tile).to(q.dtype)
+        mask = bias.of(tile)
+        if q.device.type != "cpu":  # whose kernels want their own dtype, and rows that lie apart
+            mask = mask.to(q.dtype).contiguous()
         return F.scaled_dot_product_attention(q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=mask, dropout_p=dropout)
 
     out = torch.empty_like(q)
