@@ -46,7 +46,7 @@ class SelfAttention(AttentionCore, MultiheadAttention):
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask of one over whole sequences.
+        """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask or bias of one over whole sequences.
 
         In the last layer only the queries that the pass wants have an output: (last, B, C) then, not (T, B, C).
         `key` and `value` are the query (this is self-attention); the incremental state comes with the pass, as its
@@ -55,7 +55,7 @@ class SelfAttention(AttentionCore, MultiheadAttention):
         Raises:
             ValueError: weights are wanted of attention without a mask.
         """
-        run = attn_mask if isinstance(attn_mask, Pass) else Pass(mask=attn_mask, padding=key_padding_mask)
+        run = of_argument(attn_mask, key_padding_mask)
         dropout = self.dropout_module.p if self.training or self.dropout_module.apply_during_inference else 0.0
         out, weights = self.attend(query, run, dropout, need_weights or need_head_weights)
         if weights is None:
@@ -188,7 +188,7 @@ class Decoder(TransformerDecoder):
             tensor: (T, B, C), gives length, device and dtype.
 
         Returns:
-            A `Pass`, made for the first layer, or its mask, see `as_argument`.
+            A `Pass`, made for the first layer, or its mask or bias, see `as_argument`.
         """
         if self._pass is None:
             self._pass = self.make_pass(tensor)
@@ -277,12 +277,21 @@ def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
 
 
 def as_argument(run: Pass) -> Union[Pass, Tensor]:
-    """What a layer is given of a pass: for a bias with parameters the mask, else all of it.
+    """What a layer is given of a pass: for a bias with parameters the mask, or what is in its place, else all of it.
 
     Activation checkpointing carries gradients through arguments that are tensors only.
     """
-    learned = run.mask is not None and run.mask.requires_grad
-    return run.mask if learned and run.cache is None else run
+    tensor = run.bias if run.mask is None else run.mask
+    learned = tensor is not None and tensor.requires_grad
+    return tensor if learned and run.cache is None else run
+
+
+def of_argument(given: Union[Pass, Tensor, None], padding: Optional[Tensor]) -> Pass:
+    """The pass of what a layer was given, see `as_argument`, and the (B, S) padding."""
+    if isinstance(given, Pass):
+        return given
+    by_distance = given is not None and given.dim() == 2
+    return Pass(bias=given, padding=padding) if by_distance else Pass(mask=given, padding=padding)
 
 
 def cpu_bf16_products(wanted: bool, tensor: Tensor):

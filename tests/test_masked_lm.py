@@ -120,7 +120,8 @@ def test_every_parameter_learns_with_checkpoints_of_activations_and_without_a_ma
     tokens = torch.randint(4, 40, (2, 50))
     tokens[1, 30:] = 1
     gradients = []
-    for more in ((), ("--checkpoint-activations",), ("--attention=fused",)):
+    again = "--checkpoint-activations"
+    for more in ((), (again,), ("--attention=fused",), (again, "--attention=fused")):
         model = masked(*LEARNED, *more, "--dropout=0", "--attention-dropout=0").train()
         torch.manual_seed(1)
         weights = torch.randn(2, 50, len(model.encoder.dictionary))
