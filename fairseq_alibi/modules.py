@@ -117,28 +117,29 @@ class Passes:
         elif padding is not None and not padding.any():
             padding = None
         rotation = method.rotation(first, first + queries, device)
-        rest = (self.epsilon, padding, window, last, rotation, cache)
+        rest = {"epsilon": self.epsilon, "padding": padding, "window": window, "last": last}
+        rest.update(rotation=rotation, cache=cache)
         if self.takes_no_mask(device, queries, keys, padding, window, training):
             if method.slopes is not None:
-                return Pass(None, method.slopes.to(device), None, *rest)
+                return Pass(slopes=method.slopes.to(device), **rest)
             distance = torch.arange(1 - queries, keys, device=device)
             bias = method.relative_bias(distance)
             if bias is not None and self.causal:
                 bias = bias.masked_fill(distance < 0, -math.inf)
-            return Pass(None, None, bias, *rest)
+            return Pass(bias=bias, **rest)
         # PyTorch's CPU kernels take a float32 mask in half precision, the GPU's want their own dtype
         dtype = torch.promote_types(tensor.dtype, torch.float32) if device.type == "cpu" else compute_dtype(tensor)
         if keys > queries or window is not None:
-            return Pass(method.future_mask(queries, keys, dtype, device, window), None, None, *rest)
+            return Pass(method.future_mask(queries, keys, dtype, device, window), **rest)
         longest = max(KEPT_LENGTH, 2 * keys)
         kept = self.mask
         if not keys <= kept.size(-1) <= longest or kept.device != device or kept.dtype != dtype:
             make = method.future_mask if self.causal else method.full_mask
             mask = make(keys, keys, dtype, device)
             if mask.requires_grad:  # part of one graph; a module that keeps it cannot be copied
-                return Pass(mask, None, None, *rest)
+                return Pass(mask, **rest)
             self.mask = mask
-        return Pass(self.mask[:, :keys, :keys], None, None, *rest)
+        return Pass(self.mask[:, :keys, :keys], **rest)
 
     def takes_no_mask(
         self,

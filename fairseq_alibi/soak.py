@@ -75,7 +75,7 @@ def evaluate(model: torch.nn.Module, text: Tensor, length: int, attention: str) 
 
 
 def state_of_process() -> dict[str, float]:
-    """Resident memory, MiB, open files and threads of this process.
+    """Resident memory, MiB, without what is free where the C library can give it back; open files; threads.
 
     Raises:
         ValueError: there is no /proc to read them from.
