@@ -100,10 +100,7 @@ def test_learned_positions_are_fairseqs_roberta(masked, build, before):
         torch.testing.assert_close(ours(tokens)[0][real], theirs(tokens)[0][real], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [*FORMS, *FUSED, ("--position-method=sinusoidal",)],
-)
+@pytest.mark.parametrize("options", [*FORMS, *FUSED, ("--position-method=sinusoidal",)])
 def test_padding_on_either_side_changes_nothing(masked, options):
     model = masked(*options)
     tokens, pad = torch.randint(4, 40, (1, 40)), model.encoder.dictionary.pad()

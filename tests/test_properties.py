@@ -132,10 +132,10 @@ def test_any_text_is_encoded_line_by_line_as_a_prompt_is(lines, merges):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for split in prepare_data.SPLITS:
-            (folder / f"{split}.txt").write_bytes(("\n".join(text)).encode())
+            (folder / f"{split}.txt").write_bytes("\n".join(text).encode())
         moses = MosesTokenizer(MosesTokenizerConfig())
         tokenized = [moses.encode(one) for one in text]
-        (folder / "train.moses").write_bytes(("".join(one + "\n" for one in tokenized)).encode())
+        (folder / "train.moses").write_bytes("".join(one + "\n" for one in tokenized).encode())
         assert prepare_data.check_text(folder / "train.txt")[0] == len(text) - (not text[-1])
         prepare_data.learn_codes(folder / "train.moses", folder / "bpe.codes", merges)
         bpe = SubwordNMTBPE(SubwordNMTBPEConfig(bpe_codes=str(folder / "bpe.codes")))
