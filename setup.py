@@ -3,7 +3,7 @@
 import os
 import re
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -32,7 +32,7 @@ setup(
     long_description=read("README.md"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["fairseq_alibi"],
+    packages=find_packages(include=["fairseq_alibi", "fairseq_alibi.*"]),
     cmdclass={"build_py": BuildWithStartup},
     entry_points={"console_scripts": ["fairseq-alibi = fairseq_alibi.__main__:main"]},
     python_requires=">=3.9,<3.14",

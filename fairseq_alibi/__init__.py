@@ -50,4 +50,5 @@ except Exception as error:  # missing, or whatever a broken one raises
         stacklevel=2,
     )
 else:
-    from . import compatibility, language_model, masked_lm, training, translation  # noqa: F401
+    from .models import language_model, masked_model, translation  # noqa: F401
+    from .patches import compatibility, training  # noqa: F401

@@ -8,7 +8,19 @@ from typing import Optional
 
 from . import __version__
 
-#: Each is a module of that name.
+#: Modules of the subcommands.
+MODULES = {
+    "plan": "experiments.plan",
+    "evaluate": "evaluation.evaluate",
+    "report": "evaluation.report",
+    "reproduce": "experiments.reproduce",
+    "generate": "evaluation.generate",
+    "import-checkpoint": "files.import_checkpoint",
+    "export-hf": "files.export_hf",
+    "show-bias": "evaluation.show_bias",
+    "doctor": "commands.doctor",
+}
+
 COMMANDS = {
     "plan": "What a training run will take: parameters, memory, FLOPs, and what fits.",
     "evaluate": "Perplexity of checkpoints at many lengths: by windows or as one stream.",
@@ -34,7 +46,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         command = commands.add_parser(name, help=summary, description=summary)
         if argv[:1] == [name]:  # no other is imported, as doctor has to run where the others cannot
             try:
-                module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+                module = importlib.import_module(f".{MODULES[name]}", __package__)
             except Exception as error:  # a broken installation raises anything
                 sys.exit(f"fairseq-alibi {name}: {error}; see what to fix first: fairseq-alibi doctor")
             module.add_arguments(command)

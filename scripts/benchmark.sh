@@ -11,4 +11,4 @@
 # ... and more: --help. Without --checkpoint a small model is trained once, on Python's own source, and kept in DIR.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec python -m fairseq_alibi.benchmark "$@"
+exec python "$root/scripts/benchmark.py" "$@"

@@ -8,4 +8,4 @@
 # usage: soak.sh DATA [--minutes N] [--updates N] [--output DIR]
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec python -m fairseq_alibi.soak "$@"
+exec python "$root/scripts/soak.py" "$@"

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fairseq_alibi.positions import POSITION_METHODS
+from fairseq_alibi.core.positions import POSITION_METHODS
 
 # One thread each, here and in spawned commands: tiny models are ten times slower when threads fight for a core.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -8,8 +8,8 @@ import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_alibi import attention
-from fairseq_alibi.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes, linear_bias
+from fairseq_alibi.core import attention
+from fairseq_alibi.core.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes, linear_bias
 
 #: Those with a bias that needs no mask, and without one.
 BIASES = ("alibi", "none")

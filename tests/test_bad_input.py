@@ -17,15 +17,18 @@ import shutil
 import warnings
 import zipfile
 
+import benchmark
 import numpy
 import pytest
+import soak
 import torch
 from conftest import ROOT, failure, run
 from fairseq_cli import eval_lm as fairseqs_eval_lm
 from fairseq_cli import train
 
-from fairseq_alibi import benchmark, download, eval_lm, evaluate, prepare_data, soak
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.data import download, prepare_data
+from fairseq_alibi.evaluation import eval_lm, evaluate
 
 #: What makes a file if it is evaluated.
 CODE = "__import__('os').system('touch owned')"

@@ -3,12 +3,14 @@
 import json
 import math
 
+import benchmark
+import benchmark_report
 import pytest
 import torch
 from conftest import ROOT, run
 from fairseq.data.data_utils import load_indexed_dataset
 
-from fairseq_alibi import attention, benchmark, benchmark_report
+from fairseq_alibi.core import attention
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import BIN, ROOT, failure, run
 
-from fairseq_alibi import processes
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.scoring import score_masked, score_windows
+from fairseq_alibi.evaluation import processes
+from fairseq_alibi.evaluation.scoring import score_masked, score_windows
 
 #: Seconds after which a run is ended: on a busy machine the slowest takes a tenth of it.
 LIMIT = 600

@@ -8,8 +8,8 @@ from collections import namedtuple
 import pytest
 from conftest import ROOT, run
 
-from fairseq_alibi import doctor
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.commands import doctor
 
 
 def rows(capsys):
@@ -55,7 +55,7 @@ def test_the_first_required_part_comes_first_and_is_the_status(capsys, monkeypat
 
 
 def test_attention_that_disagrees_is_broken(capsys, monkeypatch):
-    from fairseq_alibi import modules
+    from fairseq_alibi.core import layers as modules
 
     monkeypatch.setattr(modules, "fused_attention", lambda q, *rest, **options: q)
     monkeypatch.setattr(doctor, "PARTS", [part for part in doctor.PARTS if part.name == "alibi_lm"])

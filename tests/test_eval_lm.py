@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, failure, fairseqs_own, run
 
-from fairseq_alibi import eval_lm
+from fairseq_alibi.evaluation import eval_lm
 
 
 def script(name, *arguments, check=True):

@@ -10,9 +10,9 @@ import torch
 from conftest import BIN, failure, fairseqs_own, run
 from fairseq.data import Dictionary
 
-from fairseq_alibi import evaluate
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.inputs import read_subset
+from fairseq_alibi.evaluation import evaluate
+from fairseq_alibi.files.inputs import read_subset
 
 ADAPTIVE = (
     *("--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"),

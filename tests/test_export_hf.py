@@ -19,12 +19,14 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fairseq_alibi  # noqa: F401
-from fairseq_alibi import export_hf, generate, prepare_data, scoring
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.export_hf import export_tokenizer
-from fairseq_alibi.inputs import load_model, read_checkpoint
-from fairseq_alibi.modeling_alibi import AlibiConfig, AlibiForCausalLM
-from fairseq_alibi.positions import POSITION_METHODS
+from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
+from fairseq_alibi.core.positions import POSITION_METHODS
+from fairseq_alibi.data import prepare_data
+from fairseq_alibi.evaluation import generate, scoring
+from fairseq_alibi.files import export_hf
+from fairseq_alibi.files.export_hf import export_tokenizer
+from fairseq_alibi.files.inputs import load_model, read_checkpoint
 
 #: wiki103's form: adaptive input and softmax, tied with their projections, and heads that are no power of two.
 WIKI103 = ["--decoder-layers", 2, "--decoder-ffn-embed-dim", 64, "--decoder-attention-heads", 12]

@@ -16,9 +16,10 @@ from fairseq.sequence_generator import SequenceGenerator
 from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
-from fairseq_alibi import generate, prompts
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.prompts import Generator
+from fairseq_alibi.evaluation import generate
+from fairseq_alibi.models import generator as prompts
+from fairseq_alibi.models.generator import Generator
 
 ADAPTIVE = ["--criterion", "adaptive_loss", "--adaptive-softmax-cutoff", "10,20"]
 ADAPTIVE += ["--no-share-decoder-input-output-embed"]
@@ -393,7 +394,7 @@ def test_text_is_tokenized_as_the_data_was_prepared(trained, corpus, tmp_path):
         (tmp_path / f"{split}.txt").write_text(text)
     files = [word for split in ("train", "valid", "test") for word in (f"--{split}", tmp_path / f"{split}.txt")]
     bpe, words = tmp_path / "bpe", tmp_path / "words"
-    prepare = [BIN / "python", "-m", "fairseq_alibi.prepare_data", "text", "--workers", 1]
+    prepare = [BIN / "python", "-m", "fairseq_alibi.data.prepare_data", "text", "--workers", 1]
     run(*prepare, bpe, *files, "--bpe-merges", 20)
     words.mkdir()
     (words / "prepared.json").write_text('{"settings": {"corpus": "text", "tokenizer": "moses", "bpe_merges": null}}')
@@ -443,7 +444,7 @@ def test_length_scale_is_the_models(corpus, trained, continued):
 def test_fairseqs_commands_generate_with_it(corpus, trained):
     common = [corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--path", trained, "--cpu"]
     counted = (
-        "import sys, fairseq_alibi.prompts as g, {module} as m\n"
+        "import sys, fairseq_alibi.models.generator as g, {module} as m\n"
         "real = g.PromptReader.read\n"
         "g.PromptReader.read = lambda self, tokens, *a: print('read', tuple(tokens.shape)) or real(self, tokens, *a)\n"
         "m.cli_main()"
@@ -474,7 +475,7 @@ def test_fairseqs_commands_generate_with_it(corpus, trained):
 
 
 def test_the_hub_interface_generates_with_it(corpus, trained, passes):
-    from fairseq_alibi.language_model import AlibiLanguageModel
+    from fairseq_alibi.models.language_model import AlibiLanguageModel
 
     model = AlibiLanguageModel.from_pretrained(str(trained.parent), "checkpoint_last.pt", data_name_or_path=str(corpus))
     prompt = "word1 word2 word3 word4"

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from conftest import fairseqs_own, random_tokens
 
-from fairseq_alibi import decoder
-from fairseq_alibi.attention import fused_attention, masked_attention
-from fairseq_alibi.positions import ALiBi
+from fairseq_alibi.core.attention import fused_attention, masked_attention
+from fairseq_alibi.core.positions import ALiBi
+from fairseq_alibi.models import decoder
 
 
 def relative_error(out, expected):

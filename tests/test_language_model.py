@@ -7,8 +7,8 @@ import reference
 import torch
 from conftest import BIN, fairseqs_own, random_tokens, run
 
-from fairseq_alibi.modules import Pass
-from fairseq_alibi.positions import POSITION_METHODS, PositionMethod, distances
+from fairseq_alibi.core.layers import Pass
+from fairseq_alibi.core.positions import POSITION_METHODS, PositionMethod, distances
 
 
 @pytest.mark.parametrize("attention", ["mask", "fused", "auto"])
@@ -58,7 +58,7 @@ def test_gradients_are_the_same_with_and_without_a_mask(build, method):
     ],
 )
 def test_auto_takes_the_faster_attention(build, monkeypatch, method, length, training, dropout, fused):
-    from fairseq_alibi import modules
+    from fairseq_alibi.core import layers as modules
 
     model = build("alibi_lm_tiny", "--position-method", method, "--attention-dropout", dropout).train(training)
     calls = []
@@ -78,7 +78,7 @@ class Squares(PositionMethod):
 
 def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, monkeypatch, caplog):
     monkeypatch.setitem(POSITION_METHODS, "none", Squares)
-    with caplog.at_level(logging.WARNING, "fairseq_alibi.options"):
+    with caplog.at_level(logging.WARNING, "fairseq_alibi.models.options"):
         model = build("alibi_lm_tiny", "--position-method", "none")
     assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method none needs a mask"]
     assert model(random_tokens(model, 1, 500))[0].isfinite().all()

@@ -11,9 +11,9 @@ import torch
 from conftest import BIN, failure, run
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.inputs import read_subset
-from fairseq_alibi.positions import ENCODER_POSITION_METHODS, EncoderALiBi
-from fairseq_alibi.scoring import masked_tokens
+from fairseq_alibi.core.positions import ENCODER_POSITION_METHODS, EncoderALiBi
+from fairseq_alibi.evaluation.scoring import masked_tokens
+from fairseq_alibi.files.inputs import read_subset
 
 FORMS = [(f"--alibi-encoder-bias={form}",) for form in EncoderALiBi.FORMS]
 LEARNED = ("--alibi-encoder-bias=two_slopes", "--alibi-learned-slopes")
@@ -274,7 +274,7 @@ def test_fairseqs_own_validation_works_unmodified(corpus, masked_checkpoint):
 
 
 def test_hub_interface_reads_any_length(corpus, masked_checkpoint):
-    from fairseq_alibi.masked_lm import AlibiMaskedLanguageModel
+    from fairseq_alibi.models.masked_model import AlibiMaskedLanguageModel
 
     folder, name = masked_checkpoint.parent, masked_checkpoint.name
     hub = AlibiMaskedLanguageModel.from_pretrained(str(folder), name, data_name_or_path=str(corpus), bpe=None).eval()

@@ -7,8 +7,8 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi.modules import Attention, Cache, Transformer
-from fairseq_alibi.positions import POSITION_METHODS, EncoderALiBi
+from fairseq_alibi.core.layers import Attention, Cache, Transformer
+from fairseq_alibi.core.positions import POSITION_METHODS, EncoderALiBi
 
 FORMS = EncoderALiBi.FORMS
 

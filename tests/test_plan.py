@@ -12,9 +12,9 @@ from fairseq.data.dictionary import Dictionary
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq_alibi import plan
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.language_model import AlibiLanguageModel
+from fairseq_alibi.experiments import plan
+from fairseq_alibi.models.language_model import AlibiLanguageModel
 
 CONFIGS = ROOT / "configs"
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from fairseq_alibi.positions import POSITION_METHODS, T5, ALiBi, Rotary, alibi_slopes, rotate
+from fairseq_alibi.core.positions import POSITION_METHODS, T5, ALiBi, Rotary, alibi_slopes, rotate
 
 HEADS = range(1, 65)
 

@@ -24,7 +24,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPEConfig
 
-from fairseq_alibi import download, prepare_data
+from fairseq_alibi.data import download, prepare_data
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "valid", "test")
@@ -242,7 +242,7 @@ def test_all_sources_fail_in_one_line_that_names_each(server, tmp_path, capsys):
 
 def test_killed_download_goes_on_in_the_next_run(server, tmp_path, monkeypatch):
     dest, url = tmp_path / "data", f"{server.url}/stalls/x.zip"
-    command = [sys.executable, "-m", "fairseq_alibi.prepare_data", "wikitext103", dest, "--url", url, "--md5", MD5]
+    command = [sys.executable, "-m", "fairseq_alibi.data.prepare_data", "wikitext103", dest, "--url", url, "--md5", MD5]
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 60
     part = tmp_path / "data.zip.part"
@@ -440,7 +440,7 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
 def test_second_run_at_the_same_time_is_refused(tmp_path):
     dest = tmp_path / "data"
     code = (
-        "import pathlib; from fairseq_alibi import prepare_data\n"
+        "import pathlib; from fairseq_alibi.data import prepare_data\n"
         f"with prepare_data.work_folder(pathlib.Path({str(dest)!r})): pass"
     )
     with prepare_data.work_folder(dest) as work:

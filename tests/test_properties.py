@@ -12,9 +12,10 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPECo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairseq_alibi import prepare_data, report
-from fairseq_alibi.positions import alibi_slopes
-from fairseq_alibi.windows import batches, windows
+from fairseq_alibi.core.positions import alibi_slopes
+from fairseq_alibi.data import prepare_data
+from fairseq_alibi.evaluation import report
+from fairseq_alibi.evaluation.windows import batches, windows
 
 alike = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

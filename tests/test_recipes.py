@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run
 
-from fairseq_alibi.plan import read_config
+from fairseq_alibi.experiments.plan import read_config
 
 #: Groups of a config of which one of several is chosen by `_name`.
 CHOSEN = ("optimizer", "lr_scheduler", "criterion")
@@ -84,7 +84,7 @@ def test_yaml_has_every_size_of_the_architecture(name, arch):
     """Under hydra, what the YAML leaves out takes the dataclass' default, not the architecture's value."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
-    from fairseq_alibi.language_model import AlibiLanguageModelConfig
+    from fairseq_alibi.models.language_model import AlibiLanguageModelConfig
 
     expected = Namespace()
     ARCH_CONFIG_REGISTRY[arch](expected)

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import BIN, run
 
-from fairseq_alibi import report
+from fairseq_alibi.evaluation import report
 
 
 @pytest.fixture

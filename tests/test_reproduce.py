@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import BIN, ROOT
 
-from fairseq_alibi import reproduce
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.positions import POSITION_METHODS
+from fairseq_alibi.core.positions import POSITION_METHODS
+from fairseq_alibi.experiments import reproduce
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi import adaptive, scoring
-from fairseq_alibi.decoder import PROGRESS
+from fairseq_alibi.core import adaptive
+from fairseq_alibi.evaluation import scoring
+from fairseq_alibi.models.decoder import PROGRESS
 
 SIZES = (
     "--decoder-layers",

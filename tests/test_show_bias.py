@@ -7,7 +7,7 @@ import torch
 from conftest import failure
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.show_bias import FORMS, bias_of, draw
+from fairseq_alibi.evaluation.show_bias import FORMS, bias_of, draw
 
 
 @pytest.mark.parametrize("form", FORMS[1:])

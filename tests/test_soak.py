@@ -3,9 +3,8 @@
 import json
 
 import pytest
+import soak
 from conftest import failure
-
-from fairseq_alibi import soak
 
 
 def test_a_round_trains_evaluates_and_notes_what_is_held(corpus, tmp_path, capsys, monkeypatch):

@@ -82,7 +82,7 @@ def test_both_kinds_of_install_put_it_into_site_packages(kind, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fairseq_alibi_startup.py", "fairseq_alibi_startup.pth"} <= set(names)
-    assert ("fairseq_alibi/positions.py" in names) == (kind == "wheel")
+    assert ("fairseq_alibi/core/positions.py" in names) == (kind == "wheel")
     assert not any(name.startswith("fairseq_alibi/startup") for name in names), "a second copy"
 
 
@@ -107,8 +107,8 @@ import importlib.util, sys
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find_spec(name, *a)
 sys.modules["fairseq"] = None
-from fairseq_alibi.positions import ALiBi
-from fairseq_alibi.attention import fused_attention, masked_attention
+from fairseq_alibi.core.positions import ALiBi
+from fairseq_alibi.core.attention import fused_attention, masked_attention
 from torch import ones
 x, mask = ones(1, 2, 2, 8), ALiBi(2).future_mask(2, 2)
 print(mask.shape, (masked_attention(x, x, x, mask) == fused_attention(x, x, x)).all(), "torch._dynamo" in sys.modules)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from fairseq.dataclass.configs import CheckpointConfig
 
-from fairseq_alibi import training
+from fairseq_alibi.patches import training
 
 #: Epochs have 82 updates, which neither the log interval nor the save interval divides.
 OPTIONS = ["--task=language_modeling", "--arch=alibi_lm_tiny", "--tokens-per-sample=32", "--max-tokens=256"]

@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import BIN, ROOT, run
 
-from fairseq_alibi.positions import ENCODER_POSITION_METHODS, EncoderALiBi
+from fairseq_alibi.core.positions import ENCODER_POSITION_METHODS, EncoderALiBi
 
 #: All that can tell positions: methods, and forms of ALiBi in the encoder.
 WAYS = {name: ["--position-method", name] for name in ENCODER_POSITION_METHODS if name != "alibi"}

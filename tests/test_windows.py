@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq_alibi.windows import Window, batches, windows
+from fairseq_alibi.evaluation.windows import Window, batches, windows
 
 
 def test_blocks_do_not_overlap():

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-from .results import write_text, written_whole
+from ..files.results import write_text, written_whole
 
 #: Line style and marker per series, so that a plot can be read in black and white too.
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))

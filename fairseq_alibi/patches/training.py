@@ -27,7 +27,7 @@ from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-from .inputs import code_called
+from ..files.inputs import code_called
 
 logger = logging.getLogger(__name__)
 

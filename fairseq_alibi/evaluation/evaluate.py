@@ -36,9 +36,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from . import processes
-from .generate import text_options
-from .inputs import (
+from ..files.inputs import (
     check_exists,
     describe_model,
     load_model,
@@ -49,7 +47,9 @@ from .inputs import (
     read_dictionary,
     read_subset,
 )
-from .results import check_writable, describe_environment, naming, now, write_json, written_whole
+from ..files.results import check_writable, describe_environment, naming, now, write_json, written_whole
+from . import processes
+from .generate import text_options
 from .scoring import Scored, masked_tokens, score_masked, score_stream, score_windows
 from .windows import batches, windows
 

@@ -6,8 +6,8 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-from .report import STYLES
-from .results import write_text, written_whole
+from fairseq_alibi.evaluation.report import STYLES
+from fairseq_alibi.files.results import write_text, written_whole
 
 CAPTIONS = {
     "attention": "One layer of attention, forward and backward, {heads} heads of head_dim {head_dim}, random inputs: "

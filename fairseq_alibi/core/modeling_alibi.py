@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, BorrowedLinear, cross_entropies
 from .attention import EPSILON
-from .modules import Layer, Pass, Transformer
+from .layers import Layer, Pass, Transformer
 from .positions import POSITION_METHODS, PositionMethod, sinusoids
 
 #: The token that fairseq pads with.

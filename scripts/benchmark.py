@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Optional
 import numpy
 import torch
 import torch.nn.functional as F
+from benchmark_report import write_report
 from fairseq import options, tasks
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.configs import FairseqConfig
@@ -41,12 +42,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from . import attention
-from .attention import fused_attention, masked_attention
-from .benchmark_report import write_report
-from .eval_lm import eval_lm_arguments, run_eval_lm
-from .evaluate import Way, evaluate, read_text
-from .inputs import (
+import fairseq_alibi
+from fairseq_alibi.core import attention
+from fairseq_alibi.core.attention import fused_attention, masked_attention
+from fairseq_alibi.core.positions import ALiBi
+from fairseq_alibi.evaluation.eval_lm import eval_lm_arguments, run_eval_lm
+from fairseq_alibi.evaluation.evaluate import Way, evaluate, read_text
+from fairseq_alibi.files.inputs import (
     describe_model,
     load_model,
     made_up_dictionary,
@@ -55,8 +57,7 @@ from .inputs import (
     read_checkpoint,
     subset_tokens,
 )
-from .positions import ALiBi
-from .results import check_writable, describe_environment, write_json
+from fairseq_alibi.files.results import check_writable, describe_environment, write_json
 
 #: One layer of attention: what is called with q, k, v, the slopes and the future mask.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -495,7 +496,7 @@ def memory(of: Optional[str], contender: str, length: int, args: argparse.Namesp
         # Forked from a server that did the imports: a process started from here would inherit this one's peak.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["fairseq.trainer", __package__, f"{__package__}.evaluate", "fairseq_cli.eval_lm"]
+            ["fairseq.trainer", "fairseq_alibi", "fairseq_alibi.evaluation.evaluate", "fairseq_cli.eval_lm"]
         )
         with ProcessPoolExecutor(1, context) as pool:
             peak = pool.submit(peak_memory, of, contender, length, args).result()
@@ -581,7 +582,7 @@ def train_model(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
     if not checkpoint.exists():
         print(f"benchmark: training a model for {args.updates} updates (log in {log})", file=sys.stderr)
         save_dir.mkdir(parents=True, exist_ok=True)
-        command = [data, "--user-dir", Path(__file__).parent, "--task", "language_modeling"]
+        command = [data, "--user-dir", Path(fairseq_alibi.__file__).parent, "--task", "language_modeling"]
         command += ["--arch", "alibi_lm", *SIZES]
         command += ["--tokens-per-sample", 512, "--max-tokens", 2048, "--required-batch-size-multiple", 1]
         command += ["--optimizer", "adam", "--lr", 0.002, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
@@ -590,7 +591,7 @@ def train_model(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
         command += ["--save-dir", save_dir, *(["--cpu"] if args.device == "cpu" else [])]
         with log.open("w", encoding="utf-8") as output:
             for module, arguments in (
-                ("fairseq_alibi.prepare_data", ["text", data, "--builtin"]),
+                ("fairseq_alibi.data.prepare_data", ["text", data, "--builtin"]),
                 ("fairseq_cli.train", command),
             ):
                 done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], stdout=output)

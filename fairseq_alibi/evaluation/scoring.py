@@ -19,9 +19,9 @@ from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor
 
-from .adaptive import cross_entropies, target_losses
-from .decoder import Decoder
-from .encoder import Encoder
+from ..core.adaptive import cross_entropies, target_losses
+from ..models.decoder import Decoder
+from ..models.encoder import Encoder
 from .windows import batches, windows
 
 #: Least and most tokens that a stream reads in one pass.

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .inputs import positive
-from .positions import ALiBi, EncoderALiBi
-from .results import written_whole
+from ..core.positions import ALiBi, EncoderALiBi
+from ..files.inputs import positive
+from ..files.results import written_whole
 
 #: Forms of the bias, in the order of the picture.
 FORMS = ("causal", *EncoderALiBi.FORMS)

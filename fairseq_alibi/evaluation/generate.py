@@ -16,9 +16,9 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 from tqdm import tqdm
 
-from .decoder import Decoder
-from .inputs import describe_model, load_model, one_line, read_checkpoint
-from .prompts import Generator
+from ..files.inputs import describe_model, load_model, one_line, read_checkpoint
+from ..models.decoder import Decoder
+from ..models.generator import Generator
 
 
 def load(

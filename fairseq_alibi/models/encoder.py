@@ -11,9 +11,9 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
+from ..core.layers import KEPT_LENGTH, Pass, Passes
+from ..core.positions import PositionMethod
 from .decoder import DecoderLayer, as_argument, wrap_layer
-from .modules import KEPT_LENGTH, Pass, Passes
-from .positions import PositionMethod
 
 
 class EncoderLayer(DecoderLayer):

@@ -27,7 +27,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 from tabulate import tabulate
 
-from .inputs import (
+from ..files.inputs import (
     check_dictionary,
     describe_model,
     one_line,
@@ -37,7 +37,7 @@ from .inputs import (
     read_dictionary,
     subset_tokens,
 )
-from .results import check_writable, describe_environment, write_json
+from ..files.results import check_writable, describe_environment, write_json
 
 #: What decides which tokens are scored with which context: set here, so not for the user to pass on.
 FIXED_OPTIONS = (
@@ -72,7 +72,7 @@ def eval_lm_arguments(
     context, is turned into whole windows first.
     """
     windows = max(1, positions // length)
-    arguments = [*extra, "--user-dir", str(Path(__file__).parent), "--path", checkpoint, "--gen-subset", subset]
+    arguments = [*extra, "--user-dir", str(Path(__file__).parents[1]), "--path", checkpoint, "--gen-subset", subset]
     arguments += ["--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", windows * stride]
     arguments += ["--num-workers", 0, "--num-shards", 1, "--distributed-world-size", 1]
     return [data, *map(str, arguments)]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from . import __version__
+from .. import __version__
 
 #: Makes everything that is required, and mends it.
 SETUP = "bash scripts/setup.sh"
@@ -88,8 +88,8 @@ def try_model() -> str:
     import torch
     from fairseq.models import MODEL_REGISTRY
 
-    from .inputs import made_up_dictionary
-    from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
+    from ..files.inputs import made_up_dictionary
+    from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 
     if MODEL_REGISTRY["alibi_lm"] is not AlibiLanguageModel:
         raise RuntimeError("another alibi_lm is registered with fairseq")
@@ -109,7 +109,7 @@ def try_model() -> str:
 
 def try_cpu() -> str:
     """Number of cores, and whether bfloat16 is faster on them."""
-    from .decoder import bf16_gain
+    from ..models.decoder import bf16_gain
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores; matrix products in bfloat16 (--cpu-bf16) at {bf16_gain():.1f} times the speed of float32"
@@ -119,8 +119,8 @@ def try_gpu() -> str:
     """The GPUs, if any; on the first, FlexAttention is compiled and compared with attention under a mask."""
     import torch
 
-    from .attention import fused_attention, masked_attention
-    from .positions import ALiBi
+    from ..core.attention import fused_attention, masked_attention
+    from ..core.positions import ALiBi
 
     if not torch.cuda.is_available():
         return "none; everything runs on the CPU"
@@ -157,7 +157,7 @@ def try_plots() -> str:
     """An empty plot as PNG."""
     import matplotlib
 
-    from .report import chart
+    from ..evaluation.report import chart
 
     with tempfile.TemporaryDirectory() as folder, chart(Path(folder) / "chart.png", ["one"]) as axes:
         axes.plot([1, 2], [1, 2], label="one")
@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a required part does not work.
     """
-    print(f"{'fairseq-alibi':<16}{__version__} in {Path(__file__).parent}")
+    print(f"{'fairseq-alibi':<16}{__version__} in {Path(__file__).parents[1]}")
     broken = []
     for part in PARTS:
         try:

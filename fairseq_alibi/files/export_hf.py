@@ -20,10 +20,10 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
-from .generate import text_options
+from ..evaluation.generate import text_options
+from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .import_checkpoint import plain
 from .inputs import load_model, one_line, options_of_model, read_checkpoint
-from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 
 #: Options that the exported model does not have, with what they are in every model that it can be.
 WITHOUT = {
@@ -58,7 +58,7 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
     Raises:
         ValueError: one of them is none of the exported model's.
     """
-    from .modeling_alibi import AlibiConfig
+    from ..core.modeling_alibi import AlibiConfig
 
     decoder = model.decoder
     for name, value in WITHOUT.items():
@@ -109,7 +109,7 @@ def differences(exported, model: BaseFairseqModel) -> float:
 
 def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
     """Writes the tokenizer of a data folder; says in words how it splits a text."""
-    from .tokenization_alibi import AlibiTokenizer
+    from ..core.tokenization_alibi import AlibiTokenizer
 
     options = text_options(data)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,7 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     """
     from transformers import GenerationConfig
 
-    from .modeling_alibi import AlibiConfig, AlibiForCausalLM
+    from ..core.modeling_alibi import AlibiConfig, AlibiForCausalLM
 
     state = read_checkpoint(checkpoint)
     task = state["cfg"]["task"]

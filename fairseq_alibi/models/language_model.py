@@ -16,7 +16,9 @@ from fairseq.models.transformer_lm import (
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.utils import safe_getattr
 
+from ..core.positions import POSITION_METHODS
 from .decoder import Decoder
+from .generator import read_prompts_in_one_pass
 from .options import (
     DecoderOptions,
     PositionOptions,
@@ -25,8 +27,6 @@ from .options import (
     decoder_position_method,
     fill_in_options,
 )
-from .positions import POSITION_METHODS
-from .prompts import read_prompts_in_one_pass
 
 
 @dataclass

@@ -21,7 +21,7 @@ from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-from .language_model import AlibiLanguageModelConfig
+from ..models.language_model import AlibiLanguageModelConfig
 
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
 EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")

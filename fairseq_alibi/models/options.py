@@ -13,8 +13,8 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
-from .attention import EPSILON
-from .positions import ENCODER_POSITION_METHODS, POSITION_METHODS, EncoderALiBi, PositionMethod
+from ..core.attention import EPSILON
+from ..core.positions import ENCODER_POSITION_METHODS, POSITION_METHODS, EncoderALiBi, PositionMethod
 
 logger = logging.getLogger(__name__)
 

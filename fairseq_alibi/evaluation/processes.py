@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .inputs import one_line
+from ..files.inputs import one_line
 
 
 def join() -> None:

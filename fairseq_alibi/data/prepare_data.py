@@ -42,9 +42,9 @@ from subword_nmt.learn_bpe import learn_bpe
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import __version__
+from .. import __version__
+from ..files.results import naming
 from .download import download, file_md5
-from .results import naming
 
 SPLITS = ("train", "valid", "test")
 MARKER = "prepared.json"
@@ -406,8 +406,8 @@ def prepare_text(dest, texts, source, bpe_merges, workers):
             codes.rename(data / codes.name)
         counts = count_data(data, {split: number for split, (number, _) in facts.items()})
         next_command = (
-            f"fairseq-train {dest} --user-dir {Path(__file__).parent} --task language_modeling --arch alibi_lm_tiny "
-            "--tokens-per-sample 256 --max-tokens 4096 --optimizer adam --lr 0.001 --max-update 1000 "
+            f"fairseq-train {dest} --user-dir {Path(__file__).parents[1]} --task language_modeling "
+            "--arch alibi_lm_tiny --tokens-per-sample 256 --max-tokens 4096 --optimizer adam --lr 0.001 --max-update 1000 "
             f"--save-dir checkpoints/{dest.name}"
         )
         finish(data, dest, identity, source, counts, next_command)

@@ -15,7 +15,7 @@ import fairseq
 import numpy
 import torch
 
-from . import __version__
+from .. import __version__
 
 
 def describe_environment() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def now() -> str:
 def git_commit() -> Optional[str]:
     """The commit of this package's source, None for an installed copy or without git."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+        command = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "--short=12", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

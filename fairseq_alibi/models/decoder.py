@@ -18,8 +18,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from .modules import AttentionCore, Pass, Passes
-from .positions import PositionMethod
+from ..core.layers import AttentionCore, Pass, Passes
+from ..core.positions import PositionMethod
 
 #: Where an incremental state holds how many tokens it has the keys of, and of how many more it had them.
 PROGRESS = "fairseq_alibi.progress"

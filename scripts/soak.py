@@ -27,9 +27,9 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from .inputs import load_model, positive, read_checkpoint, read_dictionary, read_subset
-from .results import check_writable, describe_environment, write_json, written_whole
-from .scoring import score_stream, score_windows
+from fairseq_alibi.evaluation.scoring import score_stream, score_windows
+from fairseq_alibi.files.inputs import load_model, positive, read_checkpoint, read_dictionary, read_subset
+from fairseq_alibi.files.results import check_writable, describe_environment, write_json, written_whole
 
 #: Lengths are drawn between the first and the last, evenly by their logarithm; there is a mask up to the second.
 SHORTEST, LONGEST_MASKED, LONGEST = 64, 2048, 16384

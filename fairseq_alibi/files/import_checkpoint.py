@@ -17,9 +17,9 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
+from ..core.positions import POSITION_METHODS
+from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .inputs import load_dictionary, made_up_dictionary, one_line, read_checkpoint, types_in
-from .language_model import AlibiLanguageModel, AlibiLanguageModelConfig
-from .positions import POSITION_METHODS
 from .results import written_whole
 
 #: What the fork's options and weights hold besides fairseq's: the length of its bias table, an unused embedding.

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple, Optional
 from tabulate import tabulate
 from tqdm import tqdm
 
-from . import report
-from .inputs import one_line, positive, read_dictionary, subset_tokens
-from .positions import POSITION_METHODS
-from .results import describe_environment, now, write_json, write_text, written_whole
-from .training import updates_of
+from ..core.positions import POSITION_METHODS
+from ..evaluation import report
+from ..files.inputs import one_line, positive, read_dictionary, subset_tokens
+from ..files.results import describe_environment, now, write_json, write_text, written_whole
+from ..patches.training import updates_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 #: Data made of text that every machine has.
 BUILTIN = "data-bin/builtin"
@@ -39,7 +39,15 @@ PAPER_ORDER = ("alibi", "t5", "rotary", "sinusoidal")
 def small_model(data: str, method: str, length: int, save_dir: Path, updates: int, more: list[str]) -> list[str]:
     """fairseq-train for a model that a CPU trains: 2 layers of width 128."""
     warmup = max(1, updates // 10)
-    command = [data, "--user-dir", Path(__file__).parent, "--task", "language_modeling", "--position-method", method]
+    command = [
+        data,
+        "--user-dir",
+        Path(__file__).parents[1],
+        "--task",
+        "language_modeling",
+        "--position-method",
+        method,
+    ]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
     command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
     command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]

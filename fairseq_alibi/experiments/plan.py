@@ -62,9 +62,9 @@ from tabulate import tabulate
 from torch import nn
 from yaml import YAMLError
 
-from .inputs import made_up_dictionary, one_line, positive, read_dictionary
-from .language_model import AlibiLanguageModel
-from .prepare_data import WIKITEXT103_TYPES
+from ..data.prepare_data import WIKITEXT103_TYPES
+from ..files.inputs import made_up_dictionary, one_line, positive, read_dictionary
+from ..models.language_model import AlibiLanguageModel
 
 #: Types of the vocabulary for configs whose names begin so, where neither the data nor --types says otherwise.
 TYPES = {"wikitext103": WIKITEXT103_TYPES, "alibi_1_3b": 50_264}

@@ -1,0 +1,1 @@
+"""The subcommands of fairseq-alibi, one file each."""

@@ -1,0 +1,1 @@
+"""Perplexity at any length: windows, scoring, results, tables and plots."""

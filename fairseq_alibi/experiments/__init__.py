@@ -1,0 +1,1 @@
+"""Many runs as one: the comparison of all position methods, the planner."""

@@ -1,0 +1,1 @@
+"""The models that fairseq trains: options, decoder, encoder, language model, masked model, translation, generator."""
