@@ -8,55 +8,56 @@ from typing import Optional
 
 from . import __version__
 
-#: Modules of the subcommands.
-MODULES = {
-    "plan": "experiments.plan",
-    "evaluate": "evaluation.evaluate",
-    "report": "evaluation.report",
-    "reproduce": "experiments.reproduce",
-    "generate": "evaluation.generate",
-    "import-checkpoint": "files.import_checkpoint",
-    "export-hf": "files.export_hf",
-    "show-bias": "evaluation.show_bias",
-    "doctor": "commands.doctor",
-}
-
+#: Subcommands with their summaries. The module of a subcommand is `commands/NAME.py`, with `_` in the place of `-`.
 COMMANDS = {
     "plan": "What a training run will take: parameters, memory, FLOPs, and what fits.",
     "evaluate": "Perplexity of checkpoints at many lengths: by windows or as one stream.",
+    "eval-lm": "Perplexity at several lengths through fairseq-eval-lm.",
     "report": "Results of several evaluations as tables and plots.",
     "reproduce": "The paper's comparison: all position methods, trained and evaluated alike, on one page.",
     "generate": "Text that continues a prompt.",
     "import-checkpoint": "Turns a checkpoint of the ALiBi authors' fairseq fork into one of alibi_lm.",
     "export-hf": "Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.",
     "show-bias": "A picture of the ALiBi bias, head by head, causal and in the three forms of encoders.",
+    "prepare-text": "Makes a data folder of plain-text files: Moses tokens, BPE, fairseq's binary format.",
+    "prepare-wikitext103": "Downloads WikiText-103, checks it and makes a data folder of it.",
     "doctor": "What this environment has, what of it works, and the first thing to fix.",
 }
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    """Runs a subcommand; bad input ends it with one line and status 1."""
+    """Runs a subcommand; bad input ends it with one line and status 1.
+
+    Args:
+        argv: The arguments; by default those of the command line.
+    """
     logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    module = None
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module, passed_on = None, []
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:  # no other is imported, as doctor has to run where the others cannot
+        if argv[:1] == [name]:  # doctor has to run where the modules of the others cannot be imported
             try:
-                module = importlib.import_module(f".{MODULES[name]}", __package__)
+                module = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
             except Exception as error:  # a broken installation raises anything
                 sys.exit(f"fairseq-alibi {name}: {error}; see what to fix first: fairseq-alibi doctor")
             module.add_arguments(command)
+    if getattr(module, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
+        end = argv.index("--")
+        argv, passed_on = argv[:end], argv[end + 1 :]
     if argv[:1] == ["evaluate"]:  # the one command that several processes can share
         module.follow()
     args = parser.parse_args(argv)
+    args.passed_on = passed_on
     try:
-        module.main(args)
+        module.run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"fairseq-alibi {args.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"fairseq-alibi {args.command}: interrupted")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fairseq_alibi
+from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.core import attention
 from fairseq_alibi.core.attention import fused_attention, masked_attention
 from fairseq_alibi.core.positions import ALiBi
@@ -53,7 +54,6 @@ from fairseq_alibi.files.inputs import (
     load_model,
     made_up_dictionary,
     open_subset,
-    positive,
     read_checkpoint,
     subset_tokens,
 )
@@ -661,10 +661,16 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     level.add_argument("--all-lengths", action="store_true", help="lengths up to 131,072 tokens, more repeats")
     add("--full", action="store_true", help="train the WikiText-103 architecture of the paper, 247M parameters")
     add("--parts", type=some_parts, default=list(PARTS), help=f"default: {','.join(PARTS)}")
-    add("--lengths", type=positive, nargs="+", metavar="N", help="tokens in a sequence, for every part")
-    add("--tokens", type=positive, default=2048, metavar="N", help="tokens in a batch, at least 1 row (default 2048)")
-    add("--repeats", type=positive, metavar="N", help="rounds that count (default 3, with --all-lengths 5)")
-    add("--budget", type=positive, metavar="SECONDS", help="for one length, after which no new round begins")
+    add("--lengths", type=positive_integer, nargs="+", metavar="N", help="tokens in a sequence, for every part")
+    add(
+        "--tokens",
+        type=positive_integer,
+        default=2048,
+        metavar="N",
+        help="tokens in a batch, at least 1 row (default 2048)",
+    )
+    add("--repeats", type=positive_integer, metavar="N", help="rounds that count (default 3, with --all-lengths 5)")
+    add("--budget", type=positive_integer, metavar="SECONDS", help="for one length, after which no new round begins")
     add("--checkpoint", type=Path, help="ALiBi model for evaluation; default: a small one, trained first")
     add("--data", type=Path, help="fairseq data folder of the checkpoint")
     add("--output", type=Path, default=Path("results/benchmark"), metavar="DIR", help="default: results/benchmark")

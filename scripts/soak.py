@@ -27,8 +27,9 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.evaluation.scoring import score_stream, score_windows
-from fairseq_alibi.files.inputs import load_model, positive, read_checkpoint, read_dictionary, read_subset
+from fairseq_alibi.files.inputs import load_model, read_checkpoint, read_dictionary, read_subset
 from fairseq_alibi.files.results import check_writable, describe_environment, write_json, written_whole
 
 #: Lengths are drawn between the first and the last, evenly by their logarithm; there is a mask up to the second.
@@ -160,7 +161,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog="soak.sh", description=__doc__.splitlines()[0])
     parser.add_argument("data", help="fairseq data folder")
     parser.add_argument("--minutes", type=float, default=60, help="to run (default 60)")
-    parser.add_argument("--updates", type=positive, default=10, help="of training in a round (default 10)")
+    parser.add_argument("--updates", type=positive_integer, default=10, help="of training in a round (default 10)")
     parser.add_argument("--output", type=Path, default=Path("results/soak"), help="folder (default results/soak)")
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.WARNING)

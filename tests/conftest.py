@@ -1,5 +1,6 @@
 """A tiny corpus in fairseq's format, and models built the way fairseq-train builds them."""
 
+import io
 import os
 import random
 import signal
@@ -171,3 +172,23 @@ def sharpened(train, tmp_path_factory):
 def checkpoint(sharpened):
     """A trained ALiBi model, see `sharpened`."""
     return sharpened()
+
+
+@pytest.fixture(scope="session")
+def given(corpus, checkpoint, tmp_path_factory):
+    """A folder of files good and bad, see bad_input.py; whoever uses it leaves it as it was."""
+    from bad_input import make_files
+
+    folder = tmp_path_factory.mktemp("given")
+    make_files(folder, corpus, checkpoint)
+    return folder
+
+
+@pytest.fixture
+def inside_given(given, monkeypatch):
+    """Runs a test in that folder, without a prompt on standard input, without waiting for the network."""
+    from fairseq_alibi.data import download
+
+    monkeypatch.chdir(given)
+    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))

@@ -234,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`fairseq-alibi doctor` has no arguments."""
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """`fairseq-alibi doctor`: prints a line for each part and, last, what to mend first.
 
     Raises:

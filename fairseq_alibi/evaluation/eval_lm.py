@@ -27,16 +27,8 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 from tabulate import tabulate
 
-from ..files.inputs import (
-    check_dictionary,
-    describe_model,
-    one_line,
-    options_of_model,
-    positive,
-    read_checkpoint,
-    read_dictionary,
-    subset_tokens,
-)
+from ..commands.arguments import model_options, positive_integer
+from ..files.inputs import check_dictionary, describe_model, one_line, read_checkpoint, read_dictionary, subset_tokens
 from ..files.results import check_writable, describe_environment, write_json
 
 #: What decides which tokens are scored with which context: set here, so not for the user to pass on.
@@ -89,7 +81,7 @@ def run_eval_lm(arguments: list[str]) -> tuple[float, int]:
     logger.addHandler(counter)
     try:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), arguments)
-        options_of_model(args.model_overrides)  # which fairseq evaluates, whatever stands there
+        model_options(args.model_overrides)  # which fairseq evaluates, whatever stands there
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
     finally:
         logger.removeHandler(counter)
@@ -185,11 +177,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
         way.add_argument("--overwrite", action="store_true", help="replace the JSON file if it exists")
         way.add_argument(
-            "--positions", type=positive, default=4096, help="tokens in a batch, context included (default 4096)"
+            "--positions",
+            type=positive_integer,
+            default=4096,
+            help="tokens in a batch, context included (default 4096)",
         )
-    nonoverlapping.add_argument("lengths", metavar="LENGTH", type=positive, nargs="+")
-    sliding.add_argument("length", metavar="LENGTH", type=positive)
-    sliding.add_argument("strides", metavar="STRIDE", type=positive, nargs="+")
+    nonoverlapping.add_argument("lengths", metavar="LENGTH", type=positive_integer, nargs="+")
+    sliding.add_argument("length", metavar="LENGTH", type=positive_integer)
+    sliding.add_argument("strides", metavar="STRIDE", type=positive_integer, nargs="+")
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
     args.extra = argv[end + 1 :]

@@ -36,13 +36,12 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from ..commands.arguments import model_options, positive_integer
 from ..files.inputs import (
     check_exists,
     describe_model,
     load_model,
     one_line,
-    options_of_model,
-    positive,
     read_checkpoint,
     read_dictionary,
     read_subset,
@@ -487,7 +486,7 @@ def log_to_tensorboard(folder: Path, content: dict[str, Any], name: str) -> None
 
 def some_lengths(text: str) -> list[int]:
     """An argparse type: lengths with commas between."""
-    return [positive(part) for part in text.split(",")]
+    return [positive_integer(part) for part in text.split(",")]
 
 
 def fraction(text: str) -> Fraction:
@@ -513,7 +512,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)",
     )
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--stride", type=positive, metavar="N", help="sliding window: tokens from one window to the next")
+    way.add_argument(
+        "--stride", type=positive_integer, metavar="N", help="sliding window: tokens from one window to the next"
+    )
     way.add_argument(
         "--stride-fraction", type=fraction, metavar="F", help="the same as a share of each length, as 1/4 or 0.25"
     )
@@ -528,8 +529,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MARKER",
         help="also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece",
     )
-    add("--max-tokens", type=positive, default=4096, metavar="N", help="in a batch, context included (default 4096)")
-    add("--model-overrides", type=options_of_model, default={}, metavar="DICT", help="options of the model, by name")
+    add(
+        "--max-tokens",
+        type=positive_integer,
+        default=4096,
+        metavar="N",
+        help="in a batch, context included (default 4096)",
+    )
+    add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default float32)")
     add("--cpu", action="store_true", help="do not use the GPU")
     add("--output", type=Path, metavar="DIR", help="folder for the JSON files (default: beside each checkpoint)")

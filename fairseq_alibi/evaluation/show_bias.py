@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..commands.arguments import positive_integer
 from ..core.positions import ALiBi, EncoderALiBi
-from ..files.inputs import positive
 from ..files.results import written_whole
 
 #: Forms of the bias, in the order of the picture.
@@ -60,8 +60,8 @@ def draw(biases: dict[str, Tensor], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("--heads", type=positive, default=8, help="number of heads (default 8)")
-    parser.add_argument("--length", type=positive, default=32, help="tokens (default 32)")
+    parser.add_argument("--heads", type=positive_integer, default=8, help="number of heads (default 8)")
+    parser.add_argument("--length", type=positive_integer, default=32, help="tokens (default 32)")
     parser.add_argument(
         "--form", choices=FORMS, action="append", help="may be repeated (default: all that the heads allow)"
     )

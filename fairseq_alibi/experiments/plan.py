@@ -62,8 +62,9 @@ from tabulate import tabulate
 from torch import nn
 from yaml import YAMLError
 
+from ..commands.arguments import positive_integer
 from ..data.prepare_data import WIKITEXT103_TYPES
-from ..files.inputs import made_up_dictionary, one_line, positive, read_dictionary
+from ..files.inputs import made_up_dictionary, one_line, read_dictionary
 from ..models.language_model import AlibiLanguageModel
 
 #: Types of the vocabulary for configs whose names begin so, where neither the data nor --types says otherwise.
@@ -425,13 +426,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fairseq-alibi plan`."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML file of configs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="as for fairseq-hydra-train, after CONFIG")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--gpus", type=positive_integer, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--gpu-memory", type=number_of_gib, required=True, metavar="GIB", help="memory of a GPU, in GiB"
     )
     parser.add_argument(
         "--types",
-        type=positive,
+        type=positive_integer,
         metavar="V",
         help="size of the vocabulary, special symbols included; default: that of the dict.txt in task.data, else of "
         "the corpus that a config of configs/ is for",

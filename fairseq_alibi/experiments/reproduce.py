@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, Optional
 from tabulate import tabulate
 from tqdm import tqdm
 
+from ..commands.arguments import positive_integer
 from ..core.positions import POSITION_METHODS
 from ..evaluation import report
-from ..files.inputs import one_line, positive, read_dictionary, subset_tokens
+from ..files.inputs import one_line, read_dictionary, subset_tokens
 from ..files.results import describe_environment, now, write_json, write_text, written_whole
 from ..patches.training import updates_of
 
@@ -324,7 +325,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
     add("--subset", default="valid", help="valid (default), test, ...")
-    add("--updates", type=positive, metavar="N", help="of training, in the place of the preset's")
+    add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
     add("--methods", nargs="+", choices=list(POSITION_METHODS), default=list(POSITION_METHODS), metavar="METHOD")
     add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; what is done there is kept")
     add("--launch", action="store_true", help="run the commands of the preset paper, which else are printed")

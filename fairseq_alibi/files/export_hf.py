@@ -20,10 +20,11 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
+from ..commands.arguments import model_options
 from ..evaluation.generate import text_options
 from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .import_checkpoint import plain
-from .inputs import load_model, one_line, options_of_model, read_checkpoint
+from .inputs import load_model, one_line, read_checkpoint
 
 #: Options that the exported model does not have, with what they are in every model that it can be.
 WITHOUT = {
@@ -180,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--data", default="", help="its fairseq data folder (default: the one it was trained on)")
     parser.add_argument(
-        "--model-overrides", type=options_of_model, default={}, metavar="DICT", help="options of the model, by name"
+        "--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name"
     )
 
 

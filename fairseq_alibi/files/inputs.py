@@ -1,7 +1,5 @@
 """What a command is given: checkpoints and data folders, read safely, every fault one line that names the remedy."""
 
-import argparse
-import ast
 import contextlib
 import os
 import pickletools
@@ -25,24 +23,6 @@ from ..models.language_model import AlibiLanguageModelConfig
 
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
 EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no such number: pass a whole number of at least 1")
-    return int(text)
-
-
-def options_of_model(text: str) -> dict[str, Any]:
-    """An argparse type: options by name, written as a Python dictionary."""
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
-    return overrides
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,198 @@
+"""Bad input of evaluate, generate, eval_lm, report and show-bias: one line names it, and nothing is lost.
+
+Every case runs in one folder of files good and bad; it has to look afterwards as it did before.
+"""
+
+import os
+import shlex
+
+import pytest
+from bad_input import CODE, check, full_disk
+from conftest import failure
+
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.evaluation import eval_lm, evaluate
+
+pytestmark = pytest.mark.usefixtures("inside_given")
+
+
+#: What is run, with what it has to say. The status is 1, or stands before that: 2 where argparse refuses the command.
+TABLE = {
+    # Files that are none, or of another kind
+    "evaluate nowhere good.pt": "there is no nowhere/dict.txt: name the data folder",
+    "evaluate data nowhere.pt": "there is no checkpoint nowhere.pt: name",
+    "evaluate data folder.pt": "there is no checkpoint folder.pt: name",
+    "evaluate data text.pt": "text.pt is no fairseq checkpoint",
+    "evaluate data empty.pt": "empty.pt is no fairseq checkpoint",
+    "evaluate data cut.pt": "cut.pt is no fairseq checkpoint",
+    "evaluate data list.pt": "list.pt is no fairseq checkpoint",
+    "evaluate data weights.pt": "weights.pt is no fairseq checkpoint",
+    "evaluate data script.pt": "script.pt is no fairseq checkpoint",
+    "evaluate data shape.pt": "shape.pt cannot be loaded: .*fc1.bias",
+    "evaluate data nan.pt": "length 32, stride 32: a loss is nan; the model has diverged",
+    "evaluate data translation.pt": "was trained for 'translation', not for language_modeling",
+    "evaluate data bos.pt": "bos.pt was trained with --add-bos-token: use scripts/eval_nonoverlapping.sh",
+    "generate data nowhere.pt x": "there is no checkpoint nowhere.pt",
+    "generate data text.pt x": "text.pt is no fairseq checkpoint",
+    "generate nowhere good.pt x": "there is no nowhere/dict.txt",
+    "generate data translation.pt x": "was trained for 'translation'",
+    "eval_lm nonoverlapping data nowhere.pt 64": "there is no checkpoint nowhere.pt",
+    "eval_lm nonoverlapping data text.pt 64": "text.pt is no fairseq checkpoint",
+    "eval_lm nonoverlapping nowhere good.pt 64": "nowhere holds no subset 'valid'",
+    "eval_lm nonoverlapping data nan.pt 64 -- --cpu": "at length 64 is nan: the model has diverged",
+    "eval_lm nonoverlapping data translation.pt 64": "was trained for 'translation'",
+    # Data folders with something missing, broken or of another preparation
+    "evaluate dict-none good.pt": "there is no dict-none/dict.txt",
+    "evaluate dict-no-counts good.pt": "dict-no-counts/dict.txt is no dictionary",
+    "evaluate dict-binary good.pt": "dict-binary/dict.txt is no dictionary",
+    "evaluate dict-twice good.pt": "dict-twice/dict.txt is no dictionary .*Duplicate",
+    "evaluate dict-more good.pt": "was trained with 48 types, but dict-more/dict.txt has 56: name",
+    "evaluate dict-other good.pt": "type 24 is 'wordX', in .* 'word7'; name the data folder",
+    "evaluate dict-few good.pt": "are not of one preparation, prepare the folder anew",
+    "evaluate bin-none good.pt": "valid.bin is missing or empty: prepare the folder anew",
+    "evaluate bin-empty good.pt": "valid.bin is missing or empty: prepare the folder anew",
+    "evaluate bin-short good.pt": "valid.bin does not hold the 2,086 tokens of its .idx: prepare",
+    "evaluate idx-empty good.pt": "valid.idx is cut short: prepare the folder anew",
+    "evaluate idx-head good.pt": "valid.idx is cut short: prepare the folder anew",
+    "evaluate idx-short good.pt": "valid.idx is cut short: prepare the folder anew",
+    "evaluate idx-text good.pt": "valid.bin and .idx cannot be read .*: prepare the folder anew",
+    "evaluate idx-of-train good.pt": "does not hold the 20,813 tokens of its .idx: prepare",
+    "evaluate prepared-broken good.pt": "prepared-broken/prepared.json cannot be read .*: prepare",
+    "evaluate prepared-other good.pt": "prepared-other/prepared.json cannot be read .*: prepare",
+    "generate dict-more good.pt x": "was trained with 48 types, but dict-more/dict.txt has 56",
+    "generate prepared-other good.pt x": "prepared-other/prepared.json cannot be read",
+    "eval_lm nonoverlapping bin-short good.pt 64": "valid.bin does not hold the 2,086 tokens",
+    "eval_lm nonoverlapping idx-text good.pt 64": "valid.bin and .idx cannot be read",
+    "eval_lm nonoverlapping dict-none good.pt 64": "there is no dict-none/dict.txt",
+    "eval_lm nonoverlapping dict-more good.pt 64": "was trained with 48 types, but dict-more/dict.txt has 56",
+    # Results that are none
+    "report nowhere.json": "nowhere.json cannot be read .*: name JSON files",
+    "report folder.pt": "folder.pt cannot be read .*: name JSON files",
+    **{
+        f"report {name}.json": f"{name}.json is no result of an evaluation .*: name one of their JSON files"
+        for name in (
+            *("cut", "binary", "deep", "list", "no-model", "no-checkpoint", "length-text", "length-0"),
+            *("perplexity-none", "perplexity-nan", "bins-text", "training-text"),
+        )
+    },
+    "report no-results.json": "no result in no-results.json: the evaluation ended before its first length",
+    # Texts and archives that are none
+    "generate data good.pt x --bpe subword_nmt --bpe-codes binary.txt": "--bpe-codes binary.txt cannot be used",
+    "generate data good.pt x --bpe subword_nmt --bpe-codes latin1.txt": "--bpe-codes latin1.txt cannot be used",
+    "generate data good.pt x --bpe subword_nmt --bpe-codes folder.pt": "there are no codes folder.pt, name them",
+    "generate data good.pt x --bpe subword_nmt": "there are no codes data/bpe.codes, name them with --bpe-codes",
+    # Destinations that hold something, or can hold nothing
+    "evaluate data good.pt --output file": "file/given0_good_valid.json cannot be written .*: .*name another place",
+    "evaluate data good.pt --output file/out": "file/out/given0_good_valid.json cannot be written",
+    "evaluate data good.pt --output taken": "given0_good_valid.json exists and is of another evaluation .*--overwrite",
+    "evaluate data good.pt --save-token-losses taken.npz": "taken.npz exists and holds something else: .*--overwrite",
+    "evaluate data good.pt --save-token-losses cut.npz": "cut.npz exists and holds something else",
+    "evaluate data good.pt --save-token-losses empty.npz": "empty.npz exists and holds something else",
+    "evaluate data good.pt --save-token-losses malicious.npz": "malicious.npz exists and holds something else",
+    "evaluate data good.pt --save-token-losses file/l.npz": "file/l.npz cannot be written",
+    "evaluate data good.pt good.pt --output out": "would both be written to out/given0_good_valid.json: drop",
+    "eval_lm nonoverlapping data good.pt 64 --output good.json": "good.json exists: pass --overwrite",
+    "eval_lm nonoverlapping data good.pt 64 --output file/x.json": "file/x.json cannot be written",
+    "eval_lm nonoverlapping data good.pt 64 --output folder.pt --overwrite": "folder.pt cannot be written",
+    "report good.json --output taken": "taken/report.md exists: pass --overwrite",
+    "report good.json --output file": "file/report.png cannot be written",
+    "show-bias --output file": "file exists: pass --overwrite",
+    "show-bias --output file/bias.png": "file/bias.png cannot be written",
+    # Numbers and names that are wrong
+    "evaluate data good.pt --lengths 64,0": (2, "'0' is no such number: pass a whole number of at least 1"),
+    "evaluate data good.pt --lengths many": (2, "'many' is no such number"),
+    "evaluate data good.pt --lengths ''": (2, "'' is no such number"),
+    "evaluate data good.pt --lengths 99999999999999999999": "is longer than the model's longest sequence",
+    "evaluate data good.pt --stride-fraction 1.5": (2, "'1.5' is no share of the length: pass"),
+    "evaluate data good.pt --stride-fraction 1/0": (2, "'1/0' is no share of the length"),
+    "evaluate data good.pt --max-tokens 0": (2, "'0' is no such number"),
+    "evaluate data good.pt --dtype int8": (2, "invalid choice: 'int8'"),
+    "evaluate data good.pt --subset dev": "data holds no subset 'dev' \\(it holds test, train, valid\\): pass --subset",
+    "evaluate data good.pt --subset ''": "data holds no subset ''",
+    "evaluate data good.pt --remove-bpe ''": "--remove-bpe '': pass the marker",
+    "evaluate data good.pt --save-token-losses l.txt": "l.txt: the file's name has to end in .npz",
+    """evaluate data good.pt --model-overrides "{'atention': 'mask'}" """: "has no option 'atention' to override",
+    """evaluate data good.pt --model-overrides "{'attention': 'fast'}" """: "--attention fast: choose one of auto",
+    """evaluate data good.pt --model-overrides "{'decoder_layers': 9}" """: "good.pt cannot be loaded: .*Missing key",
+    "evaluate data good.pt --model-overrides [1]": (2, "'\\[1\\]' is no dictionary: pass one as"),
+    "generate data good.pt x --tokens 0": "--tokens 0: pass a whole number of at least 1",
+    "generate data good.pt x --beam 0": "--beam 0: pass a whole number",
+    "generate data good.pt x --seed -1": "--seed -1: pass a whole number",
+    "generate data good.pt x --seed 9223372036854775808": "--seed 9223372036854775808: pass a whole number below",
+    "generate data good.pt x --temperature 0": "--temperature 0.0: pass a number above 0",
+    "generate data good.pt x --temperature nan": "--temperature nan: pass a number above 0",
+    "generate data good.pt x --lenpen nan": "--lenpen nan: pass a number",
+    "generate data good.pt x --sampling-topk 0": "--sampling-topk 0: pass",
+    "generate data good.pt x --sampling-topk 1000": "--sampling-topk 1000: the dictionary has 48 types only",
+    "generate data good.pt x --sampling-topp 1.5": "--sampling-topp 1.5: pass a probability",
+    "generate data good.pt x --no-repeat-ngram-size 1": "--no-repeat-ngram-size 1: .*pass 0",
+    "generate data good.pt x --length-scale soon": "must be a positive number or auto, not soon",
+    "generate data short.pt x --tokens 16": "longest sequence of 16: shorten them",
+    "generate data good.pt": "no prompt: pass one, or text on standard input",
+    "eval_lm nonoverlapping data good.pt 0": (2, "'0' is no such number"),
+    "eval_lm nonoverlapping data good.pt many": (2, "'many' is no such number"),
+    "eval_lm nonoverlapping data good.pt": (2, "required: LENGTH"),
+    "eval_lm nonoverlapping data good.pt 64 --subset dev": "no subset 'dev'",
+    "eval_lm nonoverlapping data good.pt 64 -- --nonsense": "it refuses its arguments",
+    "show-bias --heads 0": (2, "'0' is no such number"),
+    "show-bias --length 99999": "--length 99,999 has more cells",
+    # Options that contradict each other
+    "evaluate data good.pt --lengths 64 --stride 65": "stride 65 is longer than the length 64 and would skip tokens",
+    "evaluate data good.pt --stride 5 --streaming": (2, "not allowed with argument --stride"),
+    "evaluate data good.pt --streaming --by-position": "a stream has no windows.*; drop one of the two",
+    "evaluate data good.pt good.pt --save-token-losses l.npz": "evaluate one at a time",
+    "generate data good.pt x --sampling-topp 0.5 --sampling-topk 2": "exclude each other: drop one",
+    "generate data good.pt x --sampling-topk 2 --beam 2": "contradicts beam search: drop --beam",
+    "eval_lm sliding data good.pt 64 65": "stride 65 is longer than the window of 64",
+    "eval_lm nonoverlapping data good.pt 64 -- --num-workers 2": "--num-workers decides what is scored .*: drop it",
+    "eval_lm nonoverlapping data good.pt 64 -- --num-shards=2": "--num-shards=2 decides what is scored",
+    "eval_lm nonoverlapping data good.pt 64 -- --max-tokens 2": "--max-tokens decides what is scored",
+    # What would run code
+    f"evaluate data good.pt --model-overrides {shlex.quote(CODE)}": (2, "is no dictionary: pass one as"),
+    f"eval_lm nonoverlapping data good.pt 64 -- --cpu --model-overrides {shlex.quote(CODE)}": "is no dictionary: pass",
+    # What would run code
+    **{
+        f"{command} {name}.pt {rest}": f"{name}.pt is refused, as it could run code: it calls [a-z]+.system; get"
+        for command, name, rest in (
+            *(("evaluate data", f"malicious{kind}", "") for kind in ("", "-old", "-4", "-raw")),
+            ("generate data", "malicious", "x"),
+            ("eval_lm nonoverlapping data", "malicious", "64"),
+        )
+    },
+}
+
+PROGRAMS = {"eval_lm": eval_lm.main}
+
+
+@pytest.mark.parametrize("command", TABLE)
+def test_bad_input_is_named_in_one_line_and_nothing_is_lost(given, command, capsys):
+    check(capsys, given, command, TABLE[command], PROGRAMS)
+
+
+#: Commands that need more room than there is, with the file that they cannot write.
+FULL = {
+    "evaluate data good.pt --lengths 32": "good_valid.json cannot be written",
+    "evaluate data good.pt --lengths 32 --overwrite --save-token-losses taken.npz": "taken.npz cannot be written",
+    "eval_lm nonoverlapping data good.pt 32 --output good.json --overwrite -- --cpu": "good.json cannot be written",
+    "report good.json --output .": "report.png cannot be written",
+    "report good.json --output taken --overwrite": "report.png cannot be written",
+}
+
+
+@pytest.mark.parametrize("command", FULL)
+def test_a_full_disk_is_named_and_loses_nothing(given, command, capsys):
+    with full_disk():
+        check(capsys, given, command, FULL[command], PROGRAMS)
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_work(given, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("that is the work"))
+    line = failure(capsys, main, "evaluate", "data", "good.pt", "--output", "/proc", "--cpu", status=1)
+    assert "/proc/given0_good_valid.json cannot be written" in line
+
+
+@pytest.mark.parametrize("command", [command for command in TABLE if "malicious" in command])
+def test_the_environment_cannot_make_our_commands_run_code(given, command, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    check(capsys, given, command, TABLE[command], PROGRAMS)
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1", "for what else runs in this process"
