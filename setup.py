@@ -56,6 +56,9 @@ setup(
     ],
     extras_require={
         "transformers": ["transformers>=4.57", "safetensors"],
-        "test": ["accelerate", "hypothesis", "pytest", "pytest-xdist", "ruff", "safetensors", "transformers>=4.57"],
+        "test": [
+            *("accelerate", "codespell", "filelock", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
+            *("safetensors", "transformers>=4.57"),
+        ],
     },
 )

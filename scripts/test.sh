@@ -1,6 +1,15 @@
 #!/usr/bin/env bash
-# Sets up (scripts/setup.sh) and runs all tests, one process per core; arguments go to pytest:  bash scripts/test.sh -k bias
+# Sets up (scripts/setup.sh) and runs the tests, one process per core.
+#
+#   bash scripts/test.sh            # without the tests marked slow, which take minutes
+#   bash scripts/test.sh --slow     # all tests
+#   bash scripts/test.sh -k bias    # other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
+selection=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --slow ]; then selection=(); else arguments+=("$argument"); fi
+done
 bash scripts/setup.sh
-"${VENV:-.venv}/bin/python" -m pytest --numprocesses auto "$@"
+"${VENV:-.venv}/bin/python" -m pytest --numprocesses auto ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
