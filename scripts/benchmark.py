@@ -591,7 +591,7 @@ def train_model(folder: Path, args: argparse.Namespace) -> tuple[Path, Path]:
         command += ["--save-dir", save_dir, *(["--cpu"] if args.device == "cpu" else [])]
         with log.open("w", encoding="utf-8") as output:
             for module, arguments in (
-                ("fairseq_alibi.data.prepare_data", ["text", data, "--builtin"]),
+                ("fairseq_alibi", ["prepare-text", data, "--builtin"]),
                 ("fairseq_cli.train", command),
             ):
                 done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], stdout=output)

@@ -8,4 +8,4 @@
 # Each line is one sentence for fairseq. With nothing to do it ends at once.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec python -m fairseq_alibi.data.prepare_data text "$@"
+exec fairseq-alibi prepare-text "$@"

@@ -9,4 +9,4 @@
 # A download that broke off goes on when this is run again; with nothing to do it ends at once.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec python -m fairseq_alibi.data.prepare_data wikitext103 "$@"
+exec fairseq-alibi prepare-wikitext103 "$@"

@@ -204,7 +204,7 @@ def check(capsys, folder, command, expected, programs=None):
     program, *arguments = shlex.split(command)
     if program in ("evaluate", "generate", "reproduce", "benchmark"):
         arguments.append("--cpu")
-    if program == "prepare_data" and "--workers" not in arguments:
+    if program.startswith("prepare") and "--workers" not in arguments:
         arguments += ["--workers", "1"]
     call = (programs or {}).get(program)
     if call is None:

@@ -22,7 +22,7 @@ import fairseq_alibi  # noqa: F401
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
 from fairseq_alibi.core.positions import POSITION_METHODS
-from fairseq_alibi.data import prepare_data
+from fairseq_alibi.data.binarize import SPLITS
 from fairseq_alibi.evaluation import generate, scoring
 from fairseq_alibi.files import export_hf
 from fairseq_alibi.files.export_hf import export_tokenizer
@@ -60,9 +60,9 @@ def offline(tmp_path_factory):
 def data(tmp_path_factory, corpus):
     """Data folders: as scripts/prepare_text.sh makes them, the same of whole words, and one of words between spaces."""
     folder = tmp_path_factory.mktemp("text")
-    splits = [word for split in prepare_data.SPLITS for word in (f"--{split}", str(folder / "lines.txt"))]
+    splits = [word for split in SPLITS for word in (f"--{split}", str(folder / "lines.txt"))]
     (folder / "lines.txt").write_text("".join(f"word{n % 40} {LINES[0]} word{n % 7}\n" for n in range(200)))
-    prepare_data.main(["text", str(folder / "bpe"), *splits, "--bpe-merges", "60", "--workers", "1"])
+    main(["prepare-text", str(folder / "bpe"), *splits, "--bpe-merges", "60", "--workers", "1"])
     shutil.copytree(folder / "bpe", folder / "words")
     (folder / "words" / "bpe.codes").unlink()
     words = ["word1", "don", "&apos;t", "stop", ",", "&amp;", "@-@", "U.S.", "word3", "&lt;"]

@@ -394,7 +394,7 @@ def test_text_is_tokenized_as_the_data_was_prepared(trained, corpus, tmp_path):
         (tmp_path / f"{split}.txt").write_text(text)
     files = [word for split in ("train", "valid", "test") for word in (f"--{split}", tmp_path / f"{split}.txt")]
     bpe, words = tmp_path / "bpe", tmp_path / "words"
-    prepare = [BIN / "python", "-m", "fairseq_alibi.data.prepare_data", "text", "--workers", 1]
+    prepare = [BIN / "python", "-m", "fairseq_alibi", "prepare-text", "--workers", 1]
     run(*prepare, bpe, *files, "--bpe-merges", 20)
     words.mkdir()
     (words / "prepared.json").write_text('{"settings": {"corpus": "text", "tokenizer": "moses", "bpe_merges": null}}')

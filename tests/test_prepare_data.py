@@ -24,7 +24,10 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPEConfig
 
-from fairseq_alibi.data import download, prepare_data
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.data import download, wikitext103
+from fairseq_alibi.data.builtin_corpus import LEFT_OUT, write_builtin_corpus
+from fairseq_alibi.data.destination import work_folder
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "valid", "test")
@@ -135,7 +138,7 @@ def text_arguments(paths):
 
 def run(command, dest, *arguments):
     """Runs the command line in this process; every preparation here is so small that one worker is the quickest."""
-    prepare_data.main([command, str(dest), "--workers", "1", *map(str, arguments)])
+    main([command, str(dest), "--workers", "1", *map(str, arguments)])
 
 
 def failure(capsys, command, dest, *arguments):
@@ -145,7 +148,7 @@ def failure(capsys, command, dest, *arguments):
     with pytest.raises(SystemExit) as error:
         run(command, dest, *arguments)
     message = error.value.code  # a text: Python prints it on stderr and exits with status 1
-    assert message.startswith("prepare_data: ")
+    assert message.startswith(f"fairseq-alibi {command}: ")
     assert "\n" not in message
     assert capsys.readouterr().err == ""
     assert [path for path in sorted(dest.parent.rglob("*")) if path.suffix != ".part"] == before
@@ -164,7 +167,7 @@ def read_split(data, split):
 
 def test_download_ends_in_a_data_folder_and_a_second_run_asks_for_nothing(server, tmp_path, capsys):
     dest = tmp_path / "parent" / "data"
-    run("wikitext103", dest, "--url", f"{server.url}/good/x.zip", "--md5", MD5)
+    run("prepare-wikitext103", dest, "--url", f"{server.url}/good/x.zip", "--md5", MD5)
     assert "subset" in capsys.readouterr().out
     assert [path.name for path in dest.parent.iterdir()] == ["data"]
     assert read_split(dest, "test") == ["", "the dog sat on <unk> <unk> ."]
@@ -175,7 +178,7 @@ def test_download_ends_in_a_data_folder_and_a_second_run_asks_for_nothing(server
     assert marker["counts"]["types"] == len(Dictionary.load(str(dest / "dict.txt"))) == WIKI_TYPES
 
     server.seen.clear()
-    run("wikitext103", dest, "--url", f"{server.url}/good/x.zip", "--md5", MD5)
+    run("prepare-wikitext103", dest, "--url", f"{server.url}/good/x.zip", "--md5", MD5)
     assert "already prepared" in capsys.readouterr().out
     assert server.seen == []
 
@@ -218,13 +221,15 @@ def test_next_source_after_forbidden_and_after_wrong_checksum(server, tmp_path):
 
 
 def test_wrong_checksum_is_refused(server, tmp_path, capsys):
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--url", f"{server.url}/corrupt/x.zip", "--md5", MD5)
+    message = failure(
+        capsys, "prepare-wikitext103", tmp_path / "data", "--url", f"{server.url}/corrupt/x.zip", "--md5", MD5
+    )
     assert f"instead of {MD5}" in message
     assert list(tmp_path.iterdir()) == []
 
 
 def test_original_checksum_is_the_default(server, tmp_path, capsys):
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--url", f"{server.url}/good/x.zip")
+    message = failure(capsys, "prepare-wikitext103", tmp_path / "data", "--url", f"{server.url}/good/x.zip")
     assert "instead of 9ddaacaf6af0710eda8c456decff7832" in message
 
 
@@ -232,7 +237,7 @@ def test_all_sources_fail_in_one_line_that_names_each(server, tmp_path, capsys):
     urls = [f"{server.url}/forbidden/x.zip", f"{server.url}/breaks-always/x.zip", "http://127.0.0.1:9/x.zip", "no-url"]
     options = [word for url in urls for word in ("--url", url)]
     server.payload = make_archive(("big", os.urandom(300_000)))
-    message = failure(capsys, "wikitext103", tmp_path / "data", *options, "--md5", MD5)
+    message = failure(capsys, "prepare-wikitext103", tmp_path / "data", *options, "--md5", MD5)
     assert all(url in message for url in urls)
     for part in ("403", "broke off after 200,000 of", "refused", "--from", "--url", "Salesforce/wikitext"):
         assert part in message
@@ -242,7 +247,7 @@ def test_all_sources_fail_in_one_line_that_names_each(server, tmp_path, capsys):
 
 def test_killed_download_goes_on_in_the_next_run(server, tmp_path, monkeypatch):
     dest, url = tmp_path / "data", f"{server.url}/stalls/x.zip"
-    command = [sys.executable, "-m", "fairseq_alibi.data.prepare_data", "wikitext103", dest, "--url", url, "--md5", MD5]
+    command = [sys.executable, "-m", "fairseq_alibi", "prepare-wikitext103", dest, "--url", url, "--md5", MD5]
     process = subprocess.Popen(command, cwd=ROOT)
     deadline = time.monotonic() + 60
     part = tmp_path / "data.zip.part"
@@ -256,7 +261,7 @@ def test_killed_download_goes_on_in_the_next_run(server, tmp_path, monkeypatch):
     # SIGKILL could not have tidied up: its rest is taken over as well.
     (tmp_path / "data.partial" / "work" / "data").mkdir(parents=True)
     (tmp_path / "data.partial" / "prepare_data.lock").touch()
-    run("wikitext103", dest, "--url", url, "--md5", MD5)
+    run("prepare-wikitext103", dest, "--url", url, "--md5", MD5)
     assert server.seen[-1][1] == f"bytes={received}-"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -278,7 +283,9 @@ def symlink_member():
 def test_archive_that_climbs_out_is_refused_whole(server, tmp_path, capsys, member):
     server.payload = make_archive((member, "/etc/passwd"))
     md5 = hashlib.md5(server.payload).hexdigest()
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--url", f"{server.url}/good/x.zip", "--md5", md5)
+    message = failure(
+        capsys, "prepare-wikitext103", tmp_path / "data", "--url", f"{server.url}/good/x.zip", "--md5", md5
+    )
     assert "outside" in message
     assert getattr(member, "filename", member).replace("\\", "/") in message.replace("\\", "/")
     assert list(tmp_path.iterdir()) == []
@@ -292,37 +299,37 @@ def test_archive_that_climbs_out_is_refused_whole(server, tmp_path, capsys, memb
 def known(monkeypatch):
     """Makes the fake corpus the known one."""
     for name in ("LINES", "TOKENS", "TYPES"):
-        monkeypatch.setattr(prepare_data, f"WIKITEXT103_{name}", globals()[f"WIKI_{name}"])
+        monkeypatch.setattr(wikitext103, name, globals()[f"WIKI_{name}"])
 
 
 def test_folder_of_the_whole_corpus_is_recognized_by_its_lines(known, wiki_folder, tmp_path, capsys):
-    run("wikitext103", tmp_path / "data", "--from", wiki_folder)
+    run("prepare-wikitext103", tmp_path / "data", "--from", wiki_folder)
     output = capsys.readouterr().out
     assert "subset" not in output
     assert "All counts" in output
-    run("wikitext103", tmp_path / "data", "--from", wiki_folder)
+    run("prepare-wikitext103", tmp_path / "data", "--from", wiki_folder)
     assert "already prepared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "value"), [("TOKENS", {**WIKI_TOKENS, "test": 8}), ("TYPES", 24)])
 def test_whole_corpus_with_a_wrong_count_is_refused(known, monkeypatch, wiki_folder, tmp_path, capsys, name, value):
-    monkeypatch.setattr(prepare_data, f"WIKITEXT103_{name}", value)
-    message = failure(capsys, "wikitext103", tmp_path / "data", "--from", wiki_folder)
+    monkeypatch.setattr(wikitext103, name, value)
+    message = failure(capsys, "prepare-wikitext103", tmp_path / "data", "--from", wiki_folder)
     assert f"{name.lower()} {value}" in message
 
 
 def test_original_archive_with_wrong_lines_is_refused(known, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(prepare_data, "WIKITEXT103_MD5", MD5)
-    monkeypatch.setattr(prepare_data, "WIKITEXT103_LINES", {**WIKI_LINES, "valid": 3})
+    monkeypatch.setattr(wikitext103, "MD5", MD5)
+    monkeypatch.setattr(wikitext103, "LINES", {**WIKI_LINES, "valid": 3})
     archive = tmp_path / "x.zip"
     archive.write_bytes(ARCHIVE)
-    assert "lines {'train': 300" in failure(capsys, "wikitext103", tmp_path / "data", "--from", archive)
+    assert "lines {'train': 300" in failure(capsys, "prepare-wikitext103", tmp_path / "data", "--from", archive)
 
 
 def test_known_counts_are_those_of_the_literature():
-    assert prepare_data.WIKITEXT103_LINES == {"train": 1801350, "valid": 3760, "test": 4358}
-    assert prepare_data.WIKITEXT103_TOKENS == {"train": 103227021, "valid": 217646, "test": 245569}
-    assert prepare_data.WIKITEXT103_TYPES == 267744
+    assert wikitext103.LINES == {"train": 1801350, "valid": 3760, "test": 4358}
+    assert wikitext103.TOKENS == {"train": 103227021, "valid": 217646, "test": 245569}
+    assert wikitext103.TYPES == 267744
 
 
 def test_script_takes_a_folder(wiki_folder, tmp_path):
@@ -378,10 +385,10 @@ def test_rerun_is_done_at_once_and_other_settings_are_refused(prepared, capsys):
     folder, data = prepared
     options = text_arguments({split: folder / f"my {split}.text" for split in SPLITS})
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    run("text", data, *options, "--bpe-merges", 30)
+    run("prepare-text", data, *options, "--bpe-merges", 30)
     assert "already prepared" in capsys.readouterr().out
-    assert "other inputs or settings" in failure(capsys, "text", data, *options, "--bpe-merges", 31)
-    assert "other inputs or settings" in failure(capsys, "text", data, *options, "--word-level")
+    assert "other inputs or settings" in failure(capsys, "prepare-text", data, *options, "--bpe-merges", 31)
+    assert "other inputs or settings" in failure(capsys, "prepare-text", data, *options, "--word-level")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -393,13 +400,13 @@ def test_bpe_and_dictionary_are_learned_on_train_alone(prepared, tmp_path):
     other = tmp_path / "data"
     other.mkdir()  # an empty folder may be used
     # One worker against two: their number must not matter either.
-    run("text", other, *text_arguments(paths), "--bpe-merges", 30)
+    run("prepare-text", other, *text_arguments(paths), "--bpe-merges", 30)
     for name in ("bpe.codes", "dict.txt", "train.bin", "train.idx"):
         assert (other / name).read_bytes() == (data / name).read_bytes()
 
 
 def test_word_level_has_no_bpe(corpus, tmp_path):
-    run("text", tmp_path / "data", *text_arguments(corpus), "--word-level")
+    run("prepare-text", tmp_path / "data", *text_arguments(corpus), "--word-level")
     assert not (tmp_path / "data" / "bpe.codes").exists()
     moses = MosesTokenizer(MosesTokenizerConfig())
     lines = corpus["train"].read_text().split("\n")[:-1]
@@ -411,8 +418,8 @@ def test_word_level_has_no_bpe(corpus, tmp_path):
 
 def test_failing_fairseq_leaves_nothing(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(SystemExit, match="fairseq-preprocess failed with exit status 1"):
-        run("text", tmp_path / "data", *text_arguments(corpus), "--word-level")
+    with pytest.raises(SystemExit, match="fairseq-preprocess ended with status 1: no output"):
+        run("prepare-text", tmp_path / "data", *text_arguments(corpus), "--word-level")
     assert sorted(tmp_path.iterdir()) == sorted(corpus.values())
 
 
@@ -430,7 +437,7 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
 
     threading.Thread(target=interrupt_when_started, daemon=True).start()
     with pytest.raises(SystemExit, match="interrupted"):
-        run("text", tmp_path / "data", *text_arguments(corpus), "--word-level")
+        run("prepare-text", tmp_path / "data", *text_arguments(corpus), "--word-level")
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -440,10 +447,10 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
 def test_second_run_at_the_same_time_is_refused(tmp_path):
     dest = tmp_path / "data"
     code = (
-        "import pathlib; from fairseq_alibi.data import prepare_data\n"
-        f"with prepare_data.work_folder(pathlib.Path({str(dest)!r})): pass"
+        "import pathlib; from fairseq_alibi.data import destination\n"
+        f"with destination.work_folder(pathlib.Path({str(dest)!r})): pass"
     )
-    with prepare_data.work_folder(dest) as work:
+    with work_folder(dest) as work:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
         assert "another run is preparing" in result.stderr
         assert work.is_dir()
@@ -456,7 +463,7 @@ def test_second_run_at_the_same_time_is_refused(tmp_path):
 def test_builtin_corpus_is_split_by_file_and_always_the_same(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        prepare_data.write_builtin(tmp_path / name, 400_000)
+        write_builtin_corpus(tmp_path / name, 400_000)
     texts = {split: (tmp_path / "a" / f"{split}.txt").read_text() for split in SPLITS}
     assert texts == {split: (tmp_path / "b" / f"{split}.txt").read_text() for split in SPLITS}
     assert 0.8 * 400_000 < sum(len(text.encode()) for text in texts.values()) <= 400_000
@@ -475,13 +482,13 @@ def test_builtin_corpus_is_split_by_file_and_always_the_same(tmp_path):
 def test_builtin_corpus_is_written_code_without_tests():
     left_out = ["test/a.py", "unittest/test/b.py", "idlelib/c.py", "site-packages/torch/d.py", "encodings/cp1252.py"]
     left_out += ["_sysconfigdata__linux.py", "config-3.11-x/python-config.py", "pydoc_data/topics.py"]
-    assert all(prepare_data.NOT_BUILTIN.search(name) for name in left_out)
-    assert not any(prepare_data.NOT_BUILTIN.search(name) for name in ["unittest/case.py", "json/encoder.py", "this.py"])
+    assert all(LEFT_OUT.search(name) for name in left_out)
+    assert not any(LEFT_OUT.search(name) for name in ["unittest/case.py", "json/encoder.py", "this.py"])
 
 
 def test_builtin_corpus_is_prepared(tmp_path, capsys):
     dest = tmp_path / "data"
-    run("text", dest, "--builtin", "--max-bytes", 200_000, "--bpe-merges", 100)
+    run("prepare-text", dest, "--builtin", "--max-bytes", 200_000, "--bpe-merges", 100)
     marker = json.loads((dest / "prepared.json").read_text())
     assert marker["source"].startswith("standard library of Python 3.")
     assert min(marker["counts"][split]["tokens"] for split in SPLITS) > 1000

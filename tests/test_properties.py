@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_alibi.core.positions import alibi_slopes
-from fairseq_alibi.data import prepare_data
+from fairseq_alibi.data.binarize import SPLITS, check_text
+from fairseq_alibi.data.plain_text import learn_codes, moses_encoder
 from fairseq_alibi.evaluation import report
 from fairseq_alibi.evaluation.windows import batches, windows
 
@@ -112,7 +113,7 @@ def test_any_bytes_are_a_text_or_one_line(content):
         path = Path(folder, "text")
         path.write_bytes(content)
         try:
-            lines, _ = prepare_data.check_text(path)
+            lines, _ = check_text(path)
         except ValueError as error:
             names_one(error, [path])
             return
@@ -132,13 +133,14 @@ def test_any_text_is_encoded_line_by_line_as_a_prompt_is(lines, merges):
     text = ["ab ab cd", *lines]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for split in prepare_data.SPLITS:
+        for split in SPLITS:
             (folder / f"{split}.txt").write_bytes("\n".join(text).encode())
         moses = MosesTokenizer(MosesTokenizerConfig())
         tokenized = [moses.encode(one) for one in text]
+        assert list(map(moses_encoder(), text)) == tokenized
         (folder / "train.moses").write_bytes("".join(one + "\n" for one in tokenized).encode())
-        assert prepare_data.check_text(folder / "train.txt")[0] == len(text) - (not text[-1])
-        prepare_data.learn_codes(folder / "train.moses", folder / "bpe.codes", merges)
+        assert check_text(folder / "train.txt")[0] == len(text) - (not text[-1])
+        learn_codes(folder / "train.moses", folder / "bpe.codes", merges)
         bpe = SubwordNMTBPE(SubwordNMTBPEConfig(bpe_codes=str(folder / "bpe.codes")))
         dictionary = Dictionary()
         for before, after in zip(text, tokenized):

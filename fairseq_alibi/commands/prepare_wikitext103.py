@@ -1,15 +1,29 @@
-"""`fairseq-alibi prepare-wikitext103`."""
+"""`fairseq-alibi prepare-wikitext103`: a data folder of WikiText-103."""
 
 import argparse
+import os
+from pathlib import Path
 
-from ..data import prepare_data
+from ..data.wikitext103 import prepare_wikitext103
+from .arguments import positive_integer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fairseq-alibi prepare-wikitext103`."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    """Adds the arguments of `fairseq-alibi prepare-wikitext103`."""
+    add = parser.add_argument
+    add("dest", nargs="?", type=Path, default=Path("data-bin/wikitext-103"), metavar="DEST", help="the data folder")
+    add("--from", dest="source", type=Path, metavar="PATH", help="zip archive or folder that you have")
+    add("--url", dest="urls", action="append", help="download from here instead; may be repeated")
+    add("--md5", type=str.lower, help="of the archive, if it is not the original one")
+    add("--workers", type=positive_integer, metavar="N", default=os.cpu_count(), help="processes (default: all cores)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi prepare-wikitext103`."""
-    prepare_data.main(["wikitext103", *args.arguments])
+    """Runs `fairseq-alibi prepare-wikitext103`.
+
+    Raises:
+        ValueError: The arguments contradict each other, or see `prepare_wikitext103`.
+    """
+    if args.source and args.urls:
+        raise ValueError(f"--from {args.source} and --url {args.urls[0]} exclude each other: give one of them")
+    prepare_wikitext103(args.dest.resolve(), args.source, args.urls, args.md5, args.workers)

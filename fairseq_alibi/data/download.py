@@ -1,4 +1,4 @@
-"""A file from the first of several sources that gives it whole, resumed where a transfer broke off, checked by MD5."""
+"""Download of one file from the first of several sources that delivers it whole. A broken transfer is resumed."""
 
 import hashlib
 import http.client
@@ -7,78 +7,104 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
 
 from tqdm import tqdm
 
-USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64)"  # the first source refuses Python's own
-ATTEMPTS = 5  # transfers per source, each going on where the one before broke off
+USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64)"  # the first source of WikiText-103 refuses Python's own
+SCHEMES = ("http://", "https://", "ftp://")
+ATTEMPTS = 5  # transfers from one source; each resumes where the last one broke off
 TIMEOUT = 60  # seconds without a byte
-PAUSE = 2  # seconds before going on with a transfer that broke off
-# What may break a transfer that had begun. OSError as a whole is not here: a full disk is not the server's fault.
-BROKEN_TRANSFER = (ConnectionError, socket.timeout, ssl.SSLError, http.client.HTTPException)
+PAUSE = 2  # seconds before a broken transfer is resumed
+#: Errors that can interrupt a transfer. OSError as a whole is not among them: a full disk is not the server's fault.
+TRANSFER_ERRORS = (ConnectionError, socket.timeout, ssl.SSLError, http.client.HTTPException)
 
 
-def fetch(url, part):
-    """Transfers what is missing in the file `part`; raises urllib's errors or one of BROKEN_TRANSFER."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": USER_AGENT, **({"Range": f"bytes={have}-"} if have else {})}
+def transfer(url: str, part: Path) -> None:
+    """Appends the missing bytes of a file to `part`.
+
+    Raises:
+        ConnectionError: The transfer ended before the announced length; other `TRANSFER_ERRORS` too.
+        urllib.error.URLError: The server refused the request.
+    """
+    received = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": USER_AGENT, **({"Range": f"bytes={received}-"} if received else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
-        if response.status != 206:  # the server sends the whole file, whatever we have
-            have = 0
-        total = have + int(response.headers["Content-Length"] or 0)
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc="download", disable=None)
-        with open(part, "ab" if have else "wb") as file, bar:
-            while block := response.read1(1 << 18):  # what is there, so that a kill loses nothing
+        if response.status != 206:  # the server ignores the range and sends the whole file
+            received = 0
+        total = received + int(response.headers["Content-Length"] or 0)
+        bar = tqdm(total=total, initial=received, unit="B", unit_scale=True, desc="download", disable=None)
+        with open(part, "ab" if received else "wb") as file, bar:
+            while block := response.read1(1 << 18):  # returns what has arrived, so that a kill loses nothing
                 file.write(block)
-                have += len(block)
+                received += len(block)
                 bar.update(len(block))
-    if have < total:
-        raise ConnectionError(f"broke off after {have:,} of {total:,} bytes")
+    if received < total:
+        raise ConnectionError(f"broke off after {received:,} of {total:,} bytes")
 
 
-def fetch_checked(url, part, md5):
-    """Transfers `url` to the file `part` in up to ATTEMPTS pieces; returns None, or why it failed."""
+def download_from(url: str, part: Path, md5: str) -> Optional[str]:
+    """Downloads a file from one source, in up to `ATTEMPTS` transfers.
+
+    Returns:
+        None, or the reason why the source did not deliver the file.
+    """
+    if not url.startswith(SCHEMES):
+        return "not an http, https or ftp address"
     reason = None
     for _ in range(ATTEMPTS):
         resumed = part.exists()
         try:
-            fetch(url, part)
-        except BROKEN_TRANSFER as error:
+            transfer(url, part)
+        except TRANSFER_ERRORS as error:
             reason = str(error) or type(error).__name__
             time.sleep(PAUSE)
             continue
         except (urllib.error.URLError, ValueError) as error:
-            # 416: what we have is no beginning of this file, so it is not worth keeping.
+            # Status 416 means that the partial file is no beginning of this file.
             if resumed and getattr(error, "code", None) == 416:
                 part.unlink()
                 continue
             return str(error)
-        got = file_md5(part)
-        if got == md5:
+        found = md5_of_file(part)
+        if found == md5:
             return None
         part.unlink()
-        reason = f"MD5 is {got} instead of {md5}"
+        reason = f"MD5 is {found} instead of {md5}"
         if not resumed:
             break
     return reason
 
 
-def download(urls, part, md5, remedy):
-    """Gets the file with this MD5 from the first source that gives it whole, going on with what is in `part`.
+def download(urls: Sequence[str], part: Path, md5: str, remedy: str) -> None:
+    """Downloads the file with this MD5 from the first source that delivers it whole.
 
-    Raises OSError, naming each source, why it failed, and the remedy, if none does.
+    Args:
+        urls: Sources, in the order in which they are tried.
+        part: Where the file goes. What an earlier download left there is resumed.
+        md5: Of the file, hexadecimal.
+        remedy: What the user can do if all sources fail; ends the message.
+
+    Raises:
+        ValueError: No source delivered the file; names each source with the reason.
     """
-    if part.exists() and file_md5(part) == md5:
+    if part.exists() and md5_of_file(part) == md5:
         return
     failures = []
     for url in urls:
-        reason = fetch_checked(url, part, md5)
+        reason = download_from(url, part, md5)
         if reason is None:
             return
         failures.append(f"{url} ({reason})")
-    raise OSError(f"no source gave the archive: {', '.join(failures)}; {remedy}")
+    raise ValueError(f"no source delivered the archive: {', '.join(failures)}; {remedy}")
 
 
-def file_md5(path):
-    """Returns the MD5 of a file in hexadecimal."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+def md5_of_file(path: Path) -> str:
+    """Returns the MD5 of a file, hexadecimal."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

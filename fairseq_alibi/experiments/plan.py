@@ -63,7 +63,7 @@ from torch import nn
 from yaml import YAMLError
 
 from ..commands.arguments import positive_integer
-from ..data.prepare_data import WIKITEXT103_TYPES
+from ..data.wikitext103 import TYPES as WIKITEXT103_TYPES
 from ..files.inputs import made_up_dictionary, one_line, read_dictionary
 from ..models.language_model import AlibiLanguageModel
 

@@ -345,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
             print("\n".join(shlex.join(command) for command in steps(run, preset, args).values()))
         return
     if args.data == BUILTIN:
-        command = [sys.executable, "-m", "fairseq_alibi.prepare_data", "text", args.data, "--builtin"]
+        command = [sys.executable, "-m", "fairseq_alibi", "prepare-text", args.data, "--builtin"]
         if status := subprocess.run(command).returncode:
             raise ValueError(f"{shlex.join(command[1:])} ended with status {status}, see above")
     read_dictionary(args.data)

@@ -1,0 +1,122 @@
+"""Plain text to fairseq's binary format: checks before, fairseq-preprocess, checks after."""
+
+import codecs
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from fairseq.data import Dictionary, indexed_dataset
+
+SPLITS = ("train", "valid", "test")
+BLOCK = 1 << 20  # bytes of text in memory at a time
+
+
+class TextSummary(NamedTuple):
+    """A checked text file: its number of lines and its SHA-256, hexadecimal."""
+
+    lines: int
+    sha256: str
+
+
+def check_text(path: Path) -> TextSummary:
+    """Checks that a file is plain text that fairseq-preprocess reads as it is meant.
+
+    Raises:
+        ValueError: The file is missing, empty, binary, not UTF-8, or begins with a byte order mark.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: name a plain-text file that exists")
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
+    line_ends, blank, last = 0, True, b"\n"
+    with open(path, "rb") as file:
+        if file.peek(3).startswith(codecs.BOM_UTF8):
+            raise ValueError(f"{path} starts with a byte order mark: remove it with sed -i '1s/^\\xEF\\xBB\\xBF//'")
+        while True:
+            block = file.read(BLOCK)
+            if (zero := block.find(b"\0")) >= 0:
+                number = line_ends + block.count(b"\n", 0, zero) + 1
+                raise ValueError(f"{path}, line {number}: a zero byte, so this is no plain text: name a text file")
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                number = line_ends + error.object.count(b"\n", 0, error.start) + 1
+                raise ValueError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}): convert it, for example with "
+                    "iconv -f LATIN1 -t UTF-8"
+                ) from None
+            if not block:
+                break
+            digest.update(block)
+            line_ends += block.count(b"\n")
+            blank = blank and not text.strip()
+            last = block[-1:]
+    if blank:
+        raise ValueError(f"{path} is empty: name a file with text in it")
+    return TextSummary(line_ends + (last != b"\n"), digest.hexdigest())
+
+
+def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
+    """Runs fairseq-preprocess on `folder`/SPLIT.`suffix`.
+
+    Returns:
+        The data folder, `folder`/data.
+
+    Raises:
+        ValueError: fairseq-preprocess failed; quotes its last line.
+    """
+    # The files are named relative to the working directory, because fairseq splits a path at its commas.
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", "data"]
+    command += ["--workers", str(workers)]
+    command += [word for split in SPLITS for word in (f"--{split}pref", f"{split}.{suffix}")]
+    print("fairseq-preprocess runs: seconds for small texts, minutes for the whole of WikiText-103", flush=True)
+    log = folder / "preprocess.out"
+    with open(log, "w") as output:
+        # A session of its own, so that its workers can be stopped with it before the folder is removed.
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+    if status:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else "no output"
+        if shutil.disk_usage(folder).free < BLOCK:
+            reason = "the disk is full: make room, or choose another DEST"
+        raise ValueError(f"fairseq-preprocess ended with status {status}: {reason}")
+    return folder / "data"
+
+
+def count_tokens(data: Path, lines: dict[str, int]) -> dict[str, Any]:
+    """Counts what a data folder holds.
+
+    Args:
+        data: fairseq's data folder.
+        lines: Lines of the text of every split.
+
+    Returns:
+        `types` of the dictionary; for each split `lines`, `tokens` (line ends included) and `unknown` tokens.
+
+    Raises:
+        ValueError: Lines were lost or added.
+    """
+    dictionary = Dictionary.load(str(data / "dict.txt"))
+    counts: dict[str, Any] = {"types": len(dictionary)}
+    for split in SPLITS:
+        ids = np.memmap(data / f"{split}.bin", indexed_dataset.best_fitting_int_dtype(len(dictionary)), mode="r")
+        dataset = indexed_dataset.MMapIndexedDataset(str(data / split))  # owns the memory that its sizes point to
+        if len(dataset) != lines[split] or dataset.sizes.sum() != len(ids):
+            raise ValueError(
+                f"fairseq-preprocess made {len(dataset):,} lines and {len(ids):,} tokens of the {lines[split]:,} lines "
+                f"of the {split} text: look for carriage returns inside its lines"
+            )
+        unknown = int(np.count_nonzero(ids == dictionary.unk()))
+        counts[split] = {"lines": len(dataset), "tokens": len(ids), "unknown": unknown}
+    return counts

@@ -1,0 +1,122 @@
+"""The data folder that a preparation makes: it is complete, or it does not exist.
+
+The folder is made and checked in DEST.partial, and renamed to DEST at the end. A file in it, `prepared.json`, says what
+it was made from.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from .. import __version__
+from ..files.results import naming
+from .binarize import SPLITS
+
+MARKER = "prepared.json"
+
+
+def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
+    """Says whether a data folder was made from the same inputs with the same settings.
+
+    Args:
+        destination: The data folder.
+        identity: What distinguishes this preparation from others; part of the content of `prepared.json`.
+
+    Raises:
+        ValueError: The folder holds something else, or nothing can be renamed to it.
+    """
+    if os.path.ismount(destination):
+        raise ValueError(f"{destination} is a mount point, which nothing can be renamed to: choose a folder inside it")
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
+        return False
+    content: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads((destination / MARKER).read_text(encoding="utf-8"))
+    made_from = content if isinstance(content, dict) else {}
+    if all(made_from.get(key) == value for key, value in identity.items()):
+        print(f"{destination} is already prepared (see {MARKER} in it)")
+        return True
+    made = "made from other inputs or settings" if made_from else "not made by this script"
+    raise ValueError(f"{destination} exists and was {made}: choose another DEST or move it away")
+
+
+@contextlib.contextmanager
+def sigterm_raises_exit() -> Iterator[None]:
+    """A context in which SIGTERM raises SystemExit with status 143, so that what is in the way can be removed first."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def work_folder(destination: Path) -> Iterator[Path]:
+    """Yields an empty folder in DEST.partial and removes it at the end, however the preparation ends.
+
+    What a killed preparation left there is removed first.
+
+    Raises:
+        ValueError: Another preparation uses DEST.partial, or it was not made by this module.
+        OSError: The disk is full, or the folder cannot be made; names the destination.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    lock_path = partial / "prepare_data.lock"
+    with naming(destination):
+        if partial.exists() and any(partial.iterdir()) and not lock_path.exists():
+            raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock_path.touch()
+    with open(lock_path, "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is preparing {destination}: wait for it or choose another DEST") from None
+        try:
+            work = partial / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            with naming(destination), sigterm_raises_exit():
+                yield work
+        finally:
+            shutil.rmtree(partial)
+
+
+def publish(data: Path, destination: Path, description: dict[str, Any], next_command: str) -> None:
+    """Adds `prepared.json` to a checked data folder, renames it to its destination, and prints what it holds.
+
+    Args:
+        data: The folder, in the work folder.
+        destination: Where it goes.
+        description: Its identity (see `is_prepared`), with `source` and `counts` (see `binarize.count_tokens`).
+        next_command: What the user can run with it.
+    """
+    packages = ("fairseq", "sacremoses", "subword-nmt")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    marker = {
+        **description,
+        "versions": {"python": platform.python_version(), "fairseq-alibi": __version__, **versions},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    (data / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    os.rename(data, destination)
+    counts = description["counts"]
+    rows = [[split, *counts[split].values()] for split in SPLITS]
+    print(tabulate(rows, ["split", "lines", "tokens", "<unk>"], intfmt=","))
+    print(f"{destination} is ready: {counts['types']:,} types. Next:\n  {next_command}")
