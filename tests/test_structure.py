@@ -133,7 +133,6 @@ UNFINISHED = {
     ("imports_that_point_up", "evaluation"): "argument parsing waits to move into commands",
     ("imports_that_point_up", "experiments"): "argument parsing waits to move into commands",
     ("over_the_limits", "core"): "attention, layers and positions wait to be split",
-    ("over_the_limits", "data"): "prepare_data waits to be split",
     ("over_the_limits", "evaluation"): "evaluate and eval_lm wait to be split",
     ("over_the_limits", "experiments"): "plan and reproduce wait to be split",
     ("names_with_several_meanings", None): "main, Decoder, SelfAttention, Run and others exist several times",
