@@ -48,8 +48,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     if getattr(module, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
         end = argv.index("--")
         argv, passed_on = argv[:end], argv[end + 1 :]
-    if argv[:1] == ["evaluate"]:  # the one command that several processes can share
-        module.follow()
+    if hasattr(module, "join_processes"):  # the command can run in several processes
+        module.join_processes()
     args = parser.parse_args(argv)
     args.passed_on = passed_on
     try:

@@ -47,8 +47,9 @@ from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.core import attention
 from fairseq_alibi.core.attention import fused_attention, masked_attention
 from fairseq_alibi.core.positions import ALiBi
-from fairseq_alibi.evaluation.eval_lm import eval_lm_arguments, run_eval_lm
-from fairseq_alibi.evaluation.evaluate import Way, evaluate, read_text
+from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings, run_eval_lm
+from fairseq_alibi.evaluation.measurement import Windowing, evaluate_model
+from fairseq_alibi.evaluation.text import read_evaluation_text
 from fairseq_alibi.files.inputs import (
     describe_model,
     load_model,
@@ -85,12 +86,14 @@ EVALUATION: dict[str, dict[str, Any]] = {
 #: Scoring: what is called with data, checkpoint, length, stride and further options of fairseq-eval-lm.
 SCORING: dict[str, Callable[[str, str, int, int, argparse.Namespace], Any]] = {
     "fairseq-eval-lm": lambda data, path, length, stride, args: run_eval_lm(
-        eval_lm_arguments(data, path, "valid", length, stride, 4096, ["--cpu"] if args.device == "cpu" else [])
+        EvalLmSettings(data, path, [(length, stride)], passed_on=["--cpu"] if args.device == "cpu" else []).arguments(
+            length, stride
+        )
     ),
-    "fairseq-alibi evaluate": lambda data, path, length, stride, args: evaluate(
+    "fairseq-alibi evaluate": lambda data, path, length, stride, args: evaluate_model(
         load_model(path, read_checkpoint(path), data).to(args.device),
-        read_text(data, "valid", None),
-        Way(length, stride),
+        read_evaluation_text(data, "valid", None),
+        Windowing(length, stride),
         4096,
     ),
 }
@@ -496,7 +499,7 @@ def memory(of: Optional[str], contender: str, length: int, args: argparse.Namesp
         # Forked from a server that did the imports: a process started from here would inherit this one's peak.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["fairseq.trainer", "fairseq_alibi", "fairseq_alibi.evaluation.evaluate", "fairseq_cli.eval_lm"]
+            ["fairseq.trainer", "fairseq_alibi", "fairseq_alibi.evaluation.measurement", "fairseq_cli.eval_lm"]
         )
         with ProcessPoolExecutor(1, context) as pool:
             peak = pool.submit(peak_memory, of, contender, length, args).result()

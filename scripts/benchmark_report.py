@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-from fairseq_alibi.evaluation.report import STYLES
+from fairseq_alibi.evaluation.plots import STYLES
 from fairseq_alibi.files.results import write_text, written_whole
 
 CAPTIONS = {

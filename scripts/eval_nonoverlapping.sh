@@ -7,4 +7,4 @@
 # Ends with a table, also written as JSON beside the checkpoint. Fails unless every token of the subset was scored.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-exec python -m fairseq_alibi.evaluation.eval_lm nonoverlapping "$@"
+exec fairseq-alibi eval-lm nonoverlapping "$@"

@@ -11,7 +11,7 @@ from bad_input import CODE, check, full_disk
 from conftest import failure
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.evaluation import eval_lm, evaluate
+from fairseq_alibi.evaluation import checkpoint_evaluation
 
 pytestmark = pytest.mark.usefixtures("inside_given")
 
@@ -36,11 +36,11 @@ TABLE = {
     "generate data text.pt x": "text.pt is no fairseq checkpoint",
     "generate nowhere good.pt x": "there is no nowhere/dict.txt",
     "generate data translation.pt x": "was trained for 'translation'",
-    "eval_lm nonoverlapping data nowhere.pt 64": "there is no checkpoint nowhere.pt",
-    "eval_lm nonoverlapping data text.pt 64": "text.pt is no fairseq checkpoint",
-    "eval_lm nonoverlapping nowhere good.pt 64": "nowhere holds no subset 'valid'",
-    "eval_lm nonoverlapping data nan.pt 64 -- --cpu": "at length 64 is nan: the model has diverged",
-    "eval_lm nonoverlapping data translation.pt 64": "was trained for 'translation'",
+    "eval-lm nonoverlapping data nowhere.pt 64": "there is no checkpoint nowhere.pt",
+    "eval-lm nonoverlapping data text.pt 64": "text.pt is no fairseq checkpoint",
+    "eval-lm nonoverlapping nowhere good.pt 64": "nowhere holds no subset 'valid'",
+    "eval-lm nonoverlapping data nan.pt 64 -- --cpu": "at length 64 is nan: the model has diverged",
+    "eval-lm nonoverlapping data translation.pt 64": "was trained for 'translation'",
     # Data folders with something missing, broken or of another preparation
     "evaluate dict-none good.pt": "there is no dict-none/dict.txt",
     "evaluate dict-no-counts good.pt": "dict-no-counts/dict.txt is no dictionary",
@@ -61,10 +61,10 @@ TABLE = {
     "evaluate prepared-other good.pt": "prepared-other/prepared.json cannot be read .*: prepare",
     "generate dict-more good.pt x": "was trained with 48 types, but dict-more/dict.txt has 56",
     "generate prepared-other good.pt x": "prepared-other/prepared.json cannot be read",
-    "eval_lm nonoverlapping bin-short good.pt 64": "valid.bin does not hold the 2,086 tokens",
-    "eval_lm nonoverlapping idx-text good.pt 64": "valid.bin and .idx cannot be read",
-    "eval_lm nonoverlapping dict-none good.pt 64": "there is no dict-none/dict.txt",
-    "eval_lm nonoverlapping dict-more good.pt 64": "was trained with 48 types, but dict-more/dict.txt has 56",
+    "eval-lm nonoverlapping bin-short good.pt 64": "valid.bin does not hold the 2,086 tokens",
+    "eval-lm nonoverlapping idx-text good.pt 64": "valid.bin and .idx cannot be read",
+    "eval-lm nonoverlapping dict-none good.pt 64": "there is no dict-none/dict.txt",
+    "eval-lm nonoverlapping dict-more good.pt 64": "was trained with 48 types, but dict-more/dict.txt has 56",
     # Results that are none
     "report nowhere.json": "nowhere.json cannot be read .*: name JSON files",
     "report folder.pt": "folder.pt cannot be read .*: name JSON files",
@@ -91,9 +91,9 @@ TABLE = {
     "evaluate data good.pt --save-token-losses malicious.npz": "malicious.npz exists and holds something else",
     "evaluate data good.pt --save-token-losses file/l.npz": "file/l.npz cannot be written",
     "evaluate data good.pt good.pt --output out": "would both be written to out/given0_good_valid.json: drop",
-    "eval_lm nonoverlapping data good.pt 64 --output good.json": "good.json exists: pass --overwrite",
-    "eval_lm nonoverlapping data good.pt 64 --output file/x.json": "file/x.json cannot be written",
-    "eval_lm nonoverlapping data good.pt 64 --output folder.pt --overwrite": "folder.pt cannot be written",
+    "eval-lm nonoverlapping data good.pt 64 --output good.json": "good.json exists: pass --overwrite",
+    "eval-lm nonoverlapping data good.pt 64 --output file/x.json": "file/x.json cannot be written",
+    "eval-lm nonoverlapping data good.pt 64 --output folder.pt --overwrite": "folder.pt cannot be written",
     "report good.json --output taken": "taken/report.md exists: pass --overwrite",
     "report good.json --output file": "file/report.png cannot be written",
     "show-bias --output file": "file exists: pass --overwrite",
@@ -129,11 +129,11 @@ TABLE = {
     "generate data good.pt x --length-scale soon": "must be a positive number or auto, not soon",
     "generate data short.pt x --tokens 16": "longest sequence of 16: shorten them",
     "generate data good.pt": "no prompt: pass one, or text on standard input",
-    "eval_lm nonoverlapping data good.pt 0": (2, "'0' is no such number"),
-    "eval_lm nonoverlapping data good.pt many": (2, "'many' is no such number"),
-    "eval_lm nonoverlapping data good.pt": (2, "required: LENGTH"),
-    "eval_lm nonoverlapping data good.pt 64 --subset dev": "no subset 'dev'",
-    "eval_lm nonoverlapping data good.pt 64 -- --nonsense": "it refuses its arguments",
+    "eval-lm nonoverlapping data good.pt 0": (2, "'0' is no such number"),
+    "eval-lm nonoverlapping data good.pt many": (2, "'many' is no such number"),
+    "eval-lm nonoverlapping data good.pt": (2, "required: LENGTH"),
+    "eval-lm nonoverlapping data good.pt 64 --subset dev": "no subset 'dev'",
+    "eval-lm nonoverlapping data good.pt 64 -- --nonsense": "it refuses its arguments",
     "show-bias --heads 0": (2, "'0' is no such number"),
     "show-bias --length 99999": "--length 99,999 has more cells",
     # Options that contradict each other
@@ -143,37 +143,35 @@ TABLE = {
     "evaluate data good.pt good.pt --save-token-losses l.npz": "evaluate one at a time",
     "generate data good.pt x --sampling-topp 0.5 --sampling-topk 2": "exclude each other: drop one",
     "generate data good.pt x --sampling-topk 2 --beam 2": "contradicts beam search: drop --beam",
-    "eval_lm sliding data good.pt 64 65": "stride 65 is longer than the window of 64",
-    "eval_lm nonoverlapping data good.pt 64 -- --num-workers 2": "--num-workers decides what is scored .*: drop it",
-    "eval_lm nonoverlapping data good.pt 64 -- --num-shards=2": "--num-shards=2 decides what is scored",
-    "eval_lm nonoverlapping data good.pt 64 -- --max-tokens 2": "--max-tokens decides what is scored",
+    "eval-lm sliding data good.pt 64 65": "stride 65 is longer than the window of 64",
+    "eval-lm nonoverlapping data good.pt 64 -- --num-workers 2": "--num-workers decides what is scored .*: drop it",
+    "eval-lm nonoverlapping data good.pt 64 -- --num-shards=2": "--num-shards=2 decides what is scored",
+    "eval-lm nonoverlapping data good.pt 64 -- --max-tokens 2": "--max-tokens decides what is scored",
     # What would run code
     f"evaluate data good.pt --model-overrides {shlex.quote(CODE)}": (2, "is no dictionary: pass one as"),
-    f"eval_lm nonoverlapping data good.pt 64 -- --cpu --model-overrides {shlex.quote(CODE)}": "is no dictionary: pass",
+    f"eval-lm nonoverlapping data good.pt 64 -- --cpu --model-overrides {shlex.quote(CODE)}": "is no dictionary: pass",
     # What would run code
     **{
         f"{command} {name}.pt {rest}": f"{name}.pt is refused, as it could run code: it calls [a-z]+.system; get"
         for command, name, rest in (
             *(("evaluate data", f"malicious{kind}", "") for kind in ("", "-old", "-4", "-raw")),
             ("generate data", "malicious", "x"),
-            ("eval_lm nonoverlapping data", "malicious", "64"),
+            ("eval-lm nonoverlapping data", "malicious", "64"),
         )
     },
 }
 
-PROGRAMS = {"eval_lm": eval_lm.main}
-
 
 @pytest.mark.parametrize("command", TABLE)
 def test_bad_input_is_named_in_one_line_and_nothing_is_lost(given, command, capsys):
-    check(capsys, given, command, TABLE[command], PROGRAMS)
+    check(capsys, given, command, TABLE[command])
 
 
 #: Commands that need more room than there is, with the file that they cannot write.
 FULL = {
     "evaluate data good.pt --lengths 32": "good_valid.json cannot be written",
     "evaluate data good.pt --lengths 32 --overwrite --save-token-losses taken.npz": "taken.npz cannot be written",
-    "eval_lm nonoverlapping data good.pt 32 --output good.json --overwrite -- --cpu": "good.json cannot be written",
+    "eval-lm nonoverlapping data good.pt 32 --output good.json --overwrite -- --cpu": "good.json cannot be written",
     "report good.json --output .": "report.png cannot be written",
     "report good.json --output taken --overwrite": "report.png cannot be written",
 }
@@ -182,11 +180,11 @@ FULL = {
 @pytest.mark.parametrize("command", FULL)
 def test_a_full_disk_is_named_and_loses_nothing(given, command, capsys):
     with full_disk():
-        check(capsys, given, command, FULL[command], PROGRAMS)
+        check(capsys, given, command, FULL[command])
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_work(given, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("that is the work"))
+    monkeypatch.setattr(checkpoint_evaluation, "evaluate_model", lambda *_: pytest.fail("that is the work"))
     line = failure(capsys, main, "evaluate", "data", "good.pt", "--output", "/proc", "--cpu", status=1)
     assert "/proc/given0_good_valid.json cannot be written" in line
 
@@ -194,5 +192,5 @@ def test_an_output_that_cannot_be_written_is_named_before_the_work(given, capsys
 @pytest.mark.parametrize("command", [command for command in TABLE if "malicious" in command])
 def test_the_environment_cannot_make_our_commands_run_code(given, command, capsys, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    check(capsys, given, command, TABLE[command], PROGRAMS)
+    check(capsys, given, command, TABLE[command])
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1", "for what else runs in this process"

@@ -256,9 +256,9 @@ def test_stream_is_refused_in_several_processes(monkeypatch, capsys, corpus, che
 
 
 def test_another_checkpoint_on_another_machine_is_refused(monkeypatch, capsys, corpus, checkpoint, tmp_path):
-    everyones = processes.everyones
+    gather = processes.gather
     others = {"weights": "of another update"}
-    monkeypatch.setattr(processes, "everyones", lambda v: [v, {**v, **others}] if isinstance(v, dict) else everyones(v))
+    monkeypatch.setattr(processes, "gather", lambda v: [v, {**v, **others}] if isinstance(v, dict) else gather(v))
     options = ("evaluate", corpus, checkpoint, "--cpu", "--output", tmp_path)
     assert "not the same on all machines" in failure(capsys, main, *options)
     others.clear()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, failure, fairseqs_own, run
 
-from fairseq_alibi.evaluation import eval_lm
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.evaluation import fairseq_eval_lm
+from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings
 
 
 def script(name, *arguments, check=True):
@@ -77,21 +79,21 @@ def test_sliding_window_equals_scoring_each_token_with_its_own_context(corpus, c
             log_probs = model.get_normalized_probs(model(source[None, begin:end]), log_probs=True)[0]
             loss -= log_probs[start - begin :].gather(1, stream[start:end, None]).sum().item()
     output = tmp_path / "results.json"
-    eval_lm.main(["sliding", str(corpus), str(checkpoint), "24", "8", "--output", str(output), "--", "--cpu"])
+    main(["eval-lm", "sliding", str(corpus), str(checkpoint), "24", "8", "--output", str(output), "--", "--cpu"])
     result = json.loads(output.read_text())["results"][0]
     assert result["loss"] == pytest.approx(loss / len(stream) / math.log(2), rel=1e-5)
 
 
 def test_a_batch_holds_no_more_positions_than_asked_for():
-    arguments = eval_lm.eval_lm_arguments("data", "checkpoint", "valid", 128, 1, 1024, [])
+    arguments = EvalLmSettings("data", "checkpoint", [], positions=1024).arguments(128, 1)
     assert arguments[arguments.index("--max-tokens") + 1] == "8", "eight windows of 128, one new token each"
-    arguments = eval_lm.eval_lm_arguments("data", "checkpoint", "valid", 4096, 4096, 1024, [])
+    arguments = EvalLmSettings("data", "checkpoint", [], positions=1024).arguments(4096, 4096)
     assert arguments[arguments.index("--max-tokens") + 1] == "4096", "never less than one window"
 
 
 def fails(capsys, *argv):
     """Runs the command in this process; returns its one line."""
-    return failure(capsys, eval_lm.main, *argv)
+    return failure(capsys, main, "eval-lm", *argv)
 
 
 def test_tokens_left_out_are_an_error_not_a_perplexity(corpus, train, tmp_path, capsys):
@@ -110,7 +112,7 @@ def test_one_process_of_several_is_refused(corpus, checkpoint, capsys, monkeypat
 
 
 def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypatch):
-    original = eval_lm.run_eval_lm
+    original = fairseq_eval_lm.run_eval_lm
     calls = []
 
     def fail_second(arguments):
@@ -119,7 +121,7 @@ def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypat
             raise RuntimeError("out of memory\nwith details")
         return original(arguments)
 
-    monkeypatch.setattr(eval_lm, "run_eval_lm", fail_second)
+    monkeypatch.setattr(fairseq_eval_lm, "run_eval_lm", fail_second)
     output = tmp_path / "results.json"
     message = fails(capsys, "nonoverlapping", corpus, checkpoint, 32, 64, "--output", output, "--", "--cpu")
     assert message.endswith("failed at length 64, stride 64: out of memory with details")

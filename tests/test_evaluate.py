@@ -11,7 +11,9 @@ from conftest import BIN, failure, fairseqs_own, run
 from fairseq.data import Dictionary
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.evaluation import evaluate
+from fairseq_alibi.evaluation import checkpoint_evaluation
+from fairseq_alibi.evaluation.measurement import position_bins
+from fairseq_alibi.evaluation.text import EvaluationText
 from fairseq_alibi.files.inputs import read_subset
 
 ADAPTIVE = (
@@ -118,7 +120,8 @@ def test_characters_are_those_of_the_text(tmp_path):
         dictionary.add_symbol(symbol)
 
     def text(line, marker):
-        return evaluate.Text(dictionary.encode_line(line.replace("\n", " </s> "), append_eos=False), dictionary, marker)
+        stream = dictionary.encode_line(line.replace("\n", " </s> "), append_eos=False)
+        return EvaluationText(stream, dictionary, marker)
 
     lines = "a lower a\n\nlower\n"
     by_bpe = text("a lo@@ wer a\n\nlo@@ wer\n", "@@ ")
@@ -179,7 +182,7 @@ def test_losses_of_tokens_and_positions_add_up_to_the_loss(corpus, checkpoint, t
 
 def test_bins_of_positions_cover_all_and_get_longer():
     for length in (1, 5, 8, 9, 100, 4096):
-        edges = evaluate.position_bins(length)
+        edges = position_bins(length)
         assert edges[: min(length, 8)] == list(range(min(length, 8)))
         assert edges == sorted(set(edges))
         assert edges[-1] < length
@@ -188,7 +191,7 @@ def test_bins_of_positions_cover_all_and_get_longer():
 
 def test_what_is_done_is_not_done_again(corpus, checkpoint, tmp_path, monkeypatch, capsys):
     """An interrupted sweep goes on with the next length; one file takes all ways."""
-    scored, original = [], evaluate.evaluate
+    scored, original = [], checkpoint_evaluation.evaluate_model
 
     def interrupted(model, text, way, *rest):
         scored.append(way.length)
@@ -196,7 +199,7 @@ def test_what_is_done_is_not_done_again(corpus, checkpoint, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return original(model, text, way, *rest)
 
-    monkeypatch.setattr(evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(checkpoint_evaluation, "evaluate_model", interrupted)
     sweep = (corpus, checkpoint, "--lengths", "16,64,128", "--output", tmp_path)
     assert "interrupted" in fails(capsys, *sweep)
     assert results(tmp_path).keys() == {(16, 16)}
@@ -332,14 +335,14 @@ def test_a_model_that_diverged_is_named_and_what_was_done_is_kept(corpus, checkp
     torch.save(state, tmp_path / "checkpoint.pt")
     assert "length 64, stride 64: a loss is nan" in fails(capsys, corpus, tmp_path / "checkpoint.pt", "--lengths", 64)
     assert not list(tmp_path.glob("*.json"))
-    original = evaluate.evaluate
+    original = checkpoint_evaluation.evaluate_model
 
     def fail_second(model, text, way, *rest):
         if way.length == 64:
             raise RuntimeError("out of memory\nwith details")
         return original(model, text, way, *rest)
 
-    monkeypatch.setattr(evaluate, "evaluate", fail_second)
+    monkeypatch.setattr(checkpoint_evaluation, "evaluate_model", fail_second)
     message = fails(capsys, corpus, checkpoint, "--lengths", "32,64", "--output", tmp_path)
     assert message.endswith("length 64, stride 64: out of memory with details")
     assert results(tmp_path).keys() == {(32, 32)}

@@ -23,10 +23,10 @@ from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
 from fairseq_alibi.core.positions import POSITION_METHODS
 from fairseq_alibi.data.binarize import SPLITS
-from fairseq_alibi.evaluation import generate, scoring
+from fairseq_alibi.evaluation import generation, scoring
 from fairseq_alibi.files import export_hf
 from fairseq_alibi.files.export_hf import export_tokenizer
-from fairseq_alibi.files.inputs import load_model, read_checkpoint
+from fairseq_alibi.files.inputs import load_model, read_checkpoint, text_options
 
 #: wiki103's form: adaptive input and softmax, tied with their projections, and heads that are no power of two.
 WIKI103 = ["--decoder-layers", 2, "--decoder-ffn-embed-dim", 64, "--decoder-attention-heads", 12]
@@ -104,7 +104,7 @@ def saved(model, folder, **options):
 
 def hub(folder):
     """fairseq's own way from text to tokens, for a data folder."""
-    chosen = {name: value for name, value in generate.text_options(folder).items() if value}
+    chosen = {name: value for name, value in text_options(folder).items() if value}
     words = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", value)]
     parser = options.get_interactive_generation_parser("language_modeling")
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(folder), "--path", "none", *words]))
@@ -282,10 +282,10 @@ def test_tokenizer_gives_fairseqs_ids_and_the_text_back(kind, data, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert len(tokenizer) == len(fairseqs.tgt_dict)
     text = "\n".join(LINES)
-    ids = generate.encode(fairseqs, text)
+    ids = generation.encode_text(fairseqs, text)
     assert tokenizer(text)["input_ids"] == [2, *ids.tolist()]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
-    assert tokenizer.decode([1, 2, *ids], skip_special_tokens=True) == generate.decode(fairseqs, ids)
+    assert tokenizer.decode([1, 2, *ids], skip_special_tokens=True) == generation.decode_tokens(fairseqs, ids)
     assert tokenizer.decode(tokenizer(f"{LINES[3]}\n\n{LINES[3]}\n")["input_ids"], skip_special_tokens=True) == (
         f"{LINES[3]}\n\n{LINES[3]}\n"
     )

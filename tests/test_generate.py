@@ -17,7 +17,8 @@ from fairseq.sequence_scorer import SequenceScorer
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.evaluation import generate
+from fairseq_alibi.evaluation import generation
+from fairseq_alibi.files.inputs import text_options
 from fairseq_alibi.models import generator as prompts
 from fairseq_alibi.models.generator import Generator
 
@@ -305,15 +306,15 @@ def continued(corpus, trained, varied):
 
 def full_passes(corpus, trained, prompt, number):
     """Greedy continuation, each token from a pass over everything before it."""
-    model = generate.load(str(corpus), str(trained))
-    tokens = generate.encode(model, prompt).tolist()
+    model = generation.load_text_model(str(corpus), str(trained))
+    tokens = generation.encode_text(model, prompt).tolist()
     never = [model.tgt_dict.pad(), model.tgt_dict.bos()]
     for _ in range(number):
         with torch.no_grad():
             scores = model.models[0](torch.tensor([[2, *tokens]]))[0][0, -1]
         scores[never] = -math.inf
         tokens.append(int(scores.argmax()))
-    return generate.decode(model, torch.tensor(tokens))
+    return generation.decode_tokens(model, torch.tensor(tokens))
 
 
 def test_greedy_text_equals_full_passes_eight_times_past_the_training_length(corpus, varied):
@@ -369,15 +370,15 @@ def test_draws_are_the_seeds(continued):
 
 
 def test_a_beam_as_wide_as_the_dictionary_finds_the_likeliest_text(corpus, varied):
-    model = generate.load(str(corpus), str(varied))
-    prompt = generate.encode(model, "word1 word2")
+    model = generation.load_text_model(str(corpus), str(varied))
+    prompt = generation.encode_text(model, "word1 word2")
     types = len(model.tgt_dict)
     nexts = torch.tensor([[2, *prompt, one] for one in range(types)])
     log_probs = torch.log_softmax(model.models[0](nexts)[0][:, -2:], dim=-1)
     likelihood = log_probs[0, 0, :, None] + log_probs[:, 1]  # of a first and a second token
     never = [model.tgt_dict.bos(), model.tgt_dict.pad()]
     likelihood[never], likelihood[:, never] = -math.inf, -math.inf
-    (made,) = generate.generate(model, [prompt], 2, beam=types)
+    (made,) = generation.continue_batch(model, [prompt], 2, beam=types)
     assert made[len(prompt) :].tolist() == list(divmod(int(likelihood.argmax()), types))
 
 
@@ -398,26 +399,26 @@ def test_text_is_tokenized_as_the_data_was_prepared(trained, corpus, tmp_path):
     run(*prepare, bpe, *files, "--bpe-merges", 20)
     words.mkdir()
     (words / "prepared.json").write_text('{"settings": {"corpus": "text", "tokenizer": "moses", "bpe_merges": null}}')
-    assert generate.text_options(bpe) == {
+    assert text_options(bpe) == {
         "tokenizer": "moses",
         "bpe": "subword_nmt",
         "bpe_codes": str(bpe / "bpe.codes"),
     }
-    assert generate.text_options(words) == {"tokenizer": "moses", "bpe": None, "bpe_codes": None}
-    assert generate.text_options(corpus) == {"tokenizer": None, "bpe": None, "bpe_codes": None}
+    assert text_options(words) == {"tokenizer": "moses", "bpe": None, "bpe_codes": None}
+    assert text_options(corpus) == {"tokenizer": None, "bpe": None, "bpe_codes": None}
     from fairseq.data import Dictionary, encoders
     from fairseq.data.indexed_dataset import MMapIndexedDataset
 
-    options = Namespace(**generate.text_options(bpe))
-    model = generate.GeneratorHubInterface.__new__(generate.GeneratorHubInterface)
+    options = Namespace(**text_options(bpe))
+    model = generation.GeneratorHubInterface.__new__(generation.GeneratorHubInterface)
     torch.nn.Module.__init__(model)
     model.src_dict = model.tgt_dict = Dictionary.load(str(bpe / "dict.txt"))
     model.tokenizer, model.bpe = encoders.build_tokenizer(options), encoders.build_bpe(options)
     prepared = MMapIndexedDataset(str(bpe / "test"))
     two_lines = text[: text.index("\n", len(text) // 50)]
-    tokens = generate.encode(model, two_lines)
+    tokens = generation.encode_text(model, two_lines)
     assert tokens.tolist() == torch.cat([prepared[0], prepared[1]])[:-1].tolist()
-    assert generate.decode(model, tokens) == two_lines
+    assert generation.decode_tokens(model, tokens) == two_lines
 
 
 def test_a_prompt_that_is_no_text_is_one_line(corpus, trained):

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fairseq_alibi.core.positions import alibi_slopes
 from fairseq_alibi.data.binarize import SPLITS, check_text
 from fairseq_alibi.data.plain_text import learn_codes, moses_encoder
-from fairseq_alibi.evaluation import report
+from fairseq_alibi.evaluation.curves import pool_positions, read_curves
+from fairseq_alibi.evaluation.tables import length_table, position_table
 from fairseq_alibi.evaluation.windows import batches, windows
 
 alike = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -95,15 +96,15 @@ def test_any_json_is_a_report_or_one_line(files):
         for path, content in zip(paths, files):
             path.write_text(json.dumps(content))
         try:
-            found = report.series(paths)
+            curves = read_curves(paths)
         except ValueError as error:
             names_one(error, paths)
             return
         for measure in ("perplexity", "tokens_per_second"):
-            assert isinstance(report.table(found, "github", measure), str)
-        curves = report.losses_by_position(found)
-        if curves:
-            assert report.position_table(curves).startswith("|")
+            assert isinstance(length_table(curves, "github", measure), str)
+        pooled = pool_positions(curves)
+        if pooled:
+            assert position_table(pooled).startswith("|")
 
 
 @settings(alike, max_examples=200)

@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import BIN, run
 
-from fairseq_alibi.evaluation import report
+from fairseq_alibi.evaluation.curves import read_curves
+from fairseq_alibi.evaluation.report import REPORT_FILES, write_report
 
 
 @pytest.fixture
@@ -49,44 +50,42 @@ def test_table_has_a_row_per_length_and_a_column_per_model(results, tmp_path):
 
 def test_models_of_the_same_kind_are_told_apart(results):
     files = [results("alibi", {(128, 128): 32.0}, folder) for folder in ("seed1", "seed2")]
-    labels = [one["label"] for one in report.series(files)]
+    labels = [one.label for one in read_curves(files)]
     assert labels == [f"alibi, trained on 128 ({folder}/alibi/checkpoint.pt)" for folder in ("seed1", "seed2")]
     both = [results("alibi", {(128, 128): 32.0}, "seed1"), results("sinusoidal", {(128, 128): 32.0}, "seed1")]
-    assert [one["label"] for one in report.series(both)] == ["alibi, trained on 128", "sinusoidal, trained on 128"]
+    assert [one.label for one in read_curves(both)] == ["alibi, trained on 128", "sinusoidal, trained on 128"]
 
 
 def test_several_files_of_one_model_make_one_series(results, tmp_path):
     first = results("alibi", {(128, 128): 32.0})
     second = tmp_path / "more.json"
     second.write_text(first.read_text().replace('128, "stride": 128', '256, "stride": 256').replace("32.0", "31.0"))
-    (one,) = report.series([first, second])
-    assert one["perplexity"] == {128: 32.0, 256: 31.0}
+    (one,) = read_curves([first, second])
+    assert one.perplexity == {128: 32.0, 256: 31.0}
 
 
 def test_sliding_windows_are_one_curve_by_equal_stride_or_by_equal_share(results):
     by_stride = {(length, 32): 30.0 for length in (64, 128, 256)}
     by_share = {(length, length // 2): 30.0 for length in (64, 128, 256)}
-    assert [one["label"] for one in report.series([results("alibi", by_stride)])] == [
-        "alibi, trained on 128, stride 32"
-    ]
-    (one,) = report.series([results("alibi", by_share)])
-    assert one["label"] == "alibi, trained on 128, stride 1/2 of the length"
-    assert list(one["perplexity"]) == [64, 128, 256]
+    assert [one.label for one in read_curves([results("alibi", by_stride)])] == ["alibi, trained on 128, stride 32"]
+    (one,) = read_curves([results("alibi", by_share)])
+    assert one.label == "alibi, trained on 128, stride 1/2 of the length"
+    assert list(one.perplexity) == [64, 128, 256]
 
 
 def test_strides_of_blocks_do_not_count_for_sliding_windows(results):
-    (blocks, sliding) = report.series([results("alibi", {(256, 128): 3.0, (512, 512): 3.0, (1024, 512): 3.0})])[::-1]
-    if "stride" not in sliding["label"]:
+    (blocks, sliding) = read_curves([results("alibi", {(256, 128): 3.0, (512, 512): 3.0, (1024, 512): 3.0})])[::-1]
+    if "stride" not in sliding.label:
         blocks, sliding = sliding, blocks
-    assert sliding["label"] == "alibi, trained on 128, stride 1/2 of the length"
-    assert list(blocks["perplexity"]) == [512]
+    assert sliding.label == "alibi, trained on 128, stride 1/2 of the length"
+    assert list(blocks.perplexity) == [512]
 
 
 def test_streaming_is_a_curve_of_its_own(results):
-    streaming, blocks = report.series([results("alibi", {(128, None): 30.0, (128, 128): 31.0, (64, None): 32.0})])
-    assert streaming["label"] == "alibi, trained on 128, streaming"
-    assert streaming["perplexity"] == {128: 30.0, 64: 32.0}
-    assert blocks["perplexity"] == {128: 31.0}
+    streaming, blocks = read_curves([results("alibi", {(128, None): 30.0, (128, 128): 31.0, (64, None): 32.0})])
+    assert streaming.label == "alibi, trained on 128, streaming"
+    assert streaming.perplexity == {128: 30.0, 64: 32.0}
+    assert blocks.perplexity == {128: 31.0}
 
 
 def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, tmp_path):
@@ -99,8 +98,8 @@ def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, t
     content["results"][0].update(tokens_per_second=5000.0, by_position=bins((0, 0, 300, 8.0), (1, 3, 900, 6.0)))
     content["results"][1].update(tokens_per_second=4000.0, by_position=bins((0, 0, 100, 4.0), (4, 7, 39, 5.0)))
     path.write_text(json.dumps(content))
-    report.report([path, results("sinusoidal", {(4, 4): 40.0})], tmp_path / "report")
-    assert {one.name for one in (tmp_path / "report").iterdir()} == set(report.FILES)
+    write_report([path, results("sinusoidal", {(4, 4): 40.0})], tmp_path / "report")
+    assert {one.name for one in (tmp_path / "report").iterdir()} == set(REPORT_FILES)
     rows = [line.split("|")[1:-1] for line in (tmp_path / "report" / "report.md").read_text().splitlines()]
     rows = [[cell.strip() for cell in row] for row in rows]
     assert ["4", "5,000"] in rows
@@ -112,12 +111,12 @@ def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, t
 
 def test_more_series_than_styles_are_all_drawn(results, tmp_path):
     files = [results("alibi", {(128, 128): 30.0 + n}, f"run{n}") for n in range(11)]
-    report.report(files, tmp_path / "report")
+    write_report(files, tmp_path / "report")
 
 
 def test_a_report_is_not_overwritten_silently(results, tmp_path):
     files = [results("alibi", {(128, 128): 30.0})]
-    report.report(files, tmp_path)
+    write_report(files, tmp_path)
     with pytest.raises(ValueError, match="--overwrite"):
-        report.report(files, tmp_path)
-    report.report(files, tmp_path, overwrite=True)
+        write_report(files, tmp_path)
+    write_report(files, tmp_path, overwrite=True)

@@ -7,17 +7,17 @@ import torch
 from conftest import failure
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.evaluation.show_bias import FORMS, bias_of, draw
+from fairseq_alibi.evaluation.bias_picture import FORMS, alibi_bias, draw_biases
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_what_is_drawn_is_the_bias(form):
-    assert torch.equal(bias_of(form, 12, 9), reference.encoder_bias(12, 9, form).float())
+    assert torch.equal(alibi_bias(form, 12, 9), reference.encoder_bias(12, 9, form).float())
 
 
 def test_the_causal_bias_is_that_of_attention():
     expected = [[0, -torch.inf, -torch.inf], [-0.25, 0, -torch.inf], [-0.5, -0.25, 0]]
-    assert bias_of("causal", 4, 3)[0].tolist() == expected
+    assert alibi_bias("causal", 4, 3)[0].tolist() == expected
 
 
 def test_a_picture_is_written_and_not_overwritten(tmp_path, capsys):
@@ -40,6 +40,6 @@ def test_a_cell_is_drawn_for_each_form_and_up_to_eight_heads(tmp_path, monkeypat
 
     drawn, original = [], Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda self, x, **more: drawn.append(x) or original(self, x, **more))
-    draw({form: bias_of(form, 12, 4) for form in FORMS}, tmp_path / "bias.png")
+    draw_biases({form: alibi_bias(form, 12, 4) for form in FORMS}, tmp_path / "bias.png")
     assert len(drawn) == 4 * 8
     assert numpy.isnan(drawn[0]).sum() == 6, "the future of four queries"

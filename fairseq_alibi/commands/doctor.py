@@ -157,7 +157,7 @@ def try_plots() -> str:
     """An empty plot as PNG."""
     import matplotlib
 
-    from ..evaluation.report import chart
+    from ..evaluation.plots import chart
 
     with tempfile.TemporaryDirectory() as folder, chart(Path(folder) / "chart.png", ["one"]) as axes:
         axes.plot([1, 2], [1, 2], label="one")

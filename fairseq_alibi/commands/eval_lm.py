@@ -1,17 +1,75 @@
-"""`fairseq-alibi eval-lm`."""
+"""`fairseq-alibi eval-lm`: perplexity at several lengths through fairseq-eval-lm."""
 
 import argparse
+import logging
+import os
+from pathlib import Path
 
-from ..evaluation import eval_lm
+from fairseq_cli import eval_lm
+from tabulate import tabulate
 
+from ..evaluation.fairseq_eval_lm import EvalLmSettings, evaluate_with_fairseq
+from .arguments import positive_integer
+
+#: What follows `--` goes to fairseq-eval-lm.
 PASSES_ARGUMENTS_ON = True
+
+#: Columns of the table.
+COLUMNS = ("length", "stride", "context_window", "tokens", "loss", "perplexity", "seconds")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fairseq-alibi eval-lm`."""
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    """Adds the arguments of `fairseq-alibi eval-lm`."""
+    parser.epilog = "What follows -- goes to fairseq-eval-lm, for example: -- --fp16 --softmax-batch 256"
+    kinds = parser.add_subparsers(dest="windows", required=True)
+    nonoverlapping = kinds.add_parser("nonoverlapping", help="blocks of each LENGTH")
+    sliding = kinds.add_parser("sliding", help="windows of one LENGTH, each STRIDE tokens further")
+    for kind in (nonoverlapping, sliding):
+        add = kind.add_argument
+        add("data", metavar="DATA", help="fairseq data folder")
+        add("checkpoint", metavar="CHECKPOINT")
+        add("--subset", default="valid", help="valid (default), test, ...")
+        add("--output", type=Path, help="JSON file; default: beside the checkpoint, named by what it holds")
+        add("--overwrite", action="store_true", help="replace the JSON file if it exists")
+        positions_help = "tokens in a batch, context included (default 4096)"
+        add("--positions", type=positive_integer, default=4096, help=positions_help)
+    nonoverlapping.add_argument("lengths", metavar="LENGTH", type=positive_integer, nargs="+")
+    sliding.add_argument("length", metavar="LENGTH", type=positive_integer)
+    sliding.add_argument("strides", metavar="STRIDE", type=positive_integer, nargs="+")
+
+
+def quieten_fairseq() -> None:
+    """Hides fairseq's log of its whole configuration; errors and warnings are still printed."""
+    logging.getLogger().setLevel(logging.WARNING)
+    eval_lm.logger.setLevel(logging.INFO)  # `TokenCounter` reads it
+    eval_lm.logger.propagate = False
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi eval-lm`."""
-    eval_lm.main([*args.arguments, "--", *args.passed_on])
+    """Evaluates a checkpoint and prints a table.
+
+    Raises:
+        ValueError: bad input, or fairseq-eval-lm failed.
+    """
+    quieten_fairseq()
+    if args.windows == "sliding":
+        windowings = [(args.length, stride) for stride in args.strides]
+        name = f"sliding_{args.length}_{args.subset}.json"
+    else:
+        windowings = [(length, length) for length in args.lengths]
+        name = f"nonoverlapping_{args.subset}.json"
+    settings = EvalLmSettings(
+        args.data, args.checkpoint, windowings, args.subset, args.positions, passed_on=args.passed_on
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("fairseq-eval-lm under torchrun scores one process's share only: run one process")
+    output = args.output or Path(args.checkpoint).parent / name
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"{output} exists: pass --overwrite to replace it, or another --output")
+    content = evaluate_with_fairseq(settings, output)
+    model = content["model"]
+    print(f"\n{model['position_method']}, trained on {model['training_length']} tokens, evaluated on {args.subset}")
+    rows = [[result[column] for column in COLUMNS] for result in content["results"]]
+    formats = (",", ",", ",", ",", ".4f", ".2f", ".1f")
+    print(tabulate(rows, [column.replace("_", " ") for column in COLUMNS], floatfmt=formats, intfmt=","))
+    print(f"\nwritten to {output}")

@@ -1,6 +1,146 @@
-"""`fairseq-alibi evaluate`."""
+"""`fairseq-alibi evaluate`: perplexity of checkpoints at many lengths."""
 
-from ..evaluation.evaluate import add_arguments, follow
-from ..evaluation.evaluate import main as run
+import argparse
+import sys
+from fractions import Fraction
+from pathlib import Path
 
-__all__ = ["add_arguments", "follow", "run"]
+import torch
+
+from ..evaluation import processes
+from ..evaluation.checkpoint_evaluation import EvaluationSettings, evaluate_checkpoint
+from ..evaluation.result_files import log_to_tensorboard
+from ..evaluation.tables import checkpoint_table
+from ..evaluation.text import read_evaluation_text
+from ..files.inputs import text_options
+from .arguments import model_options, positive_integer
+
+#: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
+join_processes = processes.join
+
+
+def length_list(text: str) -> list[int]:
+    """Reads lengths with commas between them.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
+    """
+    return [positive_integer(part) for part in text.split(",")]
+
+
+def share_of_length(text: str) -> Fraction:
+    """Reads a share of the length, written as 1/4 or 0.25.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not a number above 0 and up to 1.
+    """
+    try:
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share of the length: pass one above 0 and up to 1, as 1/4")
+    return share
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fairseq-alibi evaluate`."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="fairseq data folder")
+    add("checkpoints", metavar="CHECKPOINT", nargs="+")
+    add(
+        "--lengths",
+        type=length_list,
+        default=[],
+        metavar="N,N,...",
+        help="tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)",
+    )
+    add_window_arguments(parser)
+    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--by-position", action="store_true", help="also the loss by position in the window")
+    add("--save-token-losses", type=Path, metavar="FILE", help="the loss of every token, in bits, as numpy's .npz")
+    add(
+        *("--remove-bpe", "--post-process"),
+        nargs="?",
+        const="@@ ",
+        metavar="MARKER",
+        help="also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece",
+    )
+    tokens_help = "in a batch, context included (default 4096)"
+    add("--max-tokens", type=positive_integer, default=4096, metavar="N", help=tokens_help)
+    add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default float32)")
+    add("--cpu", action="store_true", help="do not use the GPU")
+    add("--output", type=Path, metavar="DIR", help="folder for the JSON files (default: beside each checkpoint)")
+    add("--overwrite", action="store_true", help="replace earlier results; without it they are kept and completed")
+    add("--tensorboard-logdir", type=Path, metavar="DIR", help="also write scalars against length")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how the text is cut; without any, blocks do not overlap."""
+    windows = parser.add_mutually_exclusive_group()
+    windows.add_argument(
+        "--stride", type=positive_integer, metavar="N", help="sliding window: tokens from one window to the next"
+    )
+    windows.add_argument(
+        "--stride-fraction",
+        type=share_of_length,
+        metavar="F",
+        help="the same as a share of each length, as 1/4 or 0.25",
+    )
+    windows.add_argument("--streaming", action="store_true", help="one stream: a token attends to the last N tokens")
+
+
+def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
+    """The settings that the arguments ask for.
+
+    Raises:
+        ValueError: two arguments contradict each other.
+    """
+    marker = args.remove_bpe
+    if marker is None and text_options(Path(args.data))["bpe"] == "subword_nmt":
+        marker = "@@ "
+    return EvaluationSettings(
+        data=args.data,
+        subset=args.subset,
+        lengths=args.lengths,
+        stride=args.stride,
+        stride_fraction=args.stride_fraction,
+        streaming=args.streaming,
+        by_position=args.by_position,
+        token_losses=args.save_token_losses,
+        marker=marker,
+        max_tokens=args.max_tokens,
+        model_overrides=args.model_overrides,
+        dtype=args.dtype,
+        device="cuda" if torch.cuda.is_available() and not args.cpu else "cpu",
+        output=args.output,
+        overwrite=args.overwrite,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates the checkpoints; prints a table for each, and where its results are.
+
+    Raises:
+        ValueError: bad input, or an evaluation failed.
+    """
+    with processes.fail_together():
+        settings = evaluation_settings(args)
+        settings.check_checkpoints(args.checkpoints)
+        text = read_evaluation_text(settings.data, settings.subset, settings.marker)
+    tables = []
+    try:
+        for checkpoint in args.checkpoints:
+            content = evaluate_checkpoint(checkpoint, text, settings)
+            with processes.fail_together():
+                if processes.is_first():
+                    output = settings.result_path(checkpoint)
+                    table = checkpoint_table(content, settings.windowings(content["model"]["training_length"]))
+                    tables.append(f"{table}\nwritten to {output}")
+                    if args.tensorboard_logdir is not None:
+                        log_to_tensorboard(args.tensorboard_logdir / output.stem, content)
+    except KeyboardInterrupt:
+        sys.exit("fairseq-alibi evaluate: interrupted; the same command continues with the length that was not done")
+    finally:
+        print("".join(f"\n{table}\n" for table in tables), end="")

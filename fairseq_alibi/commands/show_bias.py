@@ -1,6 +1,40 @@
-"""`fairseq-alibi show-bias`."""
+"""`fairseq-alibi show-bias`: a picture of the ALiBi bias."""
 
-from ..evaluation.show_bias import add_arguments
-from ..evaluation.show_bias import main as run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+from ..evaluation.bias_picture import FORMS, alibi_bias, draw_biases
+from ..files.results import written_whole
+from .arguments import positive_integer
+
+#: The longest text of which a picture has a point for each cell of the bias.
+LONGEST_PICTURE = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fairseq-alibi show-bias`."""
+    parser.add_argument("--heads", type=positive_integer, default=8, help="number of heads (default 8)")
+    parser.add_argument("--length", type=positive_integer, default=32, help="tokens (default 32)")
+    parser.add_argument(
+        "--form", choices=FORMS, action="append", help="may be repeated (default: all that the heads allow)"
+    )
+    parser.add_argument("--max-bias", type=float, default=8.0, help="exponent range of the slopes (default 8)")
+    parser.add_argument("--output", type=Path, default=Path("bias.png"), help="picture (default bias.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws the picture and prints its name.
+
+    Raises:
+        ValueError: bad input, or the picture exists.
+    """
+    if args.output.exists() and not args.overwrite:
+        raise ValueError(f"{args.output} exists: pass --overwrite to replace it, or another --output")
+    if args.length > LONGEST_PICTURE:
+        raise ValueError(f"--length {args.length:,} has more cells than a picture has points: pass at most 4,096")
+    forms = args.form or [form for form in FORMS if form != "one_sided" or args.heads % 2 == 0]
+    biases = {form: alibi_bias(form, args.heads, args.length, args.max_bias) for form in forms}
+    with written_whole(args.output) as partial:
+        draw_biases(biases, partial)
+    print(f"{args.output}: the bias of {', '.join(biases)}, {args.heads} heads, {args.length} tokens; grey: not seen")

@@ -1,17 +1,19 @@
-"""Several processes on one evaluation, started by torchrun: the first leads, the others follow.
+"""Several processes that share one evaluation, started by torchrun.
 
-The first does all that a process alone would do: it reads the command line, says what is wrong, prints and writes. The
-others do as it tells them (`tell`, `told`) and end when it ends, however that is; one that dies ends all, through
-torchrun. They exchange orders and losses, which lie in the computer's memory, so gloo serves GPUs as well.
+Every process parses the same command line and runs the same code. Each process scores its share of the batches; one
+all_reduce merges the losses. Only the first process prints, and only it reads and writes result files. Losses and
+Python objects lie in CPU memory, so the gloo backend serves GPUs as well.
 """
 
 import atexit
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -19,19 +21,45 @@ from torch import Tensor
 
 from ..files.inputs import one_line
 
+#: How long a process that ends waits for the first process to print its last line.
+LAST_LINE = timedelta(minutes=1)
+
 
 def join() -> None:
-    """Joins the processes that torchrun started, if it did, each with a GPU of its own where there are enough."""
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        # A process that is gone is noticed at once; the time is for one that waits for a slower one.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
-        atexit.register(dist.destroy_process_group)  # or its threads may abort a process that has done its work
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    """Joins the processes that torchrun started; does nothing without torchrun.
+
+    Each process gets a GPU of its own where there are enough. All processes but the first are silent from here on,
+    except for the traceback of an error that no process can report.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return
+    # A dead process is noticed at once, so the timeout matters only for a process that waits for a slower one.
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    atexit.register(leave)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if not is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
+        sys.excepthook = print_traceback
+
+
+def leave() -> None:
+    """Leaves the process group once the first process has printed its last line.
+
+    torchrun stops all processes as soon as one has failed, so no process may end before the first has said why.
+    """
+    with contextlib.suppress(RuntimeError):  # another process is gone: there is nobody to wait for
+        dist.monitored_barrier(timeout=LAST_LINE)
+    dist.destroy_process_group()
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
+    """Prints the traceback of an unexpected error to the original standard error; for `sys.excepthook`."""
+    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
 
 
 def rank() -> int:
-    """Number of this process, 0 for the first and for one alone."""
+    """Number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -40,52 +68,49 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def tell(order: Any) -> None:
-    """Tells the other processes what to do; the first calls it."""
-    if count() > 1:
-        dist.broadcast_object_list([order])
-
-
-def told() -> Any:
-    """What the first process tells; the others call it, and end here when the first has ended."""
-    order = [None]
-    try:
-        dist.broadcast_object_list(order)
-    except RuntimeError:  # the connection is closed; the first process' status is that of all
-        sys.exit()
-    return order[0]
+def is_first() -> bool:
+    """Whether this process prints and writes."""
+    return rank() == 0
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A context that all processes enter; what fails in one of them fails in all, so that none waits for it.
+def fail_together() -> Iterator[None]:
+    """A context that every process enters; an error in any process becomes an error in every process.
 
     Raises:
-        ValueError: what failed in another process.
+        ValueError: another process failed; names its number and its error.
     """
-    failed = None
+    failure: Optional[Exception] = None
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        failed = error
-    said = everyones(failed and one_line(failed))
-    if failed:
-        raise failed
-    for number, error in enumerate(said):
-        if error:
-            raise ValueError(f"process {number}: {error}")
+    except Exception as error:
+        failure = error
+    messages = gather(failure and one_line(failure))
+    if failure:
+        raise failure
+    for number, message in enumerate(messages):
+        if message:
+            raise ValueError(f"process {number}: {message}")
 
 
-def everyones(value: Any) -> list[Any]:
-    """The values of all processes, by their numbers."""
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers."""
     values = [value]
-    if count() > 1:
+    if dist.is_initialized():
         values *= count()
         dist.all_gather_object(values, value)
     return values
 
 
-def minimum(values: Tensor) -> None:
-    """Puts the least of all processes' values in the place of each value."""
-    if count() > 1:
+def broadcast(value: Any) -> Any:
+    """The first process' value, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def merge_minimum(values: Tensor) -> None:
+    """Replaces each element by the smallest value that any process has there."""
+    if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MIN)

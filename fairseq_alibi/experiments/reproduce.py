@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 from ..commands.arguments import positive_integer
 from ..core.positions import POSITION_METHODS
-from ..evaluation import report
+from ..evaluation.curves import Curve, pool_positions, read_curves
+from ..evaluation.plots import plot_lengths, plot_positions
+from ..evaluation.tables import length_table, position_table
 from ..files.inputs import one_line, read_dictionary, subset_tokens
 from ..files.results import describe_environment, now, write_json, write_text, written_whole
 from ..patches.training import updates_of
@@ -237,15 +240,15 @@ def check_settings(args: argparse.Namespace, preset: Preset) -> None:
         write_json(path, {"settings": settings, "environment": describe_environment()})
 
 
-def order_of(all_series: list[dict[str, Any]], length: int) -> list[str]:
+def order_of(curves: list[Curve], length: int) -> list[str]:
     """Methods by perplexity at an evaluation length, best first."""
-    there = [one for one in all_series if length in one["perplexity"]]
-    return [one["label"] for one in sorted(there, key=lambda one: one["perplexity"][length])]
+    there = [curve for curve in curves if length in curve.perplexity]
+    return [curve.label for curve in sorted(there, key=lambda curve: curve.perplexity[length])]
 
 
-def compare_with_paper(all_series: list[dict[str, Any]], length: int) -> str:
+def compare_with_paper(curves: list[Curve], length: int) -> str:
     """Whether the order of the methods that the paper compares is the paper's."""
-    found = order_of(all_series, length)
+    found = order_of(curves, length)
     here, theirs = ([name for name in order if name in found and name in PAPER_ORDER] for order in (found, PAPER_ORDER))
     verdict = "as in the paper" if here == theirs else f"**not as in the paper**, where it is {', '.join(theirs)}"
     return f"At {length:,} tokens the order is {', '.join(found)} (best first); among the paper's methods, {verdict}."
@@ -273,7 +276,7 @@ def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str
     """Writes results.md and its plots into the output folder, from what the runs left; returns the Markdown."""
     order = {name: n for n, name in enumerate(POSITION_METHODS)}
     files = sorted((args.output / "results").glob("*.json"))
-    every = report.series(files)
+    every = read_curves(files)
     begun = read_note(args.output / "settings.json")["environment"]
     versions = ", ".join(f"{name} {begun[name]}" for name in ("python", "torch", "fairseq", "fairseq_alibi"))
     first = steps(runs[0], preset, args)
@@ -287,10 +290,10 @@ def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str
     ]
     longest = max(preset.evaluation_lengths)
     for length in preset.training_lengths:
-        models = [{**one, "label": one["position_method"]} for one in every if one["training_length"] == length]
-        models.sort(key=lambda one: order[one["position_method"]])
-        blocks = [one for one in models if one["way"] == "non-overlapping"]
-        sliding = [one for one in models if one["way"].startswith("stride")]
+        models = [replace(one, label=one.position_method) for one in every if one.training_length == length]
+        models.sort(key=lambda one: order[one.position_method])
+        blocks = [one for one in models if one.windows == "non-overlapping"]
+        sliding = [one for one in models if one.windows.startswith("stride")]
         text.append(f"## Trained on {length:,} tokens")
         for title, suffix, some in (
             ("Non-overlapping blocks:", "", blocks),
@@ -298,16 +301,16 @@ def write_page(runs: list[Run], preset: Preset, args: argparse.Namespace) -> str
         ):
             name = f"perplexity-{length}{suffix}.png"
             with written_whole(args.output / name) as partial:
-                report.plot(some, partial)
-            text += [title, f"![Perplexity against evaluation length]({name})", report.table(some, "github")]
+                plot_lengths(some, partial)
+            text += [title, f"![Perplexity against evaluation length]({name})", length_table(some, "github")]
             if length < longest:
                 text.append(compare_with_paper(some, longest))
-        curves, name = report.losses_by_position(blocks), f"positions-{length}.png"
+        pooled, name = pool_positions(blocks), f"positions-{length}.png"
         with written_whole(args.output / name) as partial:
-            report.plot_positions(curves, partial)
+            plot_positions(pooled, partial)
         text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({name})"]
-        text += [report.position_table(curves), "Evaluation, tokens per second, non-overlapping:"]
-        text.append(report.table(blocks, "github", "tokens_per_second"))
+        text += [position_table(pooled), "Evaluation, tokens per second, non-overlapping:"]
+        text.append(length_table(blocks, "github", "tokens_per_second"))
     text += ["## Speed and memory", cost_table(runs)]
     page = "\n\n".join(text) + "\n"
     write_text(args.output / "results.md", page)

@@ -21,10 +21,9 @@ from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
 from ..commands.arguments import model_options
-from ..evaluation.generate import text_options
 from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
 from .import_checkpoint import plain
-from .inputs import load_model, one_line, read_checkpoint
+from .inputs import load_model, one_line, read_checkpoint, text_options
 
 #: Options that the exported model does not have, with what they are in every model that it can be.
 WITHOUT = {

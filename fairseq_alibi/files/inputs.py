@@ -1,6 +1,7 @@
 """What a command is given: checkpoints and data folders, read safely, every fault one line that names the remedy."""
 
 import contextlib
+import json
 import os
 import pickletools
 import re
@@ -316,3 +317,19 @@ def read_subset(data: str, subset: str) -> Tensor:
     """
     dataset = open_subset(data, subset)
     return torch.cat([dataset[n].int() for n in range(len(dataset))])
+
+
+def text_options(data: Path) -> dict[str, Optional[str]]:
+    """Tokenizer and BPE with which a data folder was prepared, None for none; as scripts/prepare_text.sh recorded them.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    codes, marker = data / "bpe.codes", data / "prepared.json"
+    try:
+        settings = dict(json.loads(marker.read_text(encoding="utf-8"))["settings"]) if marker.is_file() else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{marker} cannot be read ({one_line(error)}): prepare the folder anew") from error
+    if codes.is_file():
+        return {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": str(codes)}
+    return {"tokenizer": settings.get("tokenizer"), "bpe": None, "bpe_codes": None}

@@ -1,0 +1,238 @@
+"""Perplexity of checkpoints at many lengths, in exact arithmetic: each token is scored once.
+
+A checkpoint is read once for all lengths. Its results are in one JSON file, written after each length; a result that is
+in the file is not computed again. Under torchrun the processes share the batches and give the same results.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import torch
+from fairseq.models import BaseFairseqModel
+
+from ..files.inputs import check_exists, describe_model, load_model, one_line, read_checkpoint
+from ..files.results import describe_environment
+from . import processes
+from .measurement import Windowing, evaluate_model
+from .result_files import ResultFile, TokenLossFile, checksum
+from .text import EvaluationText
+
+#: Options of fairseq's task that change what a model reads or predicts.
+UNSUPPORTED_TASK_OPTIONS = ("add_bos_token", "future_target", "past_target", "self_target")
+
+#: The default lengths are these multiples of the training length.
+LENGTH_MULTIPLES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated and how.
+
+    Args:
+        data: fairseq data folder.
+        subset: valid, test, ...
+        lengths: in tokens; empty for multiples of each model's training length.
+        stride: tokens from one window to the next; None for non-overlapping blocks.
+        stride_fraction: the stride as a share of each length.
+        streaming: one stream without windows.
+        by_position: whether results hold the loss by position in the window.
+        token_losses: .npz file for the losses of single tokens.
+        marker: of subword units, see `EvaluationText`.
+        max_tokens: in a batch, context included.
+        model_overrides: options of the model, by name.
+        dtype: float32, float16 or bfloat16.
+        device: cpu or cuda.
+        output: folder of the JSON files; None to put each beside its checkpoint.
+        overwrite: whether to replace earlier results.
+
+    Raises:
+        ValueError: two settings contradict each other.
+    """
+
+    data: str
+    subset: str = "valid"
+    lengths: Sequence[int] = ()
+    stride: Optional[int] = None
+    stride_fraction: Optional[Fraction] = None
+    streaming: bool = False
+    by_position: bool = False
+    token_losses: Optional[Path] = None
+    marker: Optional[str] = None
+    max_tokens: int = 4096
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    device: str = "cpu"
+    output: Optional[Path] = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        if self.marker is not None and not self.marker.strip():
+            raise ValueError(f"--remove-bpe '{self.marker}': pass the marker, '@@ ' or sentencepiece, or drop it")
+        if self.by_position and self.streaming:
+            raise ValueError("--by-position: a stream has no windows, and so no positions in them; drop one of the two")
+        if self.token_losses is not None and self.token_losses.suffix != ".npz":
+            raise ValueError(f"--save-token-losses {self.token_losses}: the file's name has to end in .npz")
+        if self.streaming and processes.count() > 1:
+            raise ValueError("--streaming: one process reads the stream from start to end; run without torchrun")
+
+    def windowings(self, training_length: int) -> list[Windowing]:
+        """The windowings to evaluate.
+
+        Args:
+            training_length: of the model, in tokens.
+
+        Raises:
+            ValueError: a stride is longer than a length.
+        """
+        windowings = []
+        for length in self.lengths or [training_length * multiple for multiple in LENGTH_MULTIPLES]:
+            stride = None if self.streaming else self.stride or length
+            if self.stride_fraction is not None:
+                stride = max(1, int(length * self.stride_fraction))
+            if stride is not None and stride > length:
+                raise ValueError(f"stride {stride} is longer than the length {length} and would skip tokens")
+            windowings.append(Windowing(length, stride))
+        return list(dict.fromkeys(windowings))
+
+    def result_path(self, checkpoint: str) -> Path:
+        """The JSON file for a checkpoint's results."""
+        path = Path(checkpoint)
+        if self.output is None:
+            return path.with_name(f"{path.stem}_{self.subset}.json")
+        return self.output / f"{path.resolve().parent.name}_{path.stem}_{self.subset}.json"
+
+    def check_checkpoints(self, checkpoints: Sequence[str]) -> None:
+        """Checks that all checkpoints exist and that each has files of its own.
+
+        Raises:
+            ValueError: names the checkpoint and the remedy.
+        """
+        if self.token_losses is not None and len(checkpoints) > 1:
+            raise ValueError("--save-token-losses: the file is of one checkpoint, evaluate one at a time")
+        writers: dict[Path, str] = {}
+        for checkpoint in checkpoints:
+            check_exists(checkpoint)
+            path = self.result_path(checkpoint)
+            if path in writers:
+                raise ValueError(f"{writers[path]} and {checkpoint} would both be written to {path}: drop --output")
+            writers[path] = checkpoint
+
+
+class LoadedCheckpoint(NamedTuple):
+    """A checkpoint that is ready for evaluation.
+
+    Args:
+        model: in evaluation mode, with its dtype, on its device.
+        description: architecture, position method, training length, updates, parameters.
+        subject: checksums and settings that tell this evaluation from others.
+    """
+
+    model: BaseFairseqModel
+    description: dict[str, Any]
+    subject: dict[str, Any]
+
+
+def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> LoadedCheckpoint:
+    """Loads a checkpoint in every process.
+
+    Raises:
+        ValueError: the checkpoint cannot be evaluated, or differs between processes.
+    """
+    with processes.fail_together():
+        state = read_checkpoint(checkpoint)
+        description = describe_model(checkpoint, state, ("language_modeling", "masked_lm"))
+        task = state["cfg"]["task"]
+        unsupported = [name for name in UNSUPPORTED_TASK_OPTIONS if task.get(name)]
+        if unsupported or task.get("output_dictionary_size", -1) > 0:
+            option = (unsupported or ["output_dictionary_size"])[0].replace("_", "-")
+            raise ValueError(
+                f"{checkpoint} was trained with --{option}: use scripts/eval_nonoverlapping.sh with -- --{option}"
+            )
+        model = load_model(checkpoint, state, settings.data, settings.model_overrides)
+        description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        subject = {
+            "weights": checksum(model.parameters()),
+            "text": checksum([text.stream]),
+            "model_overrides": settings.model_overrides,
+            "dtype": settings.dtype,
+            "remove_bpe": settings.marker,
+        }
+        model = model.to(settings.device, getattr(torch, settings.dtype))
+    if any(other != subject for other in processes.gather(subject)):
+        raise ValueError(f"{checkpoint} or {settings.data} is not the same on all machines: copy one to all")
+    return LoadedCheckpoint(model, description, subject)
+
+
+class EvaluationFiles:
+    """The files that one checkpoint's evaluation reads and writes; opened by the first process only.
+
+    Raises:
+        ValueError: see `ResultFile` and `TokenLossFile`.
+    """
+
+    def __init__(
+        self, checkpoint: str, loaded: LoadedCheckpoint, text: EvaluationText, settings: EvaluationSettings
+    ) -> None:
+        content = {
+            "model": loaded.description,
+            "data": settings.data,
+            "subset": settings.subset,
+            "subject": loaded.subject,
+            "settings": {
+                "max_tokens": settings.max_tokens,
+                "processes": processes.count(),
+                "command": shlex.join(sys.argv),
+            },
+            "environment": describe_environment(),
+        }
+        self.by_position = settings.by_position
+        self.results = ResultFile(settings.result_path(checkpoint), content, settings.overwrite)
+        self.losses = TokenLossFile(settings.token_losses, text.stream, settings.overwrite)
+
+    def holds(self, windowing: Windowing) -> bool:
+        """Whether everything that is wanted of a windowing is there."""
+        result = self.results.find(windowing)
+        complete = result is not None and (bool(result.get("by_position")) or not self.by_position)
+        return complete and not self.losses.lacks(windowing)
+
+
+def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> dict[str, Any]:
+    """Evaluates a checkpoint with all windowings whose results are not in its file yet; prints a line for each.
+
+    Returns:
+        The content of the result file; empty in all processes but the first.
+
+    Raises:
+        ValueError: bad input, or the evaluation failed.
+    """
+    loaded = load_for_evaluation(checkpoint, text, settings)
+    windowings = settings.windowings(loaded.description["training_length"])
+    files = None
+    with processes.fail_together():
+        if processes.is_first():
+            files = EvaluationFiles(checkpoint, loaded, text, settings)
+    done = processes.broadcast(files and [windowing for windowing in windowings if files.holds(windowing)])
+    for windowing in windowings:
+        title = f"{Path(checkpoint).resolve().parent.name}: {windowing.name}"
+        if windowing in done:
+            if files and (result := files.results.find(windowing)):
+                print(f"{windowing.name}: perplexity {result['perplexity']:.2f} (in {files.results.path} already)")
+            continue
+        try:
+            result, losses = evaluate_model(
+                loaded.model, text, windowing, settings.max_tokens, settings.by_position, title
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{title}: {one_line(error)}") from error
+        with processes.fail_together():
+            if files:
+                files.losses.add(windowing, losses)
+                files.results.add(result)
+                print(f"{title}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
+    return files.results.content if files else {}

@@ -1,0 +1,211 @@
+"""Perplexity of a checkpoint at several lengths through fairseq-eval-lm, in one JSON file.
+
+Two ways to cut a subset into windows (Press et al. 2022, section 4 and appendix B):
+
+non-overlapping   Blocks of L tokens. A token sees its own block only, so tokens early in a block see little context.
+sliding window    Windows of L tokens, each `stride` tokens after the one before. A window scores its last `stride`
+                  tokens, which see at least L - stride tokens of context. The first window scores all its tokens.
+
+Both score every token of the subset exactly once. fairseq-eval-lm does so only in one process without data workers, and
+does not report tokens that it leaves out. This module therefore runs it that way and counts the tokens.
+"""
+
+import ast
+import logging
+import math
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli import eval_lm
+
+from ..files.inputs import check_dictionary, describe_model, one_line, read_checkpoint, read_dictionary, subset_tokens
+from ..files.results import check_writable, describe_environment, write_json
+
+#: These options decide which tokens are scored with which context. This module sets them.
+FIXED_OPTIONS = (
+    *("--path", "--gen-subset", "--tokens-per-sample", "--context-window", "--max-tokens", "--batch-size"),
+    *("--num-workers", "--num-shards", "--shard-id", "--distributed-world-size"),
+)
+
+
+class TokenCounter(logging.Handler):
+    """Reads from the log of fairseq-eval-lm how many tokens it scored.
+
+    Raises:
+        ValueError: fairseq-eval-lm leaves out tokens with infinite scores.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scored = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        if str(record.msg).startswith("skipping tokens with inf scores"):
+            raise ValueError(
+                "the model gives infinite scores: it has diverged, train it anew or use another checkpoint"
+            )
+        evaluated = re.match(r"Evaluated ([\d,]+) tokens", str(record.msg))
+        if evaluated:
+            self.scored = int(evaluated.group(1).replace(",", ""))
+
+
+@dataclass(frozen=True)
+class EvalLmSettings:
+    """What fairseq-eval-lm evaluates.
+
+    Args:
+        data: fairseq data folder.
+        checkpoint: of a language model.
+        windowings: (length, stride) in tokens; stride = length is non-overlapping.
+        subset: train, valid, test, ...
+        positions: tokens in a batch, context included.
+        passed_on: more arguments for fairseq-eval-lm.
+
+    Raises:
+        ValueError: a stride is longer than its length, or `passed_on` holds one of `FIXED_OPTIONS`.
+    """
+
+    data: str
+    checkpoint: str
+    windowings: Sequence[tuple[int, int]]
+    subset: str = "valid"
+    positions: int = 4096
+    passed_on: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        for length, stride in self.windowings:
+            if stride > length:
+                raise ValueError(f"stride {stride} is longer than the window of {length} and would skip tokens")
+        fixed = [option for option in self.passed_on if option.partition("=")[0] in FIXED_OPTIONS]
+        if fixed:
+            raise ValueError(f"{fixed[0]} decides what is scored and is set by this command: drop it")
+
+    def arguments(self, length: int, stride: int) -> list[str]:
+        """The arguments of fairseq-eval-lm for one windowing.
+
+        fairseq counts only the new tokens of a window against --max-tokens. So `positions` is converted to a number of
+        whole windows first.
+        """
+        windows = max(1, self.positions // length)
+        arguments: list[Any] = [self.data, *self.passed_on, "--user-dir", Path(__file__).parents[1]]
+        arguments += ["--path", self.checkpoint, "--gen-subset", self.subset]
+        arguments += ["--tokens-per-sample", length, "--context-window", length - stride]
+        arguments += ["--max-tokens", windows * stride]
+        arguments += ["--num-workers", 0, "--num-shards", 1, "--distributed-world-size", 1]
+        return [str(argument) for argument in arguments]
+
+
+def check_overrides(text: str) -> None:
+    """Checks --model-overrides, which fairseq-eval-lm evaluates as Python code.
+
+    Raises:
+        ValueError: the text is not a dictionary of literals.
+    """
+    try:
+        is_dictionary = isinstance(ast.literal_eval(text), dict)
+    except (ValueError, SyntaxError):
+        is_dictionary = False
+    if not is_dictionary:
+        raise ValueError(f"--model-overrides '{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+
+
+def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
+    """Runs fairseq-eval-lm in this process, so that its progress bar appears in the terminal.
+
+    Returns:
+        The loss per scored token in bits, and the number of scored tokens.
+
+    Raises:
+        ValueError: see `check_overrides`.
+    """
+    counter = TokenCounter()
+    logger = logging.getLogger("fairseq_cli.eval_lm")
+    logger.addHandler(counter)
+    try:
+        args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
+        check_overrides(args.model_overrides)
+        results = eval_lm.main(convert_namespace_to_omegaconf(args))
+    finally:
+        logger.removeHandler(counter)
+    return float(results["loss"]), counter.scored
+
+
+def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expected: int) -> dict[str, Any]:
+    """Runs fairseq-eval-lm for one windowing and checks what it scored.
+
+    Args:
+        settings: what is evaluated.
+        length, stride: in tokens.
+        expected: number of tokens in the subset.
+
+    Raises:
+        ValueError: fairseq-eval-lm failed or did not score all tokens, or the loss is not finite.
+    """
+    arguments = settings.arguments(length, stride)
+    started = time.perf_counter()
+    try:
+        loss, scored = run_eval_lm(arguments)
+    except (Exception, SystemExit) as error:  # fairseq raises errors of any kind, often over many lines
+        reason = "it refuses its arguments, see above" if isinstance(error, SystemExit) else one_line(error)
+        raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason}") from error
+    if scored != expected:
+        raise ValueError(
+            f"fairseq-eval-lm scored {scored:,} of the {expected:,} tokens of '{settings.subset}' at length {length}: "
+            "the model was built with a longest sequence (pass -- --model-overrides \"{'max_target_positions': N}\"), "
+            "or an option passed on drops tokens"
+        )
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss at length {length} is {loss}: the model has diverged, use another checkpoint")
+    return {
+        "length": length,
+        "stride": stride,
+        "context_window": length - stride,
+        "tokens": scored,
+        "loss": loss,
+        "perplexity": 2**loss,
+        "seconds": round(time.perf_counter() - started, 2),
+        "command": shlex.join(["fairseq-eval-lm", *arguments]),
+    }
+
+
+def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, Any]:
+    """Evaluates all windowings in turn; the JSON file is written after each.
+
+    Args:
+        settings: what is evaluated.
+        output: JSON file.
+
+    Returns:
+        The content of the file: model, data, environment, and for each windowing tokens, loss (bits per token),
+        perplexity and seconds.
+
+    Raises:
+        ValueError: bad input, or see `evaluate_windowing`.
+    """
+    expected, state = subset_tokens(settings.data, settings.subset), read_checkpoint(settings.checkpoint)
+    check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
+    results: list[dict[str, Any]] = []
+    content = {
+        "model": describe_model(settings.checkpoint, state),
+        "data": settings.data,
+        "subset": settings.subset,
+        "options": list(settings.passed_on),
+        "environment": describe_environment(),
+        "results": results,
+    }
+    check_writable(output)
+    for length, stride in settings.windowings:
+        result = evaluate_windowing(settings, length, stride, expected)
+        results.append(result)
+        write_json(output, content)
+        print(f"length {length}, stride {stride}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
+    return content

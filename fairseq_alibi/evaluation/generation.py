@@ -1,0 +1,153 @@
+"""Text that continues a prompt, plain text in and out."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+from fairseq import tasks
+from fairseq.checkpoint_utils import overwrite_args_by_name
+from fairseq.data.data_utils import collate_tokens
+from fairseq.hub_utils import GeneratorHubInterface
+from torch import Tensor
+from tqdm import tqdm
+
+from ..files.inputs import describe_model, load_model, one_line, read_checkpoint
+from ..models.decoder import Decoder
+from ..models.generator import Generator
+
+
+def load_text_model(
+    data: str, checkpoint: str, length_scale: Optional[str] = None, **text_options: Optional[str]
+) -> GeneratorHubInterface:
+    """Loads a language model with its dictionary, tokenizer and BPE.
+
+    Args:
+        data: fairseq data folder.
+        checkpoint: of a language model.
+        length_scale: the model's `alibi_length_scale`; None for that of the checkpoint.
+        text_options: `tokenizer`, `bpe` and `bpe_codes`; None for none.
+
+    Raises:
+        ValueError: a file is missing or is not a checkpoint, or the two do not fit each other.
+    """
+    state = read_checkpoint(checkpoint)
+    describe_model(checkpoint, state)  # raises an error for a model of another task
+    overwrite_args_by_name(state["cfg"], text_options)
+    scale = {} if length_scale is None else {"alibi_length_scale": length_scale}
+    model = load_model(checkpoint, state, data, scale)
+    if scale and not isinstance(model.decoder, Decoder):
+        raise ValueError(f"--length-scale {length_scale}: the model of {checkpoint} has no such option, drop it")
+    try:
+        return GeneratorHubInterface(state["cfg"], tasks.setup_task(state["cfg"].task), [model])
+    except (Exception, SystemExit) as error:  # a library is missing, or subword-nmt exits because of invalid codes
+        options = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in text_options.items() if value)
+        reason = "see above" if isinstance(error, SystemExit) else one_line(error)
+        raise ValueError(f"{options} cannot be used ({reason}): name others") from error
+
+
+def encode_text(model: GeneratorHubInterface, text: str) -> Tensor:
+    """Text -> (n,) tokens. A line break becomes an end of sentence; the last line has none."""
+    tokens = torch.cat([model.encode(line) for line in text.split("\n")])[:-1]
+    # The words <s> and <pad> in a text are not fairseq's special tokens.
+    special = (tokens == model.tgt_dict.bos()) | (tokens == model.tgt_dict.pad())
+    return tokens.masked_fill(special, model.tgt_dict.unk())
+
+
+def decode_tokens(model: GeneratorHubInterface, tokens: Tensor) -> str:
+    """(n,) tokens -> text. The reverse of `encode_text`, as far as the tokenizer can be reversed."""
+    lines: list[list[int]] = [[]]
+    for token in tokens.tolist():
+        if token == model.tgt_dict.eos():
+            lines.append([])
+        else:
+            lines[-1].append(token)
+    return "\n".join(model.decode(torch.tensor(line, dtype=torch.long)) for line in lines)
+
+
+def continue_batch(
+    model: GeneratorHubInterface,
+    prompts: Sequence[Tensor],
+    tokens: int,
+    stop_at_line_end: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    """Continues prompts by `tokens` new tokens each, in one batch.
+
+    Args:
+        model: see `load_text_model`.
+        prompts: (n,) tokens each, n from 0 on.
+        tokens: number of new tokens. Line ends count as tokens and do not end the text.
+        stop_at_line_end: whether a text ends at its first new line end, if that comes before `tokens`.
+        options: of fairseq's generation: beam, sampling, sampling_topk, temperature, lenpen, ...
+
+    Returns:
+        For each prompt the prompt and its continuation, (n + new,) tokens, without the line end at which it stopped.
+
+    Raises:
+        ValueError: prompt and new tokens are longer than the model's longest sequence.
+    """
+    dictionary, device = model.tgt_dict, model.device
+    longest = max(map(len, prompts))
+    length = longest + tokens
+    limit = min(member.max_decoder_positions() for member in model.models)
+    if length >= limit:
+        raise ValueError(
+            f"a prompt of {longest:,} tokens and {tokens:,} new ones are too many for a model built with a longest "
+            f"sequence of {limit:,}: shorten them, or train without --max-target-positions"
+        )
+    for member in model.models:
+        if isinstance(member.decoder, Decoder):  # it may scale its slopes to the length
+            member.decoder.set_evaluation_length(length)
+    arguments = Namespace(**options, max_len_a=0, max_len_b=length, min_len=1 if stop_at_line_end else length)
+    # <s> is never a target, so with it as the end of a sentence no model ends a text early.
+    ending = {"lines_in_prompt": True} if stop_at_line_end else {"eos": dictionary.bos(), "free_end": True}
+    generator = model.task.build_generator(model.models, arguments, seq_gen_cls=Generator, extra_gen_cls_kwargs=ending)
+    prefix = collate_tokens(list(prompts), dictionary.pad()).to(device)
+    with tqdm(total=length, unit=" tokens", disable=None) as bar:
+        last_layer = model.models[0].decoder.layers[-1]
+        # fairseq runs one more step than there are tokens, for the end of the sentences.
+        hook = last_layer.register_forward_hook(lambda _, inputs, __: bar.update(min(len(inputs[0]), length - bar.n)))
+        try:
+            sample = {"net_input": {"src_tokens": prefix}}
+            finalized = model.task.inference_step(generator, model.models, sample, prefix_tokens=prefix)
+        finally:
+            hook.remove()
+    # A prompt that is shorter than the longest has more than `tokens` new tokens.
+    return [
+        hypotheses[0]["tokens"][:-1][: len(prompt) + tokens].cpu() for prompt, hypotheses in zip(prompts, finalized)
+    ]
+
+
+def continue_prompts(
+    model: GeneratorHubInterface,
+    prompts: Sequence[Tensor],
+    tokens: int,
+    stop_at_line_end: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    """Continues prompts of any lengths; each gets the text that it would get alone.
+
+    Args:
+        model, prompts, tokens, stop_at_line_end, options: see `continue_batch`.
+
+    Returns:
+        See `continue_batch`.
+
+    Raises:
+        ValueError: see `continue_batch`, or the generation failed.
+    """
+    # Beam search compares whole texts, so all texts of a batch must end at the length that was asked for.
+    batches: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        batches.setdefault(len(prompt) if options["beam"] > 1 else 0, []).append(number)
+    texts: dict[int, Tensor] = {}
+    for batch in batches.values():
+        try:
+            continued = continue_batch(
+                model, [prompts[number] for number in batch], tokens, stop_at_line_end, **options
+            )
+        except RuntimeError as error:  # out of memory, or no token is left to draw
+            raise ValueError(f"generation failed: {one_line(error)}") from error
+        texts.update(zip(batch, continued))
+    return [texts[number] for number in range(len(prompts))]

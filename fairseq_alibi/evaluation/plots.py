@@ -1,0 +1,102 @@
+"""Results as plots: PNG files."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .curves import Curve
+
+#: Line style and marker of each curve, so that a plot can be read in black and white too.
+STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
+
+
+@contextlib.contextmanager
+def chart(path: Path, labels: Sequence[str]) -> Iterator[Any]:
+    """A context with the matplotlib axes of a chart, which is saved at its end.
+
+    Args:
+        path: of the PNG file.
+        labels: of all curves, for the legend below the chart.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    columns = 1 if max(map(len, labels)) > 36 else 2
+    figure, axes = plt.subplots(figsize=(7, 4.2 + 0.24 * -(-len(labels) // columns)), layout="constrained")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    yield axes
+    if axes.get_ylim()[0] > 0 and axes.dataLim.ymax > 5 * axes.dataLim.ymin:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=columns)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def curve_styles(count: int) -> list[dict[str, str]]:
+    """Line style and marker for each of `count` curves."""
+    repeated = STYLES * (count // len(STYLES) + 1)
+    return [{"linestyle": line, "marker": marker} for line, marker in repeated[:count]]
+
+
+def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
+    """Plots a measure against evaluation length.
+
+    Args:
+        curves: what is plotted.
+        path: of the PNG file.
+        measure: perplexity, where dotted lines mark the training lengths, or tokens_per_second.
+    """
+    subsets = ", ".join(sorted({curve.subset for curve in curves}))
+    with chart(path, [curve.label for curve in curves]) as axes:
+        for curve, style in zip(curves, curve_styles(len(curves))):
+            axes.plot(*zip(*sorted(getattr(curve, measure).items())), label=curve.label, **style)
+        if measure == "perplexity":
+            mark_training_lengths(axes, {curve.training_length for curve in curves})
+        lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xlabel("evaluation length (tokens)")
+        axes.set_ylabel(f"{measure.replace('_', ' ')} ({subsets})")
+        if measure != "perplexity":
+            axes.set_ylim(bottom=0, top=1.08 * axes.dataLim.ymax)
+
+
+def mark_training_lengths(axes: Any, lengths: set[int]) -> None:
+    """Marks training lengths by dotted vertical lines."""
+    for length in sorted(lengths):
+        axes.axvline(length, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"training length {length:,} ",
+            (length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -4),
+            textcoords="offset points",
+            rotation=90,
+            verticalalignment="top",
+            color="gray",
+            fontsize="small",
+        )
+
+
+def plot_positions(pooled: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Plots loss by position in the window.
+
+    Args:
+        pooled: see `pool_positions`.
+        path: of the PNG file.
+    """
+    with chart(path, list(pooled)) as axes:
+        for (label, bins), style in zip(pooled.items(), curve_styles(len(pooled))):
+            centres = [math.sqrt((part["first"] + 1) * (part["last"] + 1)) for part in bins]
+            axes.plot(centres, [part["loss"] for part in bins], label=label, **{**style, "markersize": 3})
+        axes.set_xlabel("tokens that are seen, from the window's start on")
+        axes.set_ylabel("loss (bits per token)")

@@ -1,0 +1,134 @@
+"""Files of evaluation results: JSON, losses of single tokens, TensorBoard. Earlier results are read and kept."""
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..files.results import check_writable, naming, write_json, written_whole
+from .measurement import Windowing
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """CRC-32 of tensors, eight hexadecimal digits."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+class ResultFile:
+    """The JSON file with the results of one checkpoint; each new result is written at once.
+
+    Args:
+        path: of the file.
+        content: everything but the results. `content["subject"]` says what is evaluated.
+        overwrite: whether to drop the results that the file holds.
+
+    Raises:
+        ValueError: the file holds results of another subject.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any], overwrite: bool) -> None:
+        self.path = path
+        earlier = [] if overwrite else self.read_earlier_results(content["subject"])
+        self.content: dict[str, Any] = {**content, "results": earlier}
+        check_writable(path)
+
+    def read_earlier_results(self, subject: dict[str, Any]) -> list[dict[str, Any]]:
+        """The results in the file; none if there is no file."""
+        if not self.path.exists():
+            return []
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            different = [name for name in subject if content["subject"].get(name) != subject[name]]
+            results = content["results"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            different, results = ["content"], []
+        if different:
+            raise ValueError(
+                f"{self.path} exists and is of another evaluation ({', '.join(different)}): pass --overwrite to "
+                "replace it, or another --output"
+            )
+        return results
+
+    def find(self, windowing: Windowing) -> Optional[dict[str, Any]]:
+        """The result of a windowing, None if it is missing."""
+        matches = (result for result in self.content["results"] if (result["length"], result["stride"]) == windowing)
+        return next(matches, None)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Adds a result, in place of an earlier one of the same windowing, and writes the file."""
+        windowing = (result["length"], result["stride"])
+        results = self.content["results"]
+        results[:] = [other for other in results if (other["length"], other["stride"]) != windowing]
+        results.append(result)
+        write_json(self.path, self.content)
+
+
+class TokenLossFile:
+    """An .npz file with the losses of single tokens, one array per windowing, always written whole.
+
+    Args:
+        path: of the file; None to write nothing.
+        stream: (N,) tokens of the text, which the file holds too.
+        overwrite: whether to drop what the file holds.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Optional[Path], stream: Tensor, overwrite: bool) -> None:
+        self.path = path
+        self.arrays = {"tokens": stream.numpy()}
+        if path is None:
+            return
+        if path.exists() and not overwrite:
+            try:
+                with numpy.load(path) as stored:
+                    same = numpy.array_equal(stored["tokens"], self.arrays["tokens"])
+                    self.arrays = dict(stored)
+            except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
+                same = False
+            if not same:
+                raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
+        check_writable(path)
+
+    def lacks(self, windowing: Windowing) -> bool:
+        """Whether the losses of a windowing are wanted and missing."""
+        return self.path is not None and windowing.name not in self.arrays
+
+    def add(self, windowing: Windowing, losses: Tensor) -> None:
+        """Adds the (N,) losses of a windowing, in bits, and writes the file."""
+        if self.path is not None:
+            self.arrays[windowing.name] = losses.numpy()
+            with written_whole(self.path) as partial:
+                numpy.savez(partial, **self.arrays)  # type: ignore[arg-type]
+
+
+def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
+    """Writes the results of a checkpoint as TensorBoard scalars against length.
+
+    Args:
+        folder: of this checkpoint.
+        content: of a `ResultFile`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    from tensorboardX import SummaryWriter
+
+    with naming(folder), SummaryWriter(str(folder)) as writer:
+        for result in content["results"]:
+            curve = "streaming" if result["stride"] is None else "non-overlapping"
+            if result["stride"] not in (None, result["length"]):
+                curve = f"stride {result['stride']}"
+            for measure in ("loss", "perplexity", "tokens_per_second"):
+                writer.add_scalar(f"{content['subset']}/{measure}/{curve}", result[measure], result["length"])
