@@ -1,16 +1,22 @@
 """A tiny corpus in fairseq's format, and models built the way fairseq-train builds them."""
 
+import hashlib
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from filelock import FileLock
+from forked import SCRIPTS, run_forked
 
 from fairseq_alibi.core.positions import POSITION_METHODS
 
@@ -20,6 +26,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+#: The console scripts that `run` starts in a forked process.
+FORKED = {str(BIN / name) for name in SCRIPTS}
 
 
 def pytest_collection_modifyitems(items):
@@ -27,18 +35,28 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_walkthrough.py")
 
 
-def run(*command, cwd=ROOT, check=True, **environment):
-    """Runs a command; returns the finished process with stdout and stderr together as `output`."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-    done.output = done.stdout
+def run(*command, cwd=ROOT, check=True, new_process=False, **environment):
+    """Runs a command; returns its `returncode`, and its stdout and stderr together as `output`.
+
+    A console script of fairseq or of this project starts from a process that has imported fairseq (see `forked`),
+    unless `new_process` is set or environment variables are given.
+    """
+    command = [str(part) for part in command]
+    if command[0] in FORKED and not (new_process or environment):
+        with tempfile.NamedTemporaryFile("r", suffix=".output") as file:
+            status = run_forked(command, file.name, str(cwd))
+            done = types.SimpleNamespace(args=command, returncode=status, output=file.read())
+    else:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        done.output = done.stdout
     assert not check or done.returncode == 0, done.output
     return done
 
@@ -92,20 +110,41 @@ def method(request):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def make_once(tmp_path_factory):
+    """`make_once(name, fill)` fills a folder with `fill(folder)`, once for all processes of pytest-xdist."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def make(name, fill):
+        folder, done = common / name, common / f"{name}.done"
+        with FileLock(common / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def corpus(make_once):
     """A fairseq data folder: 40 words, lines of 0 to 12 words, 3,000 / 300 / 300 lines."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(1)
-    words = [f"word{i}" for i in range(40)]
-    for split, lines in (("train", 3000), ("valid", 300), ("test", 300)):
-        text = (" ".join(rng.choices(words, k=rng.randrange(13))) for _ in range(lines))
-        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
-    run(
-        BIN / "fairseq-preprocess",
-        *("--only-source", "--destdir", folder / "data"),
-        *(part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / f"{split}.txt")),
-    )
-    return folder / "data"
+
+    def fill(folder):
+        rng = random.Random(1)
+        words = [f"word{i}" for i in range(40)]
+        for split, lines in (("train", 3000), ("valid", 300), ("test", 300)):
+            text = (" ".join(rng.choices(words, k=rng.randrange(13))) for _ in range(lines))
+            (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
+        run(
+            BIN / "fairseq-preprocess",
+            *("--only-source", "--destdir", folder / "data"),
+            *(part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / f"{split}.txt")),
+        )
+
+    return make_once("corpus", fill) / "data"
 
 
 @pytest.fixture(scope="session")
@@ -135,33 +174,34 @@ def build(corpus):
 
 
 @pytest.fixture(scope="session")
-def train(corpus, tmp_path_factory):
-    """Trains for a few updates with fairseq-train; returns the path of the checkpoint."""
+def train(corpus, make_once, tmp_path_factory):
+    """Trains for a few updates with fairseq-train, once for the same options; returns the path of a copy."""
 
     def train_model(*arguments, arch="alibi_lm_tiny", updates=5):
-        save_dir = tmp_path_factory.mktemp("checkpoints")
-        run(
-            BIN / "fairseq-train",
-            *(corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--arch", arch),
-            *("--save-dir", save_dir, "--max-update", updates, "--tokens-per-sample", 32, "--max-tokens", 256),
-            *("--optimizer", "adam", "--lr", 0.003, "--no-epoch-checkpoints", "--cpu"),
-            *arguments,
-        )
-        return save_dir / "checkpoint_last.pt"
+        options = ["--arch", arch, "--max-update", updates, "--tokens-per-sample", 32, "--max-tokens", 256]
+        options += ["--optimizer", "adam", "--lr", 0.003, "--no-epoch-checkpoints", "--cpu", *arguments]
+
+        def fill(folder):
+            common = ("--user-dir", "fairseq_alibi", "--task", "language_modeling", "--save-dir", folder)
+            run(BIN / "fairseq-train", corpus, *common, *options)
+
+        key = hashlib.sha256(repr([str(option) for option in options]).encode()).hexdigest()[:16]
+        trained = make_once(f"trained-{key}", fill)
+        return Path(shutil.copy(trained / "checkpoint_last.pt", tmp_path_factory.mktemp("checkpoints")))
 
     return train_model
 
 
 @pytest.fixture(scope="session")
-def sharpened(train, tmp_path_factory):
+def sharpened(train):
     """Trains as `train`, a model whose scores depend strongly on the context, which few updates do not bring about."""
 
     def train_sharp(*arguments, **options):
-        state = torch.load(train(*arguments, updates=20, **options))
+        path = train(*arguments, updates=20, **options)
+        state = torch.load(path)
         for name, value in state["model"].items():
             if "self_attn" in name:
                 value *= 8
-        path = tmp_path_factory.mktemp("checkpoint") / "checkpoint_last.pt"
         torch.save(state, path)
         return path
 
