@@ -1,28 +1,57 @@
 """`fairseq-alibi reproduce`: all methods alike, what is done is not done again, one page."""
 
+import contextlib
 import json
+import logging
+import resource
 import shlex
+import sys
 
 import pytest
 import torch
 from conftest import BIN, ROOT
+from fairseq_cli import train
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.positions import POSITION_METHODS
-from fairseq_alibi.experiments import reproduce
+from fairseq_alibi.experiments import comparison, comparison_page, presets
+
+
+def laptop_model(*arguments):
+    """The laptop's model made smaller."""
+    return [*presets.laptop_model(*arguments), "--decoder-layers", "1", "--decoder-embed-dim", "32"]
 
 
 @pytest.fixture
 def small(monkeypatch, corpus):
-    """The laptop's preset made smaller, and its models."""
+    """The laptop's preset made smaller."""
     monkeypatch.setenv("PATH", str(BIN), prepend=":")
-
-    def train(*arguments):
-        return [*reproduce.laptop(*arguments), "--decoder-layers", "1", "--decoder-embed-dim", "32"]
-
-    preset = reproduce.Preset(train, str(corpus), (16,), (16, 64), 45, 2)
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", preset)
+    preset = presets.Preset(laptop_model, str(corpus), (16,), (16, 64), 45, 2)
+    monkeypatch.setitem(presets.PRESETS, "laptop", preset)
     return preset
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Has the commands run in this process, one after the other, as a new one takes seconds to start."""
+
+    def run(_, command, log):
+        program, *arguments = command
+        loggers = [logging.getLogger(name) for name in ("fairseq_cli.train", "fairseq.logging.progress_bar")]
+        with log.open("w") as output, contextlib.redirect_stdout(output):
+            if program == "fairseq-train":
+                for logger in loggers:
+                    logger.setLevel(logging.INFO)
+                monkeypatch.setattr(sys, "argv", command)
+                train.cli_main()
+            else:
+                main(arguments)
+        for logger in loggers:  # fairseq leaves the handlers of --log-file
+            logger.setLevel(logging.NOTSET)
+            logger.handlers.clear()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    monkeypatch.setattr(comparison.CommandRunner, "run", run)
 
 
 def fails(*arguments):
@@ -32,7 +61,8 @@ def fails(*arguments):
     return str(stopped.value.code)
 
 
-def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, monkeypatch, capsys):
+def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process, tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))
     sweep = ("--output", tmp_path / "out", "--methods", "alibi", "learned", "--cpu")
     main(["reproduce", *map(str, sweep)])
     page = (tmp_path / "out" / "results.md").read_text()
@@ -49,19 +79,19 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, tmp_path, m
     speed = next(row for row in rows if row[:2] == ["16", "alibi"])[2]
     assert int(speed.replace(",", "")) > 0
     assert done["training"]["peak_memory_bytes"] > 2**26
-    monkeypatch.setattr(reproduce.Running, "run", lambda *_: pytest.fail("it was done"))
+    monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: pytest.fail("it was done"))
     main(["reproduce", *map(str, sweep)])
     assert "another updates" in fails(*sweep, "--updates", 7)
 
 
 def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, tmp_path, monkeypatch):
-    def commands(run, *_):
-        script = "echo from afar; exit 3" if run.method == "none" else ""
+    def commands(_, model):
+        script = "echo from afar; exit 3" if model.method == "none" else ""
         return {"training": ["sh", "-c", script]}
 
-    monkeypatch.setitem(reproduce.PRESETS, "laptop", small._replace(at_once=1))
-    monkeypatch.setattr(reproduce, "steps", commands)
-    monkeypatch.setattr(reproduce, "updates_of", lambda _: 3)
+    monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))
+    monkeypatch.setattr(comparison.Comparison, "commands", commands)
+    monkeypatch.setattr(comparison, "updates_of", lambda _: 3)
     message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3)
     assert message.endswith(f"sh -c ended with status 3, see {tmp_path}/none-16/training.log: from afar")
     assert (tmp_path / "alibi-16" / "run.json").exists()
@@ -69,8 +99,8 @@ def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, 
 
 
 def test_all_models_of_a_length_differ_in_their_method_only(tmp_path):
-    for name, preset in reproduce.PRESETS.items():
-        commands = [preset.train("data", method, 512, tmp_path, 10) for method in POSITION_METHODS]
+    for name, preset in presets.PRESETS.items():
+        commands = [preset.training_command("data", method, 512, tmp_path, 10) for method in POSITION_METHODS]
         alike = {tuple(part for part in command if part not in POSITION_METHODS) for command in commands}
         assert len(alike) == 1, name
 
@@ -84,6 +114,7 @@ def test_paper_prints_its_commands(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(monkeypatch, tmp_path, corpus, capsys):
     """The real commands, with a smaller model and shorter texts."""
     monkeypatch.setenv("PATH", str(BIN), prepend=":")
@@ -98,10 +129,12 @@ def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(mon
         "2",
     ]
     sizes += ["--adaptive-input-factor", "2"]
-    preset = reproduce.PRESETS["paper"]._replace(
-        train=lambda *a: [*reproduce.paper(*a), *sizes], training_lengths=(32,), evaluation_lengths=(32, 64)
+    preset = presets.PRESETS["paper"]._replace(
+        training_command=lambda *a: [*presets.paper_model(*a), *sizes],
+        training_lengths=(32,),
+        evaluation_lengths=(32, 64),
     )
-    monkeypatch.setitem(reproduce.PRESETS, "paper", preset)
+    monkeypatch.setitem(presets.PRESETS, "paper", preset)
     launch = ("reproduce", "--preset", "paper", "--launch", "--data", corpus, "--methods", "alibi", "--updates", 21)
     main([*map(str, launch), "--output", str(tmp_path / "out"), "--cpu"])
     page = (tmp_path / "out" / "results.md").read_text()
@@ -117,18 +150,18 @@ def test_order_is_compared_with_the_papers():
     def models(**perplexities):
         return [{"label": name, "perplexity": {64: value}} for name, value in perplexities.items()]
 
-    same = reproduce.compare_with_paper(models(sinusoidal=9.0, alibi=1.0, none=2.0, t5=3.0), 64)
+    same = comparison_page.compare_with_paper(models(sinusoidal=9.0, alibi=1.0, none=2.0, t5=3.0), 64)
     assert "alibi, none, t5, sinusoidal (best first)" in same
     assert same.endswith("as in the paper.")
-    assert "**not as in the paper**, where it is alibi, sinusoidal" in reproduce.compare_with_paper(
+    assert "**not as in the paper**, where it is alibi, sinusoidal" in comparison_page.compare_with_paper(
         models(sinusoidal=1.0, alibi=2.0), 64
     )
 
 
 def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
     """SIGTERM ends it with status 0, as if it were."""
-    monkeypatch.setattr(reproduce.Running, "run", lambda *_: 0)
-    monkeypatch.setattr(reproduce, "updates_of", lambda _: 44)
+    monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: 0)
+    monkeypatch.setattr(comparison, "updates_of", lambda _: 44)
     line = fails("--output", tmp_path / "out", "--methods", "alibi")
     assert "training was stopped after 44 updates; start this again" in line
     assert not list(tmp_path.rglob("run.json"))

@@ -1,6 +1,57 @@
-"""`fairseq-alibi reproduce`."""
+"""`fairseq-alibi reproduce`: the paper's comparison, on one page."""
 
-from ..experiments.reproduce import add_arguments
-from ..experiments.reproduce import main as run
+import argparse
+import shlex
+import sys
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+from ..core.positions import POSITION_METHODS
+from ..data.builtin_corpus import prepare_builtin
+from ..experiments.comparison import Comparison, run_comparison
+from ..experiments.comparison_page import write_page
+from ..experiments.presets import BUILTIN, PRESETS
+from ..files.inputs import read_dictionary, subset_tokens
+from .arguments import positive_integer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fairseq-alibi reproduce`."""
+    add = parser.add_argument
+    presets = "laptop (default), slice or paper: see the walk-through"
+    add("--preset", choices=list(PRESETS), default="laptop", help=presets)
+    add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
+    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
+    add("--methods", nargs="+", choices=list(POSITION_METHODS), default=list(POSITION_METHODS), metavar="METHOD")
+    add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; finished steps there are kept")
+    add("--launch", action="store_true", help="run the commands of the preset paper, which are printed otherwise")
+    add("--cpu", action="store_true", help="do not use the GPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `fairseq-alibi reproduce` and says where the page is.
+
+    Raises:
+        ValueError: Bad arguments or data, or see `run_comparison`.
+    """
+    preset = PRESETS[args.preset]
+    data = args.data or preset.data
+    if data is None:
+        raise ValueError("--preset slice needs --data, a folder that scripts/prepare_wikitext103.sh made")
+    output = args.output or Path("results") / f"reproduce-{args.preset}"
+    updates = args.updates or preset.updates
+    comparison = Comparison(args.preset, preset, data, args.subset, updates, args.methods, output, args.cpu)
+    if args.preset == "paper" and not args.launch:
+        for model in comparison.models():
+            print("\n".join(shlex.join(command) for command in comparison.commands(model).values()))
+        return
+    if data == BUILTIN:
+        prepare_builtin(Path(data).resolve())
+    read_dictionary(data)
+    subset_tokens(data, args.subset)
+    try:
+        run_comparison(comparison)
+    except KeyboardInterrupt:
+        sys.exit("fairseq-alibi reproduce: interrupted; start the same command again, and it continues")
+    write_page(comparison)
+    print(f"written to {output / 'results.md'}")

@@ -1,12 +1,20 @@
 """A corpus that needs no network: the source files of the running Python's standard library."""
 
+import os
+import platform
 import re
 import sysconfig
+import tempfile
 import tokenize
 import zlib
 from pathlib import Path
+from typing import Optional
 
 from .binarize import SPLITS
+from .plain_text import prepare_text
+
+#: Size and BPE merges where nothing else is asked for.
+BYTES, MERGES = 6_000_000, 2_000
 
 #: Paths of tests, other projects and generated tables, which are not code that somebody wrote for the library.
 LEFT_OUT = re.compile(
@@ -49,3 +57,24 @@ def write_builtin_corpus(folder: Path, max_bytes: int) -> dict[str, Path]:
             raise ValueError(f"no file of {root} fits into the {split} split with --max-bytes {max_bytes}: raise it")
         (folder / f"{split}.txt").write_bytes(b"".join(texts[split]))
     return {split: folder / f"{split}.txt" for split in SPLITS}
+
+
+def prepare_builtin(
+    destination: Path, max_bytes: int = BYTES, bpe_merges: Optional[int] = MERGES, workers: Optional[int] = None
+) -> None:
+    """Makes a data folder of the corpus.
+
+    Args:
+        destination: The data folder.
+        max_bytes: See `write_builtin_corpus`.
+        bpe_merges: Number of BPE merges; None for Moses tokens alone.
+        workers: Number of processes; default: one for each core.
+
+    Raises:
+        ValueError: See `write_builtin_corpus` and `prepare_text`.
+        OSError: The folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        texts = write_builtin_corpus(Path(folder), max_bytes)
+        source = f"standard library of Python {platform.python_version()}"
+        prepare_text(destination, texts, source, bpe_merges, workers or os.cpu_count() or 1)

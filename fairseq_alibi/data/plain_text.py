@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .binarize import SPLITS, check_text, count_tokens, run_preprocess
 from .destination import is_prepared, publish, work_folder
 
+MERGES = 10_000  # of BPE, where nothing else is asked for
 BATCH_LINES = 20_000  # lines in memory at a time while they are encoded
 
 

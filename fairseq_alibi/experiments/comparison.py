@@ -1,0 +1,222 @@
+"""The paper's comparison: trains every position method alike and evaluates all at many lengths.
+
+All models of a training length have the same seed, the same order of the data and, where shapes agree, the same initial
+weights. A step that is finished is recorded in its model's folder and not repeated.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ..files.inputs import one_line
+from ..files.results import describe_environment, now, write_json
+from ..patches.training import updates_of
+from .presets import Preset
+
+#: Steps of every model, in their order.
+TRAINING, EVALUATION, SLIDING_WINDOW = "training", "evaluation", "sliding window"
+
+
+class ComparedModel(NamedTuple):
+    """One model of the comparison: its position method, training length in tokens, and folder."""
+
+    method: str
+    length: int
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that is evaluated."""
+        return self.folder / "checkpoint_last.pt"
+
+    @property
+    def training_log(self) -> Path:
+        """The JSON log of fairseq-train."""
+        return self.folder / "train.json.log"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Settings of a comparison.
+
+    Args:
+        name: Of the preset.
+        preset: What is trained and evaluated.
+        data: fairseq's data folder.
+        subset: The split that is evaluated.
+        updates: Of training.
+        methods: Position methods.
+        output: Folder of models, results and page.
+        cpu: Whether GPUs are left unused.
+    """
+
+    name: str
+    preset: Preset
+    data: str
+    subset: str
+    updates: int
+    methods: list[str]
+    output: Path
+    cpu: bool
+
+    def models(self) -> list[ComparedModel]:
+        """Returns all models, by training length and method."""
+        lengths = self.preset.training_lengths
+        return [ComparedModel(name, n, self.output / f"{name}-{n}") for n in lengths for name in self.methods]
+
+    def commands(self, model: ComparedModel) -> dict[str, list[str]]:
+        """Returns the commands for a model by step, in their order."""
+        lengths = list(self.preset.evaluation_lengths)
+        if model.method == "learned":
+            lengths = [length for length in lengths if length <= model.length]
+        evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
+        evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]
+        evaluate += ["--output", str(self.output / "results")]
+        evaluate += ["--cpu"] if self.cpu or self.preset.parallel > 1 else []
+        train = self.preset.training_command(self.data, model.method, model.length, model.folder, self.updates)
+        train += ["--log-format", "json", "--log-interval", "20", "--log-file", str(model.training_log)]
+        return {TRAINING: train, EVALUATION: evaluate, SLIDING_WINDOW: [*evaluate, "--stride-fraction", "1/2"]}
+
+
+class CommandRunner:
+    """Runs commands side by side and can stop them all.
+
+    Args:
+        single_thread: Whether each command uses one thread.
+    """
+
+    def __init__(self, single_thread: bool):
+        self.environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if single_thread else {})}
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.lock = threading.Lock()
+        self.stopped = False
+
+    def run(self, command: list[str], log: Path) -> int:
+        """Runs a command and writes its output to a log.
+
+        Returns:
+            The peak memory of its process, in bytes.
+
+        Raises:
+            ValueError: The command failed; names the log and quotes its last line.
+        """
+        with log.open("w", encoding="utf-8") as output:
+            with self.lock:
+                if self.stopped:
+                    raise KeyboardInterrupt
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
+                self.processes.add(process)
+            _, status, usage = os.wait4(process.pid, 0)  # Popen.wait does not tell the memory of this process alone
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self.processes.discard(process)
+        if process.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
+            raise ValueError(
+                f"{shlex.join(command[:2])} ended with status {process.returncode}, see {log}: {lines[-1]}"
+            )
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def stop(self) -> None:
+        """Ends the running commands and prevents new ones."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that an earlier run wrote.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not ours ({one_line(error)}): name another --output, or remove it") from error
+
+
+def finished_steps(model: ComparedModel) -> dict[str, Any]:
+    """Returns what `run.json` in a model's folder says about every finished step."""
+    path = model.folder / "run.json"
+    return read_record(path) if path.exists() else {}
+
+
+def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunner, bar: tqdm) -> None:
+    """Runs the steps of a model that are not finished.
+
+    Raises:
+        ValueError: A step failed, or training was stopped before its last update.
+    """
+    model.folder.mkdir(parents=True, exist_ok=True)
+    finished = finished_steps(model)
+    for step, command in comparison.commands(model).items():
+        if step not in finished:
+            bar.set_postfix_str(f"{model.method}, trained on {model.length:,}: {step}")
+            memory = runner.run(command, model.folder / f"{step.replace(' ', '-')}.log")
+            # SIGTERM ends training with status 0.
+            if step == TRAINING and (updates := updates_of(model.checkpoint)) < comparison.updates:
+                raise ValueError(f"{model.folder}: training was stopped after {updates:,} updates; start this again")
+            finished[step] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
+            write_json(model.folder / "run.json", finished)
+        bar.update()
+
+
+def check_settings(comparison: Comparison) -> None:
+    """Compares the settings with those of an earlier run in the output folder, or records them in a new one.
+
+    Raises:
+        ValueError: Some differ; names them.
+    """
+    settings = {
+        "preset": comparison.name,
+        "data": comparison.data,
+        "subset": comparison.subset,
+        "updates": comparison.updates,
+        "training_lengths": list(comparison.preset.training_lengths),
+        "evaluation_lengths": list(comparison.preset.evaluation_lengths),
+    }
+    path = comparison.output / "settings.json"
+    if not path.exists():
+        write_json(path, {"settings": settings, "environment": describe_environment()})
+        return
+    before = read_record(path).get("settings", {})
+    differ = [name for name, value in settings.items() if before.get(name) != value]
+    if differ:
+        raise ValueError(
+            f"{comparison.output} was begun with another {', '.join(differ)}: name another --output, or drop the option"
+        )
+
+
+def run_comparison(comparison: Comparison) -> None:
+    """Runs all steps that are not finished, with a progress bar. SIGTERM interrupts like Ctrl-C.
+
+    Raises:
+        ValueError: A step failed, or see `check_settings`.
+        KeyboardInterrupt: The run was interrupted; its commands were stopped.
+    """
+    check_settings(comparison)
+    models, parallel = comparison.models(), comparison.preset.parallel
+    runner = CommandRunner(single_thread=parallel > 1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # without it the commands would survive this process
+    with (
+        tqdm(total=3 * len(models), desc="reproduce", unit="step") as bar,
+        ThreadPoolExecutor(parallel) as pool,
+    ):
+        futures = [pool.submit(run_steps, model, comparison, runner, bar) for model in models]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            runner.stop()
+            raise

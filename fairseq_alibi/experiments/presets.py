@@ -1,0 +1,82 @@
+"""What `fairseq-alibi reproduce` trains and evaluates: three sizes of the paper's comparison."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+ROOT = Path(__file__).parents[2]
+
+#: Data folder of the built-in corpus, which every machine can make.
+BUILTIN = "data-bin/builtin"
+
+
+def small_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """Returns the fairseq-train command of a model that a CPU trains, without its architecture.
+
+    Args:
+        data: fairseq's data folder.
+        method: Position method.
+        length: Training length, in tokens.
+        save_dir: Where checkpoints go.
+        updates: Number of updates.
+    """
+    warmup = max(1, updates // 10)
+    command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", "language_modeling", "--position-method", method]
+    command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
+    command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
+    command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
+    command += ["--seed", 1, "--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
+    command += ["--keep-interval-updates", 1, "--save-dir", save_dir, "--cpu"]
+    return ["fairseq-train", *map(str, command)]
+
+
+def laptop_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """Returns the command for the model of scripts/quickstart.sh. Arguments: see `small_model`."""
+    return [*small_model(data, method, length, save_dir, updates), "--arch", "alibi_lm_tiny"]
+
+
+def slice_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """Returns the command for the laptop's model with the word-level vocabulary of a part of WikiText-103.
+
+    Its input and softmax are adaptive, for some ten thousand types. Arguments: see `small_model`.
+    """
+    sizes = [f"--decoder-{name}-dim=128" for name in ("embed", "input", "output")]
+    sizes += ["--decoder-ffn-embed-dim=512", "--decoder-layers=2", "--decoder-attention-heads=8"]
+    adaptive = ["--adaptive-input", "--adaptive-input-cutoff=4000,8000", "--adaptive-softmax-cutoff=4000,8000"]
+    adaptive += ["--tie-adaptive-weights", "--criterion=adaptive_loss", "--ddp-backend=legacy_ddp"]
+    command = small_model(data, method, length, save_dir, updates)
+    return [*command, "--arch=alibi_lm", "--decoder-normalize-before", *sizes, *adaptive]
+
+
+def paper_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """Returns the command for the paper's WikiText-103 model. Arguments: see `small_model`."""
+    script = str(ROOT / "scripts" / "train_wikitext103.sh")
+    command = ["bash", script, data, str(save_dir), str(length), "--position-method", method]
+    return [*command, "--max-update", str(updates)]
+
+
+class Preset(NamedTuple):
+    """What is trained and evaluated.
+
+    Args:
+        training_command: Makes the command that trains a model, see `small_model`.
+        data: fairseq's data folder; None where the user has to name it.
+        training_lengths: In tokens.
+        evaluation_lengths: In tokens.
+        updates: Of training.
+        parallel: Number of models that are trained or evaluated at the same time, with one thread each if more than 1.
+    """
+
+    training_command: Callable[[str, str, int, Path, int], list[str]]
+    data: Optional[str]
+    training_lengths: tuple[int, ...]
+    evaluation_lengths: tuple[int, ...]
+    updates: int
+    parallel: int
+
+
+PRESETS = {
+    "laptop": Preset(laptop_model, BUILTIN, (128, 512), (128, 256, 512, 1024, 2048), 300, 2),
+    "slice": Preset(slice_model, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
+    "paper": Preset(paper_model, "data-bin/wikitext-103", (512, 3072), (512, 1024, 2048, 3072, 6144, 12288), 286000, 1),
+}
