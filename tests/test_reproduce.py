@@ -6,6 +6,7 @@ import logging
 import resource
 import shlex
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def laptop_model(*arguments):
 def small(monkeypatch, corpus):
     """The laptop's preset made smaller."""
     monkeypatch.setenv("PATH", str(BIN), prepend=":")
-    preset = presets.Preset(laptop_model, str(corpus), (16,), (16, 64), 45, 2)
+    preset = presets.Preset(laptop_model, str(corpus), (16,), (16, 64), 41, 2)
     monkeypatch.setitem(presets.PRESETS, "laptop", preset)
     return preset
 
@@ -120,15 +121,7 @@ def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(mon
     monkeypatch.setenv("PATH", str(BIN), prepend=":")
     sizes = ["--decoder-layers", "1", "--decoder-attention-heads", "2", "--decoder-ffn-embed-dim", "32"]
     sizes += [f"--decoder-{name}-dim=16" for name in ("embed", "input", "output")]
-    sizes += [
-        "--adaptive-input-cutoff",
-        "10,20",
-        "--adaptive-softmax-cutoff",
-        "10,20",
-        "--adaptive-softmax-factor",
-        "2",
-    ]
-    sizes += ["--adaptive-input-factor", "2"]
+    sizes += [f"--adaptive-{part}-{name}" for part in ("input", "softmax") for name in ("cutoff=10,20", "factor=2")]
     preset = presets.PRESETS["paper"]._replace(
         training_command=lambda *a: [*presets.paper_model(*a), *sizes],
         training_lengths=(32,),
@@ -148,7 +141,7 @@ def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(mon
 
 def test_order_is_compared_with_the_papers():
     def models(**perplexities):
-        return [{"label": name, "perplexity": {64: value}} for name, value in perplexities.items()]
+        return [SimpleNamespace(label=name, perplexity={64: value}) for name, value in perplexities.items()]
 
     same = comparison_page.compare_with_paper(models(sinusoidal=9.0, alibi=1.0, none=2.0, t5=3.0), 64)
     assert "alibi, none, t5, sinusoidal (best first)" in same
@@ -161,7 +154,7 @@ def test_order_is_compared_with_the_papers():
 def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
     """SIGTERM ends it with status 0, as if it were."""
     monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: 0)
-    monkeypatch.setattr(comparison, "updates_of", lambda _: 44)
+    monkeypatch.setattr(comparison, "updates_of", lambda _: 40)
     line = fails("--output", tmp_path / "out", "--methods", "alibi")
-    assert "training was stopped after 44 updates; start this again" in line
+    assert "training was stopped after 40 updates; start this again" in line
     assert not list(tmp_path.rglob("run.json"))

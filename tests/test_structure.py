@@ -132,7 +132,7 @@ UNFINISHED = {
     ("imports_that_point_up", "files"): "argument parsing waits to move into commands",
     ("imports_that_point_up", "experiments"): "argument parsing waits to move into commands",
     ("over_the_limits", "core"): "attention, layers and positions wait to be split",
-    ("over_the_limits", "experiments"): "plan and reproduce wait to be split",
+    ("over_the_limits", "experiments"): "plan waits to be split",
     ("names_with_several_meanings", None): "main, Decoder, SelfAttention, Run and others exist several times",
     ("package_too_long", None): "each folder still has code to delete",
 }

@@ -69,8 +69,8 @@ def page_head(comparison: Comparison) -> list[str]:
         f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
         f"Made by `bash scripts/reproduce.sh --preset {comparison.name}`: {comparison.data}, {comparison.updates:,} "
         f"updates, evaluated on {comparison.subset}; the same seed, data order and, where shapes agree, initial "
-        f"weights. {environment['device']}; {versions}.{parallel} The first model's commands; the others differ in method and "
-        "length:",
+        f"weights. {environment['device']}; {versions}.{parallel} The first model's commands; the others differ in "
+        "method and length:",
         "```sh\n" + "\n".join(shlex.join(command) for command in commands.values()).replace(f"{ROOT}/", "") + "\n```",
     ]
 
