@@ -1,54 +1,60 @@
 """ALiBi (attention with linear biases) for fairseq: train short, test long.
 
-Where things are:
-    positions.py          the bias and the other position methods (pure torch)
-    attention.py          attention under a mask that carries the bias, and without any mask (pure torch)
-    modules.py            attention and transformer layers for any PyTorch model (pure torch)
-    show_bias.py          pictures of the bias
-    adaptive.py           adaptive input and softmax, and the loss of targets alone (pure torch)
-    decoder.py            the hooks of fairseq's decoder that we override
-    encoder.py            the same of its encoder
-    language_model.py     the model `alibi_lm`, its options and architectures
-    masked_lm.py          the model `alibi_masked_lm`, its options and architectures
-    translation.py        the model `alibi_transformer`, from sequence to sequence
-    options.py            options that the models have in common
-    prompts.py            fairseq's generator, which reads a prompt in one pass
-    generate.py           text that continues a prompt: fairseq-alibi generate
-    compatibility.py      repairs of fairseq under numpy 2 and torch's safe loader
-    training.py           whole checkpoints, restarts, SIGTERM: training that survives
-    export_hf.py          checkpoints as folders for transformers, with modeling_alibi.py and tokenization_alibi.py
-    import_checkpoint.py  the ALiBi authors' checkpoints as checkpoints of `alibi_lm`
-    prepare_data.py       corpora: get, check, tokenize, binarize
-    download.py           a file from several sources, resumed and checked
-    windows.py            which tokens are scored with which context
-    scoring.py            the loss of every token, by windows or as one stream
-    evaluate.py           perplexity at many lengths: fairseq-alibi evaluate
-    processes.py          several processes on one evaluation, under torchrun
-    eval_lm.py            the same through fairseq-eval-lm
-    report.py             results to tables and plots
-    reproduce.py          all position methods, trained and evaluated alike, on one page
-    plan.py               parameters, memory and FLOPs of a run before it starts
-    doctor.py             what works of an environment, and the first thing to fix: fairseq-alibi doctor
-    inputs.py             checkpoints and data folders, read safely; results.py: result files, written whole
-    benchmark.py          speed and memory beside fairseq's own model; benchmark_report.py: its table and plot
-    soak.py               a long run that looks for leaks
-    startup/              lets fairseq be imported on Python 3.11 and newer, without hydra's old warnings
+Folders, each of which imports only those above it:
+    core/         position methods, attention, layers, adaptive softmax; needs torch only
+    models/       fairseq's models: alibi_lm, alibi_masked_lm, alibi_transformer
+    files/        checkpoints, data folders, results and locks: read safely, written whole
+    patches/      every function of fairseq that is replaced, in one list
+    data/         corpora: download, tokenize, binarize
+    evaluation/   windows, scoring, tables and plots
+    experiments/  many runs as one; the planner
+    commands/     the subcommands of fairseq-alibi, one file each
+    startup/      lets fairseq be imported on Python 3.11 and newer
 
-Importing the package, as `--user-dir fairseq_alibi` does, registers its models with fairseq.
+The models are registered with fairseq as soon as fairseq is imported, before or after this package
+(`--user-dir fairseq_alibi` imports it). Without fairseq nothing is registered and nothing is patched.
 """
 
-import warnings
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 __version__ = "0.1.0"
 
-try:
-    import fairseq  # noqa: F401
-except Exception as error:  # missing, or whatever a broken one raises
-    warnings.warn(
-        f"fairseq cannot be imported ({error}), so no model is registered (positions and attention work without it). "
-        "Get it with: pip install --no-deps fairseq==0.12.2; if it is there: fairseq-alibi doctor",
-        stacklevel=2,
-    )
+
+def register() -> None:
+    """Applies the patches and registers the models with fairseq, which has to be imported already."""
+    from .patches.catalogue import apply
+
+    apply()
+    from . import models  # noqa: F401
+
+
+class AfterFairseq(MetaPathFinder):
+    """Calls `register` once, when an import of fairseq has finished. It leaves the search for modules to the others."""
+
+    def find_spec(self, fullname: str, path=None, target=None) -> "ModuleSpec | None":
+        """See `MetaPathFinder.find_spec`."""
+        if fullname != "fairseq":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    register()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if sys.modules.get("fairseq"):
+    register()
 else:
-    from .models import language_model, masked_model, translation  # noqa: F401
-    from .patches import compatibility, training  # noqa: F401
+    sys.meta_path.insert(0, AfterFairseq())

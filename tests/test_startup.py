@@ -103,30 +103,71 @@ def test_works_as_a_user_dir_from_any_folder_once_installed(tmp_path, corpus):
 
 def test_without_fairseq_the_maths_works_and_the_way_to_get_fairseq_is_named():
     code = """
-import importlib.util, sys
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "fairseq" else find_spec(name, *a)
+import sys
 sys.modules["fairseq"] = None
 from fairseq_alibi.core.positions import ALiBi
 from fairseq_alibi.core.attention import fused_attention, masked_attention
 from torch import ones
 x, mask = ones(1, 2, 2, 8), ALiBi(2).future_mask(2, 2)
 print(mask.shape, (masked_attention(x, x, x, mask) == fused_attention(x, x, x)).all(), "torch._dynamo" in sys.modules)
+import fairseq_alibi.models
 """
-    output = run(sys.executable, "-c", code).output
+    output = run(sys.executable, "-c", code, check=False).output
     assert "torch.Size([2, 2, 2]) tensor(True) False" in output, "TorchDynamo takes a second to import"
     assert "pip install --no-deps fairseq==0.12.2" in output
 
 
 def test_tensor_files_import_neither_fairseq_nor_numpy():
-    for name in ("positions", "attention", "adaptive"):
-        text = (ROOT / "fairseq_alibi" / f"{name}.py").read_text()
-        imports = re.findall(r"^(?:from|import) +([.\w]+)", text, re.MULTILINE)
-        assert {found.split(".")[0] for found in imports} <= {
-            "collections",
-            "functools",
-            "math",
-            "typing",
-            "torch",
-            "",
-        }, imports
+    for path in (ROOT / "fairseq_alibi" / "core").glob("*.py"):
+        imports = re.findall(r"^(?:from|import) +([.\w]+)", path.read_text(), re.MULTILINE)
+        libraries = {name.split(".")[0] for name in imports} - {""}
+        assert not libraries & {"fairseq", "numpy", "omegaconf", "hydra"}, path
+
+
+ORDERS = {"plugin first": "import fairseq_alibi, fairseq", "fairseq first": "import fairseq, fairseq_alibi"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_models_are_registered_and_patches_applied_in_both_orders(order):
+    code = f"""
+{ORDERS[order]}
+from fairseq import checkpoint_utils
+from fairseq.models import MODEL_REGISTRY
+print(MODEL_REGISTRY["alibi_lm"].__module__, checkpoint_utils.load_checkpoint.__module__)
+"""
+    assert "fairseq_alibi.models.language_model fairseq_alibi.patches.restart" in python(code)
+
+
+@pytest.mark.parametrize("name", ["models.translation", "patches", "patches.restart", "files.checkpoints"])
+def test_each_module_that_needs_fairseq_can_be_the_first_import(name):
+    """The end of fairseq's import imports patches and models, in the midst of that module's own import."""
+    code = (
+        f"import fairseq_alibi.{name}; from fairseq.models import MODEL_REGISTRY; print('alibi_lm' in MODEL_REGISTRY)"
+    )
+    assert python(code).strip() == "True"
+
+
+def test_an_import_without_fairseq_in_use_is_cheap_and_patches_nothing():
+    code = """
+import sys
+before = set(sys.modules)
+import fairseq_alibi
+print(len(set(sys.modules) - before))
+import fairseq_alibi.core.positions, warnings
+filters = list(warnings.filters)
+assert not any(name.partition(".")[0] == "fairseq" for name in sys.modules)
+import numpy
+assert not hasattr(numpy, "compat") and warnings.filters == filters
+"""
+    assert int(python(code)) <= 8
+
+
+def test_a_search_for_fairseq_alone_registers_nothing():
+    """Other libraries look whether fairseq is installed."""
+    code = """
+import importlib.util, sys, fairseq_alibi
+assert importlib.util.find_spec("fairseq") and "fairseq" not in sys.modules
+import fairseq.models
+print("alibi_lm" in fairseq.models.MODEL_REGISTRY)
+"""
+    assert python(code).strip() == "True"

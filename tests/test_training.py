@@ -19,7 +19,7 @@ import pytest
 import torch
 from fairseq.dataclass.configs import CheckpointConfig
 
-from fairseq_alibi.patches import training
+from fairseq_alibi.patches import restart
 
 #: Epochs have 82 updates, which neither the log interval nor the save interval divides.
 OPTIONS = ["--task=language_modeling", "--arch=alibi_lm_tiny", "--tokens-per-sample=32", "--max-tokens=256"]
@@ -40,10 +40,10 @@ def die_while_copying(source, target):
     die()
 
 
-def die_while_saving(state, file):
-    """In the place of fairseq's `_torch_persistent_save`."""
+def die_while_saving(state, file, save=torch.save):
+    """In the place of `torch.save`."""
     whole = io.BytesIO()
-    torch.save(state, whole)
+    save(state, whole)
     file.write(whole.getvalue()[: whole.tell() // 2])
     file.flush()
     die()
@@ -59,13 +59,12 @@ def train(arguments, output, after=None, do=None, delay=0.0, environment=()):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as ever for the data loader's workers
     import fairseq_cli.train
-    from fairseq import checkpoint_utils
     from fairseq.trainer import Trainer
 
     actions = {
         "die": lambda: threading.Timer(delay, die).start(),
         "die while copying": lambda: setattr(shutil, "copyfile", die_while_copying),
-        "die while saving": lambda: setattr(checkpoint_utils, "_torch_persistent_save", die_while_saving),
+        "die while saving": lambda: setattr(torch, "save", die_while_saving),
         # As torchrun does: to the data loader's workers too, and not from their parent, whom they obey.
         "stop": lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"]),
     }
@@ -177,7 +176,7 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(start, uninterrupt
     for way in ways:
         status, output = start(tmp_path, after=rng.randint(6, 10), do=way, delay=rng.uniform(0, 0.03))
         assert status == -signal.SIGKILL, output
-        assert way == "die" or list(tmp_path.glob("*.pt.tmp")), "killed in the midst of a file"
+        assert way == "die" or list(tmp_path.glob("*.pt.*.tmp")), "killed in the midst of a file"
     status, output = start(tmp_path)
     assert status == 0, output
     assert_same(tmp_path, uninterrupted)
@@ -231,14 +230,15 @@ def test_the_newest_good_checkpoint_takes_the_place_of_a_broken_one(folder, how,
     older["optimizer_history"][-1]["num_updates"] = 90
     torch.save(older, folder / "checkpoint_best.pt")  # newer by its date
     (folder / "checkpoint_2_120.pt.tmp").touch()
-    training.make_restorable(CheckpointConfig(save_dir=str(folder)))
+    (folder / "checkpoint_2_120.pt.1234.tmp").touch()
+    restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder)))
     assert last.read_bytes() == good
     assert not list(folder.glob("*.tmp"))
     (record,) = caplog.records
     line = record.getMessage()
     assert record.levelname == "WARNING"
     assert f"{last} is " in line
-    assert "training goes on from checkpoint_2_110.pt, 110 updates" in line
+    assert "training resumes from checkpoint_2_110.pt, 110 updates" in line
     aside = [path for path in folder.iterdir() if ".broken-" in path.name]
     assert [path.read_bytes() for path in aside] == ([] if broken is None else [broken]), "kept"
     assert all(path.name in line for path in aside)
@@ -250,10 +250,10 @@ def test_a_good_checkpoint_is_left_alone(folder, caplog):
     for path in (old, folder / "checkpoint_2_115.pt"):
         content = path.read_bytes()
         path.rename(old)
-        training.make_restorable(CheckpointConfig(save_dir=str(folder)))
+        restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder)))
         assert old.read_bytes() == content
     old.unlink()
-    training.make_restorable(CheckpointConfig(save_dir=str(folder), finetune_from_model="other.pt"))
+    restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder), finetune_from_model="other.pt"))
     assert not old.exists(), "a run to be begun from another model"
     assert not caplog.records
 
@@ -274,7 +274,8 @@ def test_without_a_good_checkpoint_nothing_is_begun_anew(start, folder):
     status, output = start(folder)
     assert status == 1
     assert output.splitlines()[-1].startswith(f"{folder}/checkpoint_last.pt is broken (")
-    assert output.splitlines()[-1].endswith(f") and {folder} holds no good checkpoint: move it away to start anew")
+    assert f") and no other checkpoint of {folder} can be resumed from ({folder}/" in output.splitlines()[-1]
+    assert output.splitlines()[-1].endswith("): move it away to start anew")
     assert "Traceback" not in output
     assert {path: path.read_bytes() for path in folder.glob("*.pt*")} == before
 
@@ -284,7 +285,7 @@ def test_a_broken_file_that_the_user_named_is_refused(folder):
     truncate(named)
     cfg = CheckpointConfig(save_dir=str(folder), restore_file=str(named))
     with pytest.raises(ValueError, match=r"^--restore-file .*checkpoint_2_115.pt is broken \(.*: name another"):
-        training.make_restorable(cfg)
+        restart.restore_last_checkpoint(cfg)
 
 
 def test_sigterm_saves_and_ends_and_the_run_goes_on(start, uninterrupted, tmp_path):
@@ -327,4 +328,4 @@ def test_two_processes_stop_together_and_go_on_from_the_same_checkpoint(start_tw
         truncate(path)
     *statuses, output = start_two(stopped, "--max-update=24")
     assert statuses == [1, 1], output
-    assert output.count("holds no good checkpoint") == 1
+    assert output.count("can be resumed from") == 1

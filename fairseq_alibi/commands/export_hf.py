@@ -1,6 +1,34 @@
-"""`fairseq-alibi export-hf`."""
+"""`fairseq-alibi export-hf`: writes a checkpoint as a folder for Hugging Face's transformers."""
 
-from ..files.export_hf import add_arguments
-from ..files.export_hf import main as run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+from .arguments import model_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fairseq-alibi export-hf`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of alibi_lm")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--data", default="", help="its fairseq data folder (default: the one it was trained on)")
+    parser.add_argument(
+        "--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what was written and where."""
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise ValueError(f"{args.out} exists: move it away, or pass another name")
+    try:
+        import safetensors  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"{error.name} is not installed: get it with pip install 'transformers>=4.57' safetensors"
+        ) from error
+    from ..files.export_hf import export
+
+    transformers.utils.logging.disable_progress_bar()
+    print(export(args.checkpoint, args.out, args.data, args.model_overrides))
+    print(f"written to {args.out}")

@@ -9,7 +9,6 @@ Its code is `modeling_alibi`, `tokenization_alibi` and what they import from thi
 is read again and its log-probabilities are compared with fairseq's before it gets its name.
 """
 
-import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -20,10 +19,12 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
-from ..commands.arguments import model_options
 from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
-from .import_checkpoint import plain
-from .inputs import load_model, one_line, read_checkpoint, text_options
+from .checkpoints import read_checkpoint
+from .data_folders import text_options
+from .errors import one_line
+from .import_checkpoint import plain_options
+from .model_loading import load_model
 
 #: Options that the exported model does not have, with what they are in every model that it can be.
 WITHOUT = {
@@ -149,7 +150,7 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
             f"one by fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
         )
     defaults = {option.name: option.default for option in dataclasses.fields(AlibiLanguageModelConfig)}
-    options = {**defaults, **plain(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
+    options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
     exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model)))
     try:
         exported.load_state_dict(exported_weights(model))
@@ -172,29 +173,3 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
             )
         partial.replace(out)
     return f"tokenizer: {splits}\nlog-probabilities: those of fairseq, differences up to {difference:.2g}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fairseq-alibi export-hf`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of alibi_lm")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    parser.add_argument("--data", default="", help="its fairseq data folder (default: the one it was trained on)")
-    parser.add_argument(
-        "--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name"
-    )
-
-
-def main(args: argparse.Namespace) -> None:
-    """`fairseq-alibi export-hf`: says what was written."""
-    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
-        raise ValueError(f"{args.out} exists: move it away, or pass another name")
-    try:
-        import safetensors  # noqa: F401
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"{error.name} is not installed: get it with pip install 'transformers>=4.57' safetensors"
-        ) from error
-    transformers.utils.logging.disable_progress_bar()
-    print(export(args.checkpoint, args.out, args.data, args.model_overrides))
-    print(f"written to {args.out}")

@@ -1,12 +1,11 @@
 """Turns a checkpoint of the ALiBi authors' fairseq fork into one of `alibi_lm`.
 
 Their `alibi_wt103_L*.pt` are checkpoints of a `transformer_lm` whose code ignored its position embeddings and added the
-bias. The weights are kept as they are; the options become those of `alibi_lm`, all written out, without a longest
+bias. The weights stay as they are. The options become those of `alibi_lm`, all written out, without a longest
 sequence. The result evaluates with fairseq-eval-lm at any length, and fairseq-train continues it (--restore-file) or
 fine-tunes it (--finetune-from-model).
 """
 
-import argparse
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
@@ -17,38 +16,42 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
-from ..core.positions import POSITION_METHODS
 from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
-from .inputs import load_dictionary, made_up_dictionary, one_line, read_checkpoint, types_in
+from .checkpoints import count_types, read_checkpoint
+from .data_folders import load_dictionary, made_up_dictionary
+from .errors import one_line
 from .results import written_whole
 
-#: What the fork's options and weights hold besides fairseq's: the length of its bias table, an unused embedding.
+#: Options and weights that only the fork has: the length of its bias table, an unused embedding.
 DROPPED_OPTIONS = {"max_tokens"}
 DROPPED_WEIGHTS = {"decoder.embed_positions._float_tensor", "decoder.embed_positions.weights"}
-#: Names under which a configuration says what it is for, beside its options.
+#: Keys of a configuration that name the model and are no options.
 NAMES = {"_name", "arch"}
 
 
-def plain(options: Any) -> Any:
-    """Options as plain dictionaries, which any loader reads."""
+def plain_options(options: Any) -> Any:
+    """Returns options as plain dictionaries, which any loader reads."""
     if isinstance(options, Namespace):
         return dict(vars(options))
     return OmegaConf.to_container(options) if OmegaConf.is_config(options) else options
 
 
 def import_options(model: Any, task: dict[str, Any], position_method: str) -> tuple[dict[str, Any], list[str]]:
-    """The options of `alibi_lm` for those of an old `transformer_lm`, and the names of those that were dropped.
+    """Converts the options of an old `transformer_lm` to those of `alibi_lm`.
 
     Args:
-        model: the old options: a plain config, or a namespace of 2021 that holds every option of the training run.
-        task: options of the task, from which a model takes some.
-        position_method: one of `POSITION_METHODS`.
+        model: The old options: a plain config, or a namespace of 2021 that holds every option of the training run.
+        task: Options of the task; a model takes some from it.
+        position_method: One of `POSITION_METHODS`.
+
+    Returns:
+        The options, and the names of those that were dropped.
 
     Raises:
-        ValueError: another kind of model, or an option that neither fairseq's `transformer_lm` nor the fork has.
+        ValueError: It is another kind of model, or has an option of neither fairseq's `transformer_lm` nor the fork.
     """
     flat = isinstance(model, Namespace)
-    old = plain(model)
+    old = plain_options(model)
     arch = old.get("_name") or old.get("arch") or "transformer_lm"
     if not str(arch).startswith("transformer_lm"):
         raise ValueError(f"its model is '{arch}', and only a transformer_lm can be imported")
@@ -58,10 +61,10 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
     if unknown and not flat:
         raise ValueError(f"its model has options that are not known: {', '.join(unknown)}")
     options = Namespace(**{name: value for name, value in old.items() if name in known})
-    if arch in ARCH_CONFIG_REGISTRY:  # what fairseq has got since then takes the architecture's value
+    if arch in ARCH_CONFIG_REGISTRY:  # options that fairseq has added since get the architecture's value
         ARCH_CONFIG_REGISTRY[arch](options)
     options = {**known, **vars(options)}
-    for name, default in known.items():  # architectures put False where the config wants 0
+    for name, default in known.items():  # architectures write False where the config needs 0
         if isinstance(options[name], bool) and isinstance(default, int):
             options[name] = type(default)(options[name])
     options.update(_name="alibi_lm", position_method=position_method, max_target_positions=None, tpu=False)
@@ -72,12 +75,15 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
 def import_weights(
     weights: dict[str, torch.Tensor], options: dict[str, Any], dictionary: Optional[Dictionary]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights of the `alibi_lm` with these options, and the names of those that were dropped.
+    """Checks the weights against an `alibi_lm` with these options.
+
+    Returns:
+        The weights that it has, and the names of those that were dropped.
 
     Raises:
-        ValueError: weights are missing, left over or of another shape, or made for another dictionary.
+        ValueError: Weights are missing, left over or of another shape, or made for another dictionary.
     """
-    types = types_in(weights)
+    types = count_types(weights)
     if not types:
         raise ValueError("it holds no table of token embeddings")
     if dictionary is None:
@@ -100,17 +106,15 @@ def import_checkpoint(
 ) -> list[str]:
     """Writes `target`, a checkpoint of `alibi_lm`, from `source`.
 
-    It is read with torch's safe loader, which refuses a file that could run code.
-
     Returns:
         The names of the options and weights that were dropped.
 
     Raises:
-        ValueError: what is wrong with the source or the dictionary, in one line.
+        ValueError: The source or the dictionary cannot be used, and why.
     """
     state = read_checkpoint(str(source))
     old_model = state["cfg"]["model"]
-    cfg = {name: plain(group) for name, group in state["cfg"].items()}
+    cfg = {name: plain_options(group) for name, group in state["cfg"].items()}
     try:
         options, dropped_options = import_options(old_model, cfg["task"], position_method)
         symbols = load_dictionary(dictionary) if dictionary else None
@@ -124,25 +128,3 @@ def import_checkpoint(
         except RuntimeError as error:  # torch's, in which the system's own is hidden
             raise OSError(one_line(error.__context__ or error)) from error
     return [*dropped_options, *dropped_weights]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `fairseq-alibi import-checkpoint`."""
-    parser.add_argument("source", metavar="IN", type=Path, help="checkpoint of the authors' fork, or of transformer_lm")
-    parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint of alibi_lm to write")
-    parser.add_argument("--dict", type=Path, help="dict.txt of the data, to check that it fits")
-    parser.add_argument(
-        "--position-method", choices=list(POSITION_METHODS), default="alibi", help="what it was trained with"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-
-
-def main(args: argparse.Namespace) -> None:
-    """`fairseq-alibi import-checkpoint`: says what was dropped and where the result is."""
-    if args.target.exists() and not args.overwrite:
-        raise ValueError(f"{args.target} exists: pass --overwrite to replace it, or another name")
-    if args.dict and not args.dict.is_file():
-        raise ValueError(f"there is no dictionary {args.dict}: name the dict.txt of the data folder")
-    for name in import_checkpoint(args.source, args.target, args.dict, args.position_method):
-        print(f"dropped: {name}")
-    print(f"written to {args.target}")

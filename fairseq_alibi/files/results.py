@@ -1,4 +1,7 @@
-"""Result files: what made them, written whole or not at all."""
+"""Result files: what made them, written whole or not at all. Needs Python's standard library only.
+
+A file that several runs may write is locked while it is written, see `locks`.
+"""
 
 import contextlib
 import json
@@ -11,16 +14,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-import fairseq
-import numpy
-import torch
-
 from .. import __version__
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and hardware, to lie beside every result."""
-    cuda = torch.cuda.is_available()
+    """Describes versions and hardware, to stand in every result file."""
+    import fairseq  # here, as a result is read and written without them
+    import numpy
+    import torch
+
+    cpu = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return {
         "date": now(),
         "fairseq_alibi": __version__,
@@ -29,20 +32,18 @@ def describe_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "fairseq": fairseq.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "platform": platform.platform(),
     }
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Returns the time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def git_commit() -> Optional[str]:
-    """The commit of this package's source, None for an installed copy or without git."""
+    """Returns the commit of this package's source; None for an installed copy or without git."""
     try:
         command = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "--short=12", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -52,10 +53,10 @@ def git_commit() -> Optional[str]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A context in which a file is written, whose errors then name it.
+    """A context in which a file is written, and whose errors name it.
 
     Raises:
-        OSError: names the file, the reason and the remedy.
+        OSError: Names the file, the reason and the remedy.
     """
     try:
         yield
@@ -64,19 +65,24 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written ({reason}): make room for it, or name another place") from error
 
 
+def temporary_path(path: Path) -> Path:
+    """Returns a name beside `path` with the same suffix, one for each process, as libraries go by the suffix."""
+    return path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A context with a path to write to, which becomes `path` when the context ends without an error.
 
-    So that a file is never seen half-written, and one that is there is lost only when the new one is whole. The folder
-    is made if it is missing.
+    A reader never sees half a file, and an earlier file is lost only when the new one is whole. The folder is made if
+    it is missing.
 
     Raises:
-        OSError: see `naming`.
+        OSError: See `naming`.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.partial{path.suffix}")  # many a library goes by the suffix
+        partial = temporary_path(path)
         try:
             yield partial
             partial.replace(path)
@@ -85,10 +91,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Checks that a file can be written, before the work that is to end in it; makes its folder.
+    """Checks that a file can be written, before the work whose result it will hold; makes its folder.
 
     Raises:
-        OSError: see `naming`.
+        OSError: See `naming`.
     """
     with naming(path):
         if path.is_dir():
@@ -98,11 +104,11 @@ def check_writable(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half-written."""
+    """Writes a text file, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that is never seen half-written."""
+    """Writes a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,35 +1,55 @@
-"""Repairs of fairseq 0.12.2 under today's numpy, torch and hydra, made when the plugin is imported."""
+"""Repairs of fairseq 0.12.2 under today's numpy, torch and hydra."""
 
 import argparse
 import types
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
-from fairseq.distributed import utils as distributed_utils
 from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 
+#: What numpy 1 had as `numpy.compat`, as far as fairseq uses it.
+NUMPY_COMPAT = types.SimpleNamespace(long=int)
 
-def restore_numpy_long() -> None:
-    """Gives fairseq the `np.compat.long` that numpy 2 removed (`--sample-break-mode eos`, interactive use)."""
-    if not hasattr(np, "compat"):
-        np.compat = types.SimpleNamespace(long=int)
+#: Warnings that fairseq's calls of 2022 cause and that no user can act on, as regular expressions, with their origin.
+#: Those that hydra gives before a plugin is imported are silenced by `startup/`.
+SILENCED_WARNINGS = {
+    r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental": "fairseq/dataclass/utils.py",
+    r"In 'config': Usage of deprecated keyword in package header": "fairseq/config/config.yaml",
+    r"\s*The strict flag in the compose API is deprecated": "fairseq/dataclass/utils.py",
+    r"'pin_memory' argument is set as true but no accelerator is found": "fairseq/data/iterators.py",
+    r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated": "fairseq/tasks/fairseq_task.py",
+    r"Support for mismatched key_padding_mask and attn_mask is deprecated": "fairseq/modules/multihead_attention.py",
+    r"overflow encountered in scalar subtract": "fairseq/data/token_block_dataset.py: blocks of one token",
+}
+
+#: Element types of the numpy arrays and scalars that fairseq's metrics and meters hold.
+ARRAY_TYPES = (np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.float16, np.float32, np.float64)
 
 
-def allow_old_checkpoints() -> None:
-    """Lets `torch.load(weights_only=True)`, torch's default, read checkpoints that hold an `argparse.Namespace`.
+def silence_known_warnings() -> None:
+    """Silences the warnings of `SILENCED_WARNINGS` and no others."""
+    for message in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
-    Old fairseq checkpoints also carry numpy's scalars (the best loss) and fairseq's meters. None of these classes runs
-    code from the file; the loader stays safe and refuses everything else.
+
+def allow_fairseq_checkpoints() -> None:
+    """Lets torch's safe loader (`weights_only=True`, the default) read everything that fairseq writes to a checkpoint.
+
+    Old checkpoints hold an `argparse.Namespace`, numpy scalars (the best loss) and meters; today's hold numpy arrays
+    where a metric is an array (the n-gram counts of `--eval-bleu`). None of these classes runs code from the file. The
+    loader stays safe and refuses everything else.
     """
-    scalar = np._core.multiarray.scalar
+    multiarray, modules = np._core.multiarray, ("numpy.core", "numpy._core")
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
-            (scalar, "numpy.core.multiarray.scalar"),
-            (scalar, "numpy._core.multiarray.scalar"),
+            *((multiarray.scalar, f"{module}.multiarray.scalar") for module in modules),
+            *((multiarray._reconstruct, f"{module}.multiarray._reconstruct") for module in modules),
+            np.ndarray,
             np.dtype,
-            *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+            *(type(np.dtype(kind)) for kind in ARRAY_TYPES),
             AverageMeter,
             TimeMeter,
             StopwatchMeter,
@@ -37,36 +57,8 @@ def allow_old_checkpoints() -> None:
     )
 
 
-def broadcast_objects() -> None:
-    """Lets several processes restart: fairseq sends the first one's checkpoint to the others as a file of torch's, of
-    which the safe loader refuses the configuration. torch has a broadcast of objects by now."""
-
-    def broadcast_object(obj, src_rank, group, dist_device):
-        box = [obj]
-        torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
-        return box[0]
-
-    distributed_utils._broadcast_object_slow = broadcast_object
-
-
-def hush_fairseqs_old_words() -> None:
-    """Silences the warnings that fairseq's calls of 2022 cause and that no user can act on; no others.
-
-    Hydra's, which come before a plugin is imported too, are silenced by `startup/`.
-    """
-    for message in (
-        r"hydra\.experimental\.(initialize|compose)\(\) is no longer experimental",
-        r"In 'config': Usage of deprecated keyword in package header",
-        r"\s*The strict flag in the compose API is deprecated",
-        r"'pin_memory' argument is set as true but no accelerator is found",
-        r"`torch\.cuda\.amp\.autocast\(args\.\.\.\)` is deprecated",
-        r"Support for mismatched key_padding_mask and attn_mask is deprecated",
-        r"overflow encountered in scalar subtract",  # blocks of one token: past targets, which nothing here uses
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-restore_numpy_long()
-hush_fairseqs_old_words()
-allow_old_checkpoints()
-broadcast_objects()
+def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+    """Replaces `fairseq.distributed.utils._broadcast_object_slow`."""
+    objects = [obj]
+    torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
+    return objects[0]

@@ -1,0 +1,142 @@
+"""fairseq data folders: dictionaries, subsets and text options. Every fault is one line with the remedy."""
+
+import json
+from pathlib import Path
+from typing import Optional
+
+import torch
+from fairseq.data import Dictionary, FairseqDataset
+from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from torch import Tensor
+
+from .errors import one_line
+
+
+def read_dictionary(data: str) -> Dictionary:
+    """Reads the dictionary of a fairseq data folder.
+
+    Raises:
+        ValueError: There is none, or it is no dictionary.
+    """
+    path = Path(data) / "dict.txt"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: name the data folder the model was trained on")
+    return load_dictionary(path)
+
+
+def load_dictionary(path: Path) -> Dictionary:
+    """Reads a dict.txt.
+
+    Raises:
+        ValueError: It is no dictionary.
+    """
+    try:
+        return Dictionary.load(str(path))
+    except Exception as error:  # fairseq raises many kinds
+        raise ValueError(f"{path} is no fairseq dictionary ({one_line(error)})") from error
+
+
+def made_up_dictionary(types: int) -> Dictionary:
+    """Makes up a dictionary whose counts follow Zipf's law: 1 / rank.
+
+    Args:
+        types: Number of types, the special ones included.
+
+    Raises:
+        ValueError: Only special ones would be in it.
+    """
+    dictionary = Dictionary()
+    if types <= len(dictionary):
+        raise ValueError(f"{types} types are no vocabulary, {len(dictionary)} of which are special: name a larger size")
+    for rank in range(1, types - len(dictionary) + 1):
+        dictionary.add_symbol(f"type{rank}", n=10**9 // rank)
+    return dictionary
+
+
+def text_options(data: Path) -> dict[str, Optional[str]]:
+    """Returns the tokenizer and BPE of a data folder, which scripts/prepare_text.sh records there; None for none.
+
+    Raises:
+        ValueError: The record cannot be read.
+    """
+    codes, marker = data / "bpe.codes", data / "prepared.json"
+    try:
+        settings = dict(json.loads(marker.read_text(encoding="utf-8"))["settings"]) if marker.is_file() else {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{marker} cannot be read ({one_line(error)}): prepare the folder anew") from error
+    if codes.is_file():
+        return {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": str(codes)}
+    return {"tokenizer": settings.get("tokenizer"), "bpe": None, "bpe_codes": None}
+
+
+def check_index(path: Path) -> None:
+    """Checks that an index is whole and its text not empty, which end in a traceback in fairseq.
+
+    Args:
+        path: The .idx and .bin without their suffix; they may be missing.
+
+    Raises:
+        ValueError: One of them is cut short.
+    """
+    index, text = path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")
+    if not index.is_file():
+        return
+    with index.open("rb") as file:
+        head = file.read(26)  # mapped format: 9 bytes of magic, version, type, number of sentences
+    if head and not MMapIndexedDataset.Index._HDR_MAGIC.startswith(head[:9]):
+        return  # an older format of fairseq
+    sentences = int.from_bytes(head[18:], "little")
+    if len(head) < 26 or index.stat().st_size < 26 + 12 * sentences:  # 4 bytes of size and 8 of offset for each
+        raise ValueError(f"{index} is cut short: prepare the folder anew")
+    if not text.is_file() or not text.stat().st_size:
+        raise ValueError(f"{text} is missing or empty: prepare the folder anew")
+
+
+def open_subset(data: str, subset: str) -> FairseqDataset:
+    """Opens a subset of a fairseq data folder as fairseq's dataset of sentences.
+
+    Raises:
+        ValueError: The folder has no such subset, or the files are broken or hold nothing.
+    """
+    path = Path(data) / subset
+    check_index(path)
+    try:
+        dataset = load_indexed_dataset(str(path)) if subset else None
+    except Exception as error:  # such as an .idx that is cut short
+        raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
+    if dataset is None:
+        present = sorted(path.stem for path in Path(data).glob("*.idx"))
+        raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(present) or 'none'}): pass --subset")
+    if not len(dataset):
+        raise ValueError(f"{path}.bin holds no text: prepare the folder anew")
+    try:
+        if dataset.supports_prefetch:  # fairseq's older formats can only be read after this
+            dataset.prefetch(range(len(dataset)))
+        dataset[len(dataset) - 1]
+    except Exception as error:  # numpy raises it for a .bin that is too short
+        raise ValueError(
+            f"{path}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the folder anew "
+            f"({one_line(error)})"
+        ) from error
+    return dataset
+
+
+def subset_tokens(data: str, subset: str) -> int:
+    """Counts the tokens in a subset of a fairseq data folder, end-of-sentence tokens included.
+
+    Raises:
+        ValueError: See `read_subset`.
+    """
+    dataset = open_subset(data, subset)  # has to live while its sizes are read, as they are mapped from its file
+    return int(dataset.sizes.sum())
+
+
+def read_subset(data: str, subset: str) -> Tensor:
+    """Reads all tokens of a subset, sentence after sentence, each with its end-of-sentence token: (N,) int32.
+
+    Raises:
+        ValueError: The folder has no such subset, or the files are broken or hold nothing.
+    """
+    dataset = open_subset(data, subset)
+    return torch.cat([dataset[n].int() for n in range(len(dataset))])

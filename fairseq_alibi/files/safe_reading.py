@@ -1,0 +1,101 @@
+"""Checkpoint files: damage is found before they are read, and reading them runs no code. Needs torch only."""
+
+import contextlib
+import os
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from .errors import one_line
+
+
+@contextlib.contextmanager
+def safe_loader() -> Iterator[None]:
+    """A context in which `torch.load` uses its safe loader, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says.
+
+    torch's warnings about the kind of a file are silenced, as a refusal names it.
+    """
+    forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol|'torch.load' received a zip file")
+            yield
+    finally:
+        if forced is not None:
+            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = forced
+
+
+def code_called(path: Path, refusal: str) -> Optional[str]:
+    """Returns the class or function that a pickle calls and the safe loader refused; None for another refusal.
+
+    Args:
+        path: The file.
+        refusal: The loader's message. It names the call of pickles up to protocol 3; later ones are searched.
+    """
+    if match := re.search(r"GLOBAL (\S+)", refusal):
+        return match[1]
+    with contextlib.suppress(Exception), contextlib.ExitStack() as files:
+        if zipfile.is_zipfile(path):
+            archive = files.enter_context(zipfile.ZipFile(path))
+            file = archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            file = files.enter_context(path.open("rb"))
+        strings: list[str] = []
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(strings[-2:])
+            strings += [argument] if isinstance(argument, str) else []
+    return None
+
+
+def explain_refusal(path: Path, error: BaseException) -> str:
+    """Returns one line that says why a checkpoint could not be read, and the remedy."""
+    if code := code_called(path, str(error)):
+        return f"{path} is refused, as it could run code: it calls {code}; get the checkpoint from a source you trust"
+    reason = one_line(error).partition(". ")[0]  # torch then advises to load it without the safe loader
+    return f"{path} is no fairseq checkpoint ({reason}): name a checkpoint_best.pt or checkpoint_last.pt"
+
+
+def find_damage(path: Path) -> Optional[str]:
+    """Returns what is wrong with a checkpoint's file by its directory and checksums, None for a whole file.
+
+    Files in the format of torch before 1.6 have no checksums; they are read instead.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+        return record and f"its record {record} is damaged"
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if file.read(2) == b"PK":
+                return f"it is cut off after {size:,} bytes or damaged"
+    try:
+        with safe_loader():
+            torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever garbage raises in pickle
+        code = code_called(path, str(error))
+        return f"it calls {code}, which could run anything" if code else f"it holds {size:,} bytes of something else"
+    return None
+
+
+@contextlib.contextmanager
+def checked_reading(path: Path) -> Iterator[None]:
+    """A context in which a checkpoint is read: its checksums are compared before, and reading runs no code.
+
+    Raises:
+        ValueError: The file is damaged, no checkpoint, or could run code; in one line.
+    """
+    if zipfile.is_zipfile(path) and (damage := find_damage(path)):
+        raise ValueError(f"{path} is damaged ({damage}): get it again, or name another checkpoint")
+    try:
+        with safe_loader():
+            yield
+    except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
+        raise ValueError(explain_refusal(path, error)) from error

@@ -1,0 +1,106 @@
+"""Every function of fairseq 0.12.2 that this package replaces, in one list, and `apply`.
+
+It is called when fairseq has been imported, by `fairseq_alibi.register`. Nothing is replaced before.
+"""
+
+import logging
+
+import fairseq
+
+from . import compatibility, reading, restart, saving, termination
+from .patch import Patch
+
+logger = logging.getLogger(__name__)
+
+#: The version of fairseq that the patches are made for.
+FAIRSEQ_VERSION = "0.12.2"
+
+PATCHES = (
+    Patch(
+        target="numpy:compat",
+        replacement=compatibility.NUMPY_COMPAT,
+        what="Gives numpy 2 the `numpy.compat.long` of numpy 1.",
+        why="fairseq-interactive and --sample-break-mode eos end with an AttributeError.",
+        source="fairseq/data/token_block_dataset.py:125",
+        removable="when fairseq no longer uses numpy.compat",
+        only_if_missing=True,
+    ),
+    Patch(
+        target="fairseq.distributed.utils:_broadcast_object_slow",
+        replacement=compatibility.broadcast_object,
+        what="Sends a checkpoint to the other processes through torch's `broadcast_object_list`.",
+        why="fairseq sends it as a file of torch's, of which the safe loader refuses the configuration.",
+        source="fairseq/distributed/utils.py:749",
+        removable="when fairseq broadcasts objects through torch",
+    ),
+    Patch(
+        target="fairseq.checkpoint_utils:load_checkpoint_to_cpu",
+        replacement=reading.load_checkpoint_to_cpu,
+        what="Compares a checkpoint's checksums, always uses torch's safe loader, and refuses in one line.",
+        why="A flipped bit is evaluated silently, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD lets files run code.",
+        source="fairseq/checkpoint_utils.py:281",
+        removable="when fairseq checks what it reads",
+    ),
+    Patch(
+        target="fairseq.checkpoint_utils:torch_persistent_save",
+        replacement=saving.torch_persistent_save,
+        what="Writes under a name of the process's own, renames what is on the disk, and removes what failed.",
+        why="A crash of the system can leave half a file; a full disk ends in tracebacks and leaves a .tmp file.",
+        source="fairseq/checkpoint_utils.py:549",
+        removable="when fairseq syncs and cleans up",
+    ),
+    Patch(
+        target="fairseq.file_io:PathManager.copy",
+        replacement=saving.copy,
+        what="Copies under a temporary name and renames.",
+        why="fairseq copies onto checkpoint_last.pt, so that a kill leaves half a file.",
+        source="fairseq/file_io.py:71",
+        removable="when fairseq copies atomically",
+    ),
+    Patch(
+        target="fairseq.checkpoint_utils:load_checkpoint",
+        replacement=restart.load_checkpoint,
+        what="Resumes from the newest good checkpoint, exactly at the end of an epoch too; handles SIGTERM from now on",
+        why="fairseq ends with a traceback at a broken checkpoint_last.pt and skips one step of the learning rate.",
+        source="fairseq/checkpoint_utils.py:188",
+        removable="when fairseq restarts exactly",
+    ),
+    Patch(
+        target="fairseq_cli.train:train",
+        replacement=restart.train,
+        what="Makes no update in a run that has them all.",
+        why="fairseq makes one more at each restart.",
+        source="fairseq_cli/train.py:246",
+        removable="when fairseq looks at --max-update before an update",
+        in_training=True,
+    ),
+    Patch(
+        target="fairseq_cli.train:validate_and_save",
+        replacement=termination.validate_and_save,
+        what="Saves and stops after SIGTERM.",
+        why="fairseq dies at once and loses the updates since the last checkpoint.",
+        source="fairseq_cli/train.py:360",
+        removable="when fairseq handles SIGTERM",
+        in_training=True,
+    ),
+)
+
+
+def apply(in_training: bool = False) -> None:
+    """Applies the patches; those that are applied already stay as they are.
+
+    Args:
+        in_training: Applies also those that need a training run under way.
+    """
+    if not in_training:
+        if fairseq.__version__ != FAIRSEQ_VERSION:
+            logger.warning(
+                "fairseq %s is installed, but the patches of fairseq_alibi are made for %s and may not fit: "
+                "pip install --no-deps fairseq==%s",
+                *(fairseq.__version__, FAIRSEQ_VERSION, FAIRSEQ_VERSION),
+            )
+        compatibility.silence_known_warnings()
+        compatibility.allow_fairseq_checkpoints()
+    for patch in PATCHES:
+        if in_training or not patch.in_training:
+            patch.apply()
