@@ -16,9 +16,7 @@ The models are registered with fairseq as soon as fairseq is imported, before or
 """
 
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -31,11 +29,11 @@ def register() -> None:
     from . import models  # noqa: F401
 
 
-class AfterFairseq(MetaPathFinder):
+class AfterFairseq:
     """Calls `register` once, when an import of fairseq has finished. It leaves the search for modules to the others."""
 
-    def find_spec(self, fullname: str, path=None, target=None) -> "ModuleSpec | None":
-        """See `MetaPathFinder.find_spec`."""
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """See `importlib.abc.MetaPathFinder.find_spec`."""
         if fullname != "fairseq":
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -44,7 +42,7 @@ class AfterFairseq(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_register(module: object) -> None:
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)

@@ -86,7 +86,7 @@ def test_what_is_malicious_would_run_code(given, tmp_path, monkeypatch):
 
 
 def test_nothing_in_this_package_evaluates_text_or_loads_without_the_safe_loader():
-    """Names and attributes in its source; commands read a checkpoint by `inputs.read_checkpoint` alone."""
+    """Names and attributes in its source; commands read a checkpoint by `checkpoints.read_checkpoint` alone."""
     for path in (ROOT / "fairseq_alibi").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -97,6 +97,6 @@ def test_nothing_in_this_package_evaluates_text_or_loads_without_the_safe_loader
                 assert not given.keys() & {"shell", "allow_pickle"}, (path, name)
                 assert given.get("weights_only") == ("True" if name == "torch.load" else None), (path, name)
                 if name.endswith("load_checkpoint_to_cpu"):
-                    assert path.name == "inputs.py"
+                    assert path.name == "checkpoints.py"
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle"} & set(names), path

@@ -34,7 +34,7 @@ def load_dictionary(path: Path) -> Dictionary:
     try:
         return Dictionary.load(str(path))
     except Exception as error:  # fairseq raises many kinds
-        raise ValueError(f"{path} is no fairseq dictionary ({one_line(error)})") from error
+        raise ValueError(f"{path} is no dictionary of fairseq ({one_line(error)})") from error
 
 
 def made_up_dictionary(types: int) -> Dictionary:
