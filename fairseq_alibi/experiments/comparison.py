@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..files.inputs import one_line
 from ..files.results import describe_environment, now, write_json
-from ..patches.training import updates_of
+from ..files.safe_reading import count_updates
 from .presets import Preset
 
 #: Steps of every model, in their order.
@@ -165,7 +165,7 @@ def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunne
             bar.set_postfix_str(f"{model.method}, trained on {model.length:,}: {step}")
             memory = runner.run(command, model.folder / f"{step.replace(' ', '-')}.log")
             # SIGTERM ends training with status 0.
-            if step == TRAINING and (updates := updates_of(model.checkpoint)) < comparison.updates:
+            if step == TRAINING and (updates := count_updates(model.checkpoint)) < comparison.updates:
                 raise ValueError(f"{model.folder}: training was stopped after {updates:,} updates; start this again")
             finished[step] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
             write_json(model.folder / "run.json", finished)

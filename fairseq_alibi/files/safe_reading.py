@@ -99,3 +99,20 @@ def checked_reading(path: Path) -> Iterator[None]:
             yield
     except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
         raise ValueError(explain_refusal(path, error)) from error
+
+
+def count_updates(path: Path) -> int:
+    """Returns the number of updates of a checkpoint from which training can resume, without reading its weights.
+
+    Raises:
+        ValueError: Training cannot resume from it, and why, in one line.
+    """
+    if damage := find_damage(path):
+        raise ValueError(f"{path} is damaged ({damage})")
+    try:
+        with safe_loader():
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state["last_optimizer_state"], state["extra_state"]["train_iterator"]
+        return state["optimizer_history"][-1]["num_updates"]
+    except Exception as error:  # whatever a broken file raises
+        raise ValueError(explain_refusal(path, error)) from error

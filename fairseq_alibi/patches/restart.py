@@ -7,36 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-from ..files.safe_reading import explain_refusal, find_damage, safe_loader
+from ..files.safe_reading import count_updates, find_damage
 from .patch import original
 from .saving import remove_temporary_files
 from .termination import handle_sigterm
 
 logger = logging.getLogger(__name__)
-
-
-def count_updates(path: Path) -> int:
-    """Returns the number of updates of a checkpoint from which training can resume, without reading its weights.
-
-    Raises:
-        ValueError: Training cannot resume from it, and why, in one line.
-    """
-    if damage := find_damage(path):
-        raise ValueError(f"{path} is damaged ({damage})")
-    try:
-        with safe_loader():
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state["last_optimizer_state"], state["extra_state"]["train_iterator"]
-        return state["optimizer_history"][-1]["num_updates"]
-    except Exception as error:  # whatever a broken file raises
-        raise ValueError(explain_refusal(path, error)) from error
 
 
 def order_by_updates(paths: Iterator[Path]) -> tuple[list[tuple[int, Path]], list[str]]:
