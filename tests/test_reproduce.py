@@ -92,7 +92,7 @@ def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, 
 
     monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))
     monkeypatch.setattr(comparison.Comparison, "commands", commands)
-    monkeypatch.setattr(comparison, "updates_of", lambda _: 3)
+    monkeypatch.setattr(comparison, "count_updates", lambda _: 3)
     message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3)
     assert message.endswith(f"sh -c ended with status 3, see {tmp_path}/none-16/training.log: from afar")
     assert (tmp_path / "alibi-16" / "run.json").exists()
@@ -154,7 +154,7 @@ def test_order_is_compared_with_the_papers():
 def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
     """SIGTERM ends it with status 0, as if it were."""
     monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: 0)
-    monkeypatch.setattr(comparison, "updates_of", lambda _: 40)
+    monkeypatch.setattr(comparison, "count_updates", lambda _: 40)
     line = fails("--output", tmp_path / "out", "--methods", "alibi")
     assert "training was stopped after 40 updates; start this again" in line
     assert not list(tmp_path.rglob("run.json"))
