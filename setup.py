@@ -46,6 +46,7 @@ setup(
         "bitarray",
         "cffi",
         "regex",
+        "filelock",
         "sacrebleu",
         "tqdm",
         "matplotlib",
