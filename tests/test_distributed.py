@@ -145,7 +145,7 @@ def test_script_keeps_the_tokens_of_an_update_or_says_that_it_cannot(tmp_path):
     for name in ("fairseq-train", "fairseq-alibi", "torchrun"):
         (tmp_path / name).write_text('#!/bin/bash\nprintf "%q " "${0##*/}" "$@"\n')
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "python").write_text("#!/bin/bash\necho ${GPUS:-8}\n")
+    (tmp_path / "python").write_text(f'#!/bin/bash\n[ "$1" = -c ] || exec {sys.executable} "$@"\necho ${{GPUS:-8}}\n')
     (tmp_path / "python").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
 
