@@ -18,6 +18,10 @@ The models are registered with fairseq as soon as fairseq is imported, before or
 import sys
 from importlib.machinery import ModuleSpec
 
+TYPE_CHECKING = False  # as type checkers understand it; `typing` takes time to import
+if TYPE_CHECKING:
+    from typing import Any
+
 __version__ = "0.1.0"
 
 
@@ -32,7 +36,7 @@ def register() -> None:
 class AfterFairseq:
     """Calls `register` once, when an import of fairseq has finished. It leaves the search for modules to the others."""
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+    def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
         """See `importlib.abc.MetaPathFinder.find_spec`."""
         if fullname != "fairseq":
             return None
@@ -42,7 +46,7 @@ class AfterFairseq:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module: object) -> None:
+            def execute_and_register(module: "Any") -> None:
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)

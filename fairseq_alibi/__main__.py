@@ -4,7 +4,7 @@ import argparse
 import importlib
 import logging
 import sys
-from typing import Optional
+from typing import Any, Optional
 
 from . import __version__
 
@@ -25,6 +25,20 @@ COMMANDS = {
 }
 
 
+#: The command that installs fairseq, whose own requirements no current pip accepts.
+GET_FAIRSEQ = "pip install --no-deps fairseq==0.12.2"
+
+
+def import_command(name: str) -> Any:
+    """Imports the module of a subcommand; if that fails, it ends with one line and status 1."""
+    try:
+        return importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
+    except Exception as error:  # a broken installation raises anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "fairseq"
+        remedy = f"get it with {GET_FAIRSEQ}; " if missing else ""
+        sys.exit(f"fairseq-alibi {name}: {error}; {remedy}see what to fix first: fairseq-alibi doctor")
+
+
 def main(argv: Optional[list[str]] = None) -> None:
     """Runs a subcommand; bad input ends it with one line and status 1.
 
@@ -35,25 +49,22 @@ def main(argv: Optional[list[str]] = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    module, passed_on = None, []
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if argv[:1] == [name]:  # doctor has to run where the modules of the others cannot be imported
-            try:
-                module = importlib.import_module(f".commands.{name.replace('-', '_')}", __package__)
-            except Exception as error:  # a broken installation raises anything
-                sys.exit(f"fairseq-alibi {name}: {error}; see what to fix first: fairseq-alibi doctor")
-            module.add_arguments(command)
-    if getattr(module, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    by_name = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    command: Any = None
+    passed_on: list[str] = []
+    if argv and argv[0] in COMMANDS:  # only this command is imported: doctor has to run where the others cannot
+        command = import_command(argv[0])
+        command.add_arguments(by_name[argv[0]])
+    if getattr(command, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
         end = argv.index("--")
         argv, passed_on = argv[:end], argv[end + 1 :]
-    if hasattr(module, "join_processes"):  # the command can run in several processes
-        module.join_processes()
+    if hasattr(command, "join_processes"):  # the command can run in several processes
+        command.join_processes()
     args = parser.parse_args(argv)
     args.passed_on = passed_on
     try:
-        module.run(args)
+        command.run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"fairseq-alibi {args.command}: {error}")
     except KeyboardInterrupt:

@@ -50,14 +50,9 @@ from fairseq_alibi.core.positions import ALiBi
 from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings, run_eval_lm
 from fairseq_alibi.evaluation.measurement import Windowing, evaluate_model
 from fairseq_alibi.evaluation.text import read_evaluation_text
-from fairseq_alibi.files.inputs import (
-    describe_model,
-    load_model,
-    made_up_dictionary,
-    open_subset,
-    read_checkpoint,
-    subset_tokens,
-)
+from fairseq_alibi.files.checkpoints import describe_model, read_checkpoint
+from fairseq_alibi.files.data_folders import made_up_dictionary, open_subset, subset_tokens
+from fairseq_alibi.files.model_loading import load_model
 from fairseq_alibi.files.results import check_writable, describe_environment, write_json
 
 #: One layer of attention: what is called with q, k, v, the slopes and the future mask.

@@ -10,6 +10,7 @@ from conftest import ROOT, run
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.commands import doctor
+from fairseq_alibi.commands.environment_checks import PARTS
 
 
 def rows(capsys):
@@ -21,8 +22,8 @@ def rows(capsys):
 def test_here_everything_required_works(capsys):
     main(["doctor"])
     found, last = rows(capsys)
-    assert found.keys() >= {part.name for part in doctor.PARTS}
-    assert not [part.name for part in doctor.PARTS if part.needed_for is None and "BROKEN" in found[part.name]]
+    assert found.keys() >= {part.name for part in PARTS}
+    assert not [part.name for part in PARTS if part.needed_for is None and "BROKEN" in found[part.name]]
     assert found["Python"].startswith(sys.version.split()[0])
     assert found["fairseq"] == "0.12.2"
     assert found["alibi_lm"] == "registered; attention with and without a mask agree"
@@ -31,7 +32,7 @@ def test_here_everything_required_works(capsys):
 
 def test_an_optional_part_that_is_missing_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacremoses", None)
-    monkeypatch.setattr(doctor, "PARTS", [part for part in doctor.PARTS if part.name in ("tqdm", "text", "disk")])
+    monkeypatch.setattr(doctor, "PARTS", [part for part in PARTS if part.name in ("tqdm", "text", "disk")])
     main(["doctor"])
     found, last = rows(capsys)
     assert found["text"].startswith("BROKEN, needed for scripts/prepare_text.sh: ")
@@ -44,7 +45,7 @@ def test_the_first_required_part_comes_first_and_is_the_status(capsys, monkeypat
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 2**20))
     monkeypatch.setitem(sys.modules, "hydra", None)
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    some = [part for part in doctor.PARTS if part.name in ("hydra-core", "tqdm", "disk")]
+    some = [part for part in PARTS if part.name in ("hydra-core", "tqdm", "disk")]
     monkeypatch.setattr(doctor, "PARTS", some[::-1])
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
@@ -58,7 +59,7 @@ def test_attention_that_disagrees_is_broken(capsys, monkeypatch):
     from fairseq_alibi.core import layers as modules
 
     monkeypatch.setattr(modules, "fused_attention", lambda q, *rest, **options: q)
-    monkeypatch.setattr(doctor, "PARTS", [part for part in doctor.PARTS if part.name == "alibi_lm"])
+    monkeypatch.setattr(doctor, "PARTS", [part for part in PARTS if part.name == "alibi_lm"])
     with pytest.raises(SystemExit, match="fix first: alibi_lm"):
         main(["doctor"])
 

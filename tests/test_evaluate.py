@@ -14,7 +14,7 @@ from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.evaluation.measurement import position_bins
 from fairseq_alibi.evaluation.text import EvaluationText
-from fairseq_alibi.files.inputs import read_subset
+from fairseq_alibi.files.data_folders import read_subset
 
 ADAPTIVE = (
     *("--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"),

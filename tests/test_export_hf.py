@@ -25,8 +25,10 @@ from fairseq_alibi.core.positions import POSITION_METHODS
 from fairseq_alibi.data.binarize import SPLITS
 from fairseq_alibi.evaluation import generation, scoring
 from fairseq_alibi.files import export_hf
+from fairseq_alibi.files.checkpoints import read_checkpoint
+from fairseq_alibi.files.data_folders import text_options
 from fairseq_alibi.files.export_hf import export_tokenizer
-from fairseq_alibi.files.inputs import load_model, read_checkpoint, text_options
+from fairseq_alibi.files.model_loading import load_model
 
 #: wiki103's form: adaptive input and softmax, tied with their projections, and heads that are no power of two.
 WIKI103 = ["--decoder-layers", 2, "--decoder-ffn-embed-dim", 64, "--decoder-attention-heads", 12]
@@ -318,7 +320,7 @@ def test_bad_arguments_are_named_and_nothing_is_left(build, corpus, tmp_path, ca
     path, out = saved(model, tmp_path), tmp_path / "out"
     assert "there is no checkpoint" in failure(capsys, main, "export-hf", tmp_path / "none.pt", out)
     assert f"{tmp_path}/dict.txt" in failure(capsys, main, "export-hf", path, out, "--data", tmp_path)
-    monkeypatch.setattr(export_hf, "differences", lambda *_: 0.5)
+    monkeypatch.setattr(export_hf, "largest_difference", lambda *_: 0.5)
     message = failure(capsys, main, "export-hf", path, out)
     assert "differ from fairseq's by up to 0.5, so nothing was written" in message
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import generation
-from fairseq_alibi.files.inputs import text_options
+from fairseq_alibi.files.data_folders import text_options
 from fairseq_alibi.models import generator as prompts
 from fairseq_alibi.models.generator import Generator
 

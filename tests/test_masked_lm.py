@@ -13,7 +13,7 @@ from conftest import BIN, failure, run
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.positions import ENCODER_POSITION_METHODS, EncoderALiBi
 from fairseq_alibi.evaluation.scoring import masked_tokens
-from fairseq_alibi.files.inputs import read_subset
+from fairseq_alibi.files.data_folders import read_subset
 
 FORMS = [(f"--alibi-encoder-bias={form}",) for form in EncoderALiBi.FORMS]
 LEARNED = ("--alibi-encoder-bias=two_slopes", "--alibi-learned-slopes")

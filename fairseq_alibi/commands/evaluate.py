@@ -12,7 +12,7 @@ from ..evaluation.checkpoint_evaluation import EvaluationSettings, evaluate_chec
 from ..evaluation.result_files import log_to_tensorboard
 from ..evaluation.tables import checkpoint_table
 from ..evaluation.text import read_evaluation_text
-from ..files.inputs import text_options
+from ..files.data_folders import text_options
 from .arguments import model_options, positive_integer
 
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.

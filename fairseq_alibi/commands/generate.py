@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 
 from ..evaluation.generation import continue_prompts, decode_tokens, encode_text, load_text_model
-from ..files.inputs import text_options
+from ..files.data_folders import text_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

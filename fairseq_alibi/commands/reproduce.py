@@ -10,7 +10,7 @@ from ..data.builtin_corpus import prepare_builtin
 from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
 from ..experiments.presets import BUILTIN, PRESETS
-from ..files.inputs import read_dictionary, subset_tokens
+from ..files.data_folders import read_dictionary, subset_tokens
 from .arguments import positive_integer
 
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Optional
 import torch
 from fairseq.models import BaseFairseqModel
 
-from ..files.inputs import check_exists, describe_model, load_model, one_line, read_checkpoint
+from ..files.checkpoints import check_exists, describe_model, read_checkpoint
+from ..files.errors import one_line
+from ..files.model_loading import load_model
 from ..files.results import describe_environment
 from . import processes
 from .measurement import Windowing, evaluate_model

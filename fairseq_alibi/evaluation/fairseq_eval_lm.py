@@ -25,7 +25,10 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
-from ..files.inputs import check_dictionary, describe_model, one_line, read_checkpoint, read_dictionary, subset_tokens
+from ..files.checkpoints import describe_model, read_checkpoint
+from ..files.data_folders import read_dictionary, subset_tokens
+from ..files.errors import one_line
+from ..files.model_loading import check_dictionary
 from ..files.results import check_writable, describe_environment, write_json
 
 #: These options decide which tokens are scored with which context. This module sets them.

@@ -12,7 +12,9 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.inputs import describe_model, load_model, one_line, read_checkpoint
+from ..files.checkpoints import describe_model, read_checkpoint
+from ..files.errors import one_line
+from ..files.model_loading import load_model
 from ..models.decoder import Decoder
 from ..models.generator import Generator
 

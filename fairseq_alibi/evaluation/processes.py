@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..files.inputs import one_line
+from ..files.errors import one_line
 
 #: How long a process that ends waits for the first process to print its last line.
 LAST_LINE = timedelta(minutes=1)

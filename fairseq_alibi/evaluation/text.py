@@ -7,7 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..files.inputs import read_dictionary, read_subset
+from ..files.data_folders import read_dictionary, read_subset
 
 
 class EvaluationText:

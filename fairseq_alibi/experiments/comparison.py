@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..files.inputs import one_line
+from ..files.errors import one_line
 from ..files.results import describe_environment, now, write_json
 from ..files.safe_reading import count_updates
 from .presets import Preset

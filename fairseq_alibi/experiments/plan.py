@@ -64,7 +64,8 @@ from yaml import YAMLError
 
 from ..commands.arguments import positive_integer
 from ..data.wikitext103 import TYPES as WIKITEXT103_TYPES
-from ..files.inputs import made_up_dictionary, one_line, read_dictionary
+from ..files.data_folders import made_up_dictionary, read_dictionary
+from ..files.errors import one_line
 from ..models.language_model import AlibiLanguageModel
 
 #: Types of the vocabulary for configs whose names begin so, where neither the data nor --types says otherwise.

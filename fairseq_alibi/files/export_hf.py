@@ -5,8 +5,8 @@ The folder loads without this package and without fairseq:
     model = AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(OUT, trust_remote_code=True)
 
-Its code is `modeling_alibi`, `tokenization_alibi` and what they import from this package, which transformers copies. It
-is read again and its log-probabilities are compared with fairseq's before it gets its name.
+transformers copies the code: `modeling_alibi`, `tokenization_alibi` and what they import from their folder. The folder
+is written under a temporary name, read again, and gets its name once its log-probabilities equal those of fairseq.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from .errors import one_line
 from .import_checkpoint import plain_options
 from .model_loading import load_model
 
-#: Options that the exported model does not have, with what they are in every model that it can be.
+#: Options that the exported model does not have, with the value that a model must have to be exported.
 WITHOUT = {
     "character_embeddings": False,
     "decoder_layerdrop": 0.0,
@@ -39,10 +39,10 @@ WITHOUT = {
     "cpu_bf16": False,
 }
 
-#: Activation functions that `modules.Layer` has.
+#: Activation functions that the exported layers have.
 ACTIVATIONS = ("relu", "gelu", "tanh")
 
-#: Names of fairseq's buffers that are no weights.
+#: Buffers of fairseq that are no weights.
 NO_WEIGHTS = ("version", "_float_tensor")
 
 #: Largest difference of a log-probability between fairseq's model and the exported one, in nats.
@@ -50,14 +50,14 @@ TOLERANCE = 1e-3
 
 
 def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[str, Any]:
-    """The options of the exported model, see `modeling_alibi.AlibiConfig.OPTIONS`.
+    """Returns the options of the exported model, see `modeling_alibi.AlibiConfig.OPTIONS`.
 
     Args:
-        options: of the checkpoint's model.
-        model: built from them.
+        options: Those of the checkpoint's model.
+        model: The model built from them.
 
     Raises:
-        ValueError: one of them is none of the exported model's.
+        ValueError: The exported model does not have one of them.
     """
     from ..core.modeling_alibi import AlibiConfig
 
@@ -65,8 +65,8 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
     for name, value in WITHOUT.items():
         if options.get(name, value) not in (value, None):
             raise ValueError(
-                f"--{name.replace('_', '-')} {options[name]}: the exported model has no such thing; where a model is "
-                f"the same without it, in evaluation, pass --model-overrides \"{{'{name}': {value}}}\""
+                f"--{name.replace('_', '-')} {options[name]}: the exported model does not have it; if the model "
+                f"computes the same without it, pass --model-overrides \"{{'{name}': {value}}}\""
             )
     if options["activation_fn"] not in ACTIVATIONS:
         raise ValueError(
@@ -74,8 +74,8 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
         )
     if options["alibi_length_scale"] == "auto":
         raise ValueError(
-            "--alibi-length-scale auto: nothing tells the exported model at which length it is evaluated; pass "
-            "--model-overrides \"{'alibi_length_scale': '4.0'}\", with a scale of yours"
+            "--alibi-length-scale auto: the exported model does not know the length of an evaluation; pass "
+            "--model-overrides \"{'alibi_length_scale': '4.0'}\", with your own scale"
         )
     derived = {
         "vocab_size": len(decoder.dictionary),
@@ -90,26 +90,26 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
 
 
 def exported_weights(model: BaseFairseqModel) -> dict[str, torch.Tensor]:
-    """The weights of a model, each once: where modules share one, under the name that the exported model has for it."""
+    """Returns the weights of a model, each once: a shared one has the name under which the exported model holds it."""
     weights, seen = {}, set()
     for name, value in model.state_dict().items():
         if name.rsplit(".", 1)[-1] not in NO_WEIGHTS and value.data_ptr() not in seen:
-            seen.add(value.data_ptr())  # the embeddings come first, and all that is shared is theirs
+            seen.add(value.data_ptr())  # the embeddings come first, and only they are shared
             weights[name] = value
     return weights
 
 
-def differences(exported, model: BaseFairseqModel) -> float:
-    """Largest difference of the log-probabilities after some tokens, from all over the dictionary."""
+def largest_difference(exported: torch.nn.Module, model: BaseFairseqModel) -> float:
+    """Returns the largest difference of log-probabilities, in nats, after tokens from all parts of the dictionary."""
     tokens = torch.linspace(4, len(model.decoder.dictionary) - 1, 48).long().view(2, 24)
     with torch.no_grad():
-        found = exported(tokens).logits.log_softmax(-1)
-        wanted = model.get_normalized_probs(model(tokens), log_probs=True)
-    return (found - wanted).abs().max().item()
+        ours = exported(tokens).logits.log_softmax(-1)
+        theirs = model.get_normalized_probs(model(tokens), log_probs=True)
+    return (ours - theirs).abs().max().item()
 
 
 def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
-    """Writes the tokenizer of a data folder; says in words how it splits a text."""
+    """Writes the tokenizer of a data folder, and returns a description of how it splits a text."""
     from ..core.tokenization_alibi import AlibiTokenizer
 
     options = text_options(data)
@@ -125,16 +125,16 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     """Writes the folder `out`, whole or not at all.
 
     Args:
-        checkpoint: of `alibi_lm`.
-        out: is made; may be there if it is empty.
+        checkpoint: A checkpoint of `alibi_lm`.
+        out: The folder to make; it may exist if it is empty.
         data: fairseq data folder of the checkpoint; "" for the one that it was trained on.
-        overrides: options of the model in the place of those in the checkpoint, by name.
+        overrides: Options of the model that replace those of the checkpoint, by name.
 
     Returns:
-        What was written, in words.
+        A description of what was written.
 
     Raises:
-        ValueError: what is wrong with the checkpoint or the folders, or that the model is not the same afterwards.
+        ValueError: The checkpoint or a folder cannot be used, or the exported model computes something else.
     """
     from transformers import GenerationConfig
 
@@ -146,8 +146,8 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     model = load_model(checkpoint, state, data, overrides)
     if not isinstance(model, AlibiLanguageModel):
         raise ValueError(
-            f"{checkpoint} is no checkpoint of alibi_lm, and only those can be exported; one of transformer_lm becomes "
-            f"one by fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
+            f"{checkpoint} is no checkpoint of alibi_lm, and only those can be exported; convert one of transformer_lm "
+            f"with fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
         )
     defaults = {option.name: option.default for option in dataclasses.fields(AlibiLanguageModelConfig)}
     options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
@@ -155,7 +155,9 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     try:
         exported.load_state_dict(exported_weights(model))
     except RuntimeError as error:  # torch lists every name, a line each
-        raise ValueError(f"{checkpoint} has weights that the exported model has not: {one_line(error)}") from error
+        raise ValueError(
+            f"{checkpoint} has weights that the exported model does not have: {one_line(error)}"
+        ) from error
     end = model.decoder.dictionary.eos()
     exported.generation_config = GenerationConfig(
         bos_token_id=end, eos_token_id=end, pad_token_id=model.decoder.dictionary.pad()
@@ -165,11 +167,11 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
         partial = Path(folder) / out.name
         exported.save_pretrained(partial)
         splits = export_tokenizer(model.decoder.dictionary, Path(data), partial)
-        difference = differences(AlibiForCausalLM.from_pretrained(partial).eval(), model)
+        difference = largest_difference(AlibiForCausalLM.from_pretrained(partial).eval(), model)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"{checkpoint}: the exported model's log-probabilities differ from fairseq's by up to "
                 f"{difference:.2g}, so nothing was written"
             )
         partial.replace(out)
-    return f"tokenizer: {splits}\nlog-probabilities: those of fairseq, differences up to {difference:.2g}"
+    return f"tokenizer: {splits}\nlog-probabilities: those of fairseq, with differences up to {difference:.2g}"

@@ -60,10 +60,10 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
     unknown = [name for name in dropped if name not in DROPPED_OPTIONS]
     if unknown and not flat:
         raise ValueError(f"its model has options that are not known: {', '.join(unknown)}")
-    options = Namespace(**{name: value for name, value in old.items() if name in known})
+    given = Namespace(**{name: value for name, value in old.items() if name in known})
     if arch in ARCH_CONFIG_REGISTRY:  # options that fairseq has added since get the architecture's value
-        ARCH_CONFIG_REGISTRY[arch](options)
-    options = {**known, **vars(options)}
+        ARCH_CONFIG_REGISTRY[arch](given)
+    options: dict[str, Any] = {**known, **vars(given)}
     for name, default in known.items():  # architectures write False where the config needs 0
         if isinstance(options[name], bool) and isinstance(default, int):
             options[name] = type(default)(options[name])

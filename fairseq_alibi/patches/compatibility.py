@@ -1,6 +1,7 @@
 """Repairs of fairseq 0.12.2 under today's numpy, torch and hydra."""
 
 import argparse
+import importlib
 import types
 import warnings
 from typing import Any
@@ -41,7 +42,8 @@ def allow_fairseq_checkpoints() -> None:
     where a metric is an array (the n-gram counts of `--eval-bleu`). None of these classes runs code from the file. The
     loader stays safe and refuses everything else.
     """
-    multiarray, modules = np._core.multiarray, ("numpy.core", "numpy._core")
+    multiarray: Any = importlib.import_module("numpy._core.multiarray")  # typed stubs do not have it
+    modules = ("numpy.core", "numpy._core")
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,

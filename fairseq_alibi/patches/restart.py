@@ -110,7 +110,7 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
     return extra_state, epoch_itr
 
 
-def train(cfg, trainer, task, epoch_itr):
+def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[Optional[float]], bool]:
     """Replaces `fairseq_cli.train.train`, one epoch. fairseq makes one more update in a run that has them all."""
     updates, limit = trainer.get_num_updates(), cfg.optimization.max_update
     if limit and updates >= limit:

@@ -5,7 +5,7 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq import checkpoint_utils
@@ -58,7 +58,9 @@ def any_process_must_stop(trainer: Trainer) -> bool:
     return bool(requested)
 
 
-def validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch):
+def validate_and_save(
+    cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, valid_subsets: list[str], end_of_epoch: bool
+) -> tuple[list[Optional[float]], bool]:
     """Replaces `fairseq_cli.train.validate_and_save`, which is called after every update and says whether to stop."""
     # A validation that is due takes place, as the best checkpoint or the learning rate may depend on it.
     valid_losses, should_stop = original("fairseq_cli.train:validate_and_save")(

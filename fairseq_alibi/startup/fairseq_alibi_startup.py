@@ -1,47 +1,47 @@
-"""Lets fairseq 0.12.2 be imported on Python 3.11 and newer, in every process of the environment, and hydra be calm.
+"""Lets fairseq 0.12.2 be imported on Python 3.11 and newer, in every process of the environment.
 
 From Python 3.11 on, `dataclasses` refuses a default value whose class is unhashable. fairseq's configuration classes
 nest each other as such defaults, so `import fairseq` fails. The `.pth` file beside this module calls `install` at every
-start of Python: `fairseq-train`, torchrun's workers and spawned data loaders included. Until something imports fairseq
-that costs one entry in `sys.meta_path`; nothing is imported for it.
+start of Python: in `fairseq-train`, torchrun's workers and spawned data loaders too. Until something imports fairseq
+that costs one entry in `sys.meta_path`; no further module is imported.
 
-Only defaults of fairseq's own classes inside fairseq's own dataclasses pass; all others stay refused as before.
+Only defaults of fairseq's own classes inside fairseq's own dataclasses are accepted; all others are refused as before.
 
-What hydra has to say about fairseq's calls of 2022 comes before any plugin is imported, so it is silenced here too.
+hydra's warnings about fairseq's calls of 2022 come before any plugin is imported, so they are silenced here too.
 """
 
 import sys
 
 
-def _is_fairseqs(cls):
+def _is_of_fairseq(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "fairseq"
 
 
-def _allow_fairseqs_defaults():
+def _accept_defaults_of_fairseq() -> None:
     import dataclasses
     from functools import wraps
 
-    get_field = dataclasses._get_field
+    get_field = dataclasses._get_field  # type: ignore[attr-defined]
 
     @wraps(get_field)
-    def get_field_of_fairseq(cls, name, *args, **kwargs):
+    def get_field_of_fairseq(cls: type, name: str, *args: object, **kwargs: object) -> object:
         default = getattr(cls, name, None)
         if isinstance(default, dataclasses.Field):
             default = default.default
-        default_class = type(default)
-        if not (_is_fairseqs(cls) and _is_fairseqs(default_class) and default_class.__hash__ is None):
+        default_class: type = type(default)
+        if not (_is_of_fairseq(cls) and _is_of_fairseq(default_class) and default_class.__hash__ is None):
             return get_field(cls, name, *args, **kwargs)
-        # The check looks at nothing but `__hash__`. A default_factory instead would make omegaconf see a missing value.
-        default_class.__hash__ = object.__hash__
+        # The check looks at `__hash__` only. With a default_factory instead, omegaconf would see a missing value.
+        default_class.__hash__ = object.__hash__  # type: ignore[method-assign, assignment]
         try:
             return get_field(cls, name, *args, **kwargs)
         finally:
-            default_class.__hash__ = None
+            default_class.__hash__ = None  # type: ignore[method-assign, assignment]
 
-    dataclasses._get_field = get_field_of_fairseq
+    dataclasses._get_field = get_field_of_fairseq  # type: ignore[attr-defined]
 
 
-def _hush_hydra():
+def _silence_hydra() -> None:
     import warnings
 
     for message in (
@@ -52,18 +52,17 @@ def _hush_hydra():
 
 
 class _BeforeFairseq:
-    """Finds no module ever: it only learns that fairseq is about to be imported, acts once and leaves."""
+    """Notices that fairseq is about to be imported, acts once and leaves; it never finds a module itself."""
 
     @classmethod
-    def find_spec(cls, name, path=None, target=None):
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> None:
         if name == "fairseq":
             sys.meta_path.remove(cls)
-            _hush_hydra()
+            _silence_hydra()
             if sys.version_info >= (3, 11):
-                _allow_fairseqs_defaults()
-        return None
+                _accept_defaults_of_fairseq()
 
 
-def install():
+def install() -> None:
     """Registers the hook; called by the `.pth` file."""
     sys.meta_path.insert(0, _BeforeFairseq)
