@@ -301,7 +301,7 @@ def test_tokenizer_gives_fairseqs_ids_and_the_text_back(kind, data, tmp_path):
     [
         (
             ["--character-embeddings", "--adaptive-softmax-cutoff", "20"],
-            "--character-embeddings True: the exported model has no such thing",
+            "--character-embeddings True: the exported model does not have it",
         ),
         (["--decoder-layerdrop", 0.1], "{'decoder_layerdrop': 0.0}"),
         (["--quant-noise-pq", 0.1], "--quant-noise-pq 0.1"),

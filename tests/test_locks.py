@@ -33,9 +33,9 @@ def test_the_second_process_is_refused_and_a_killed_one_blocks_nobody(tmp_path, 
     try:
         for name in (path, tmp_path / "." / "output", tmp_path / "folder" / ".." / "output"):
             (tmp_path / "folder").mkdir(exist_ok=True)
-            with pytest.raises(ValueError, match=f"output is being written by process {first.pid}: wait for it"):
-                with locked(name):
-                    pytest.fail("two at once")
+            refusal = pytest.raises(ValueError, match=f"output is being written by process {first.pid}: wait for it")
+            with refusal, locked(name):
+                pytest.fail("two at once")
         with locked(tmp_path / "other"):
             pass
     finally:
@@ -51,9 +51,9 @@ def test_the_second_process_is_refused_and_a_killed_one_blocks_nobody(tmp_path, 
 def test_the_lock_is_free_after_an_error(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path / "new" / "output"):
         raise KeyError
-    with locked(tmp_path / "new" / "output"), pytest.raises(ValueError, match=f"process {os.getpid()}"):
-        with locked(tmp_path / "new" / "output"):
-            pytest.fail("two at once")
+    refusal = pytest.raises(ValueError, match=f"process {os.getpid()}")
+    with locked(tmp_path / "new" / "output"), refusal, locked(tmp_path / "new" / "output"):
+        pytest.fail("two at once")
 
 
 def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path):

@@ -155,9 +155,7 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     try:
         exported.load_state_dict(exported_weights(model))
     except RuntimeError as error:  # torch lists every name, a line each
-        raise ValueError(
-            f"{checkpoint} has weights that the exported model does not have: {one_line(error)}"
-        ) from error
+        raise ValueError(f"{checkpoint} has weights that the exported model lacks: {one_line(error)}") from error
     end = model.decoder.dictionary.eos()
     exported.generation_config = GenerationConfig(
         bos_token_id=end, eos_token_id=end, pad_token_id=model.decoder.dictionary.pad()
