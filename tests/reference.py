@@ -21,12 +21,12 @@ def t5_bucket(distance):
 def turned(x):
     """Rotary: pairs of dimensions (2n, 2n + 1) turned by position / 10000^(2n / D): (..., positions, D) -> the same."""
     x, dim = x.double().clone(), x.size(-1)
-    for position in range(x.size(-2)):
-        for n in range(0, dim, 2):
-            angle = position / 10000 ** (n / dim)
-            a, b = x[..., position, n].clone(), x[..., position, n + 1].clone()
-            x[..., position, n] = a * math.cos(angle) - b * math.sin(angle)
-            x[..., position, n + 1] = a * math.sin(angle) + b * math.cos(angle)
+    position = torch.arange(x.size(-2), dtype=torch.float64)
+    for n in range(0, dim, 2):
+        angle = position / 10000 ** (n / dim)
+        a, b = x[..., n].clone(), x[..., n + 1].clone()
+        x[..., n] = a * angle.cos() - b * angle.sin()
+        x[..., n + 1] = a * angle.sin() + b * angle.cos()
     return x
 
 
@@ -44,8 +44,8 @@ def attention(q, k, v, method="alibi", seen=None, window=math.inf, bucket_bias=N
     if method == "alibi":
         scores = scores - torch.tensor(slopes(heads), dtype=torch.float64)[:, None, None] * distance
     if bucket_bias is not None:
-        buckets = torch.tensor([[t5_bucket(max(0, d)) for d in row] for row in distance.tolist()])
-        scores = scores + bucket_bias.double()[buckets].permute(2, 0, 1)
+        bucket_of_distance = torch.tensor([t5_bucket(d) for d in range(keys)])
+        scores = scores + bucket_bias.double()[bucket_of_distance[distance.clamp(min=0)]].permute(2, 0, 1)
     hidden = ((distance < 0) | (distance >= window)).expand(scores.shape)
     if seen is not None:
         hidden = hidden | ~seen[:, None, None, :]
