@@ -1,1 +1,23 @@
-"""Tensor mathematics, torch only: position methods, attention, layers, adaptive softmax; the exported model and tokenizer."""
+"""Tensor mathematics, torch only: position methods, attention, layers, adaptive softmax, and the exported model.
+
+    from fairseq_alibi.core import ALiBi, Attention, Transformer
+"""
+
+from .methods import T5, ALiBi, EncoderALiBi, Learned, NoPositions, Rotary, Sinusoidal
+from .positions import PositionMethod, position_methods, register_position_method
+from .transformer import Attention, Transformer
+
+__all__ = [
+    "T5",
+    "ALiBi",
+    "Attention",
+    "EncoderALiBi",
+    "Learned",
+    "NoPositions",
+    "PositionMethod",
+    "Rotary",
+    "Sinusoidal",
+    "Transformer",
+    "position_methods",
+    "register_position_method",
+]

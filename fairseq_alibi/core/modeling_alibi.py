@@ -4,30 +4,41 @@
 
     model = AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
 
-The layers, attention and position methods are those of `modules`, `attention` and `positions`. A text begins with
-`</s>`, the end of the line before it: what fairseq's models read in front of their first token.
+The layers, attention and position methods are those of `layers`, `attention` and `methods`. A text begins with `</s>`,
+the end of the line before it, which fairseq's models read in front of their first token.
 
 Shapes: B batch, T new tokens, S all tokens (the last S positions), C width, V types.
 """
 
+import dataclasses
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, BorrowedLinear, cross_entropies
-from .attention import EPSILON
-from .layers import Layer, Pass, Transformer
-from .positions import POSITION_METHODS, PositionMethod, sinusoids
+from .attention_inputs import EPSILON, AttentionInputs
+from .embeddings import token_positions
+from .layers import Layer, checkpoint_activations
+from .methods import ALiBi
+from .positions import position_methods
+from .transformer import Transformer
 
 #: The token that fairseq pads with.
 PADDING = 1
 
 #: The label that transformers has no loss for.
 IGNORED = -100
+
+#: The options of the position methods with their defaults.
+METHOD_OPTIONS = {
+    option.name: option.default
+    for method in position_methods().values()
+    if method.options is not None
+    for option in dataclasses.fields(method.options)
+}
 
 
 class AlibiConfig(PretrainedConfig):
@@ -70,10 +81,8 @@ class AlibiConfig(PretrainedConfig):
         "adaptive_softmax_dropout": 0.0,
         "tie_adaptive_weights": False,
         "tie_adaptive_proj": False,
-        "position_method": "alibi",
-        "alibi_max_bias": 8.0,
-        "alibi_heads": None,
-        "alibi_length_scale": "1.0",
+        "position_method": ALiBi.name,
+        **METHOD_OPTIONS,
         "tokens_per_sample": 512,
         "max_target_positions": None,
         "attention": "auto",
@@ -89,33 +98,34 @@ class AlibiConfig(PretrainedConfig):
 
 
 class CheckpointedLayer(Layer):
-    """A layer that computes its activations again for the gradients, where `gradient_checkpointing` wants it."""
+    """A layer that computes its activations again in the backward pass if `gradient_checkpointing` is set."""
 
     gradient_checkpointing = False
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """See `Layer.forward`."""
-        if self.gradient_checkpointing and self.training and run.cache is None:
-            return checkpoint(super().forward, x, run, use_reentrant=False)
-        return super().forward(x, run)
+        if self.gradient_checkpointing and self.training and inputs.cache is None:
+            return checkpoint_activations(super().forward, x, inputs)
+        return super().forward(x, inputs)
 
 
-class Decoder(Transformer):
+class ExportedDecoder(Transformer):
     """The stack with what fairseq's decoder has before and behind it, and with its names for the parameters."""
 
     layer_type = CheckpointedLayer
+    embeds_tokens = True
 
     def __init__(self, config: AlibiConfig):
         heads, width = config.decoder_attention_heads, config.decoder_embed_dim
         # transformers makes models on the meta device, where a method's tensors that are no parameters would stay.
         with torch.device("cpu"):
-            method = POSITION_METHODS[config.position_method].from_options(heads, width, config)
+            method = position_methods()[config.position_method].from_options(heads, width, config)
         super().__init__(
             config.decoder_layers,
             width,
             heads,
             config.decoder_ffn_embed_dim,
-            position_method=PositionMethod(heads) if method.embedding else method,
+            position_method=method,
             activation=config.activation_fn,
             normalize_before=config.decoder_normalize_before,
             final_norm=config.decoder_normalize_before and not config.no_decoder_final_norm,
@@ -125,7 +135,7 @@ class Decoder(Transformer):
             attention=config.attention,
             epsilon=config.attention_epsilon,
         )
-        self.embedding, self.dropout = method.embedding, nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
         adaptive, reads = config.adaptive_input_cutoff is not None, config.decoder_input_dim
         if adaptive:
@@ -135,9 +145,7 @@ class Decoder(Transformer):
         else:
             self.embed_tokens = nn.Embedding(config.vocab_size, reads, PADDING)
         self.project_in_dim = None if adaptive or reads == width else nn.Linear(reads, width, bias=False)
-        self.embed_positions = None
-        if self.embedding == "learned":
-            self.embed_positions = nn.Embedding(config.max_target_positions + PADDING + 1, width, PADDING)
+        self.embed_positions = method.position_embedding(width, config.max_target_positions, PADDING)
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
         writes, tied = config.decoder_output_dim, config.tie_adaptive_weights
         self.project_out_dim = None if tied or writes == width else nn.Linear(width, writes, bias=False)
@@ -171,17 +179,11 @@ class Decoder(Transformer):
         x = self.embed_scale * self.embed_tokens(tokens)
         if self.project_in_dim is not None:
             x = self.project_in_dim(x)
-        if self.embedding is not None:
+        if self.embed_positions is not None:
             length = earlier + tokens.size(1)
-            real = tokens.new_ones(len(tokens), length) if padding is None else (~padding).long()
-            positions = (PADDING + real.cumsum(1) * real)[:, earlier:]
-            if self.embed_positions is None:
-                x = x + sinusoids(positions, x.size(-1)).to(x.dtype)
-            else:
-                longest = self.embed_positions.num_embeddings - PADDING - 1
-                if length > longest and positions.max() > longest + PADDING:
-                    raise ValueError(f"the model has learned {longest:,} positions, the text has {length:,} tokens")
-                x = x + self.embed_positions(positions)
+            present = tokens.new_ones(len(tokens), length, dtype=torch.bool) if padding is None else ~padding
+            positions = token_positions(present, PADDING)[:, earlier:]
+            x = x + self.embed_positions(positions, length).to(x.dtype)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return self.dropout(x)
@@ -215,7 +217,7 @@ class AlibiForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AlibiConfig):
         super().__init__(config)
-        self.decoder = Decoder(config)
+        self.decoder = ExportedDecoder(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,234 +1,92 @@
-"""fairseq's transformer decoder with a position method: the hooks of fairseq that we override, and nothing else.
+"""fairseq's transformer decoder with a position method, at any length.
 
-Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim, C = H * D.
+Shapes: B batch, T new tokens, S all tokens (the last S positions), C width, V types.
 """
 
-import contextlib
 import copy
-import functools
 import sys
-import time
-from typing import Optional, Union
+from typing import Any, Optional
 
-import torch
-from fairseq.distributed import fsdp_wrap
+from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerDecoder
-from fairseq.modules import LearnedPositionalEmbedding, MultiheadAttention, SinusoidalPositionalEmbedding
-from fairseq.modules.checkpoint_activations import checkpoint_wrapper
-from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 
-from ..core.layers import AttentionCore, Pass, Passes
+from ..core.attention_inputs import AttentionInputs, AttentionSetup, TokenSpan
+from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
+from .layers import DecoderLayer, IncrementalState, autocast_products, wrap_for_fsdp
+from .options import attention_settings
 
-#: Where an incremental state holds how many tokens it has the keys of, and of how many more it had them.
+#: Key of an incremental state under which the number of tokens is noted whose keys it holds, and that were dropped.
 PROGRESS = "fairseq_alibi.progress"
 
-#: Type of fairseq's incremental state: what the modules keep between the steps of decoding.
-IncrementalState = dict[str, dict[str, Optional[Tensor]]]
 
+class AlibiDecoder(TransformerDecoder):
+    """fairseq's transformer decoder whose attention has the bias of a position method.
 
-class SelfAttention(AttentionCore, MultiheadAttention):
-    """fairseq's multi-head attention (same parameters, same initial values) over the keys of a `Pass`."""
-
-    time = 0  # (T, B, C)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Optional[Tensor],
-        value: Optional[Tensor],
-        key_padding_mask: Optional[Tensor] = None,
-        incremental_state: Optional[IncrementalState] = None,
-        need_weights: bool = True,
-        static_kv: bool = False,
-        attn_mask: Union[Pass, Tensor, None] = None,
-        before_softmax: bool = False,
-        need_head_weights: bool = False,
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """See `MultiheadAttention.forward`; `attn_mask` is a `Pass`, or the mask or bias of one over whole sequences.
-
-        In the last layer only the queries that the pass wants have an output: (last, B, C) then, not (T, B, C).
-        `key` and `value` are the query (this is self-attention); the incremental state comes with the pass, as its
-        cache; `static_kv` and `before_softmax` do not apply.
-
-        Raises:
-            ValueError: weights are wanted of attention without a mask.
-        """
-        run = of_argument(attn_mask, key_padding_mask)
-        dropout = self.dropout_module.p if self.training or self.dropout_module.apply_during_inference else 0.0
-        out, weights = self.attend(query, run, dropout, need_weights or need_head_weights)
-        if weights is None:
-            return out, None
-        weights = weights.transpose(0, 1)  # (H, B, T, S), as fairseq returns it
-        return out, weights if need_head_weights else weights.mean(dim=0)
-
-    def extend_cache(
-        self, cache: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `AttentionCore.extend_cache`; the cache is fairseq's incremental state.
-
-        With a window the last window - 1 stay in the cache: the next query, which has its own key, sees no more.
-        """
-        kept = self._get_input_buffer(cache)
-        if kept:
-            k = torch.cat([kept["prev_key"], k], dim=2)
-            v = torch.cat([kept["prev_value"], v], dim=2)
-        seen = slice(0 if window is None else max(0, k.size(2) - (window - 1)), None)
-        self._set_input_buffer(cache, {"prev_key": k[:, :, seen], "prev_value": v[:, :, seen]})
-        return k, v
-
-
-class DecoderLayer(TransformerDecoderLayerBase):
-    """fairseq's decoder layer with `SelfAttention`, whose matrix products may run in bfloat16 on a CPU."""
-
-    #: Whether they do.
-    cpu_bf16 = False
-
-    def forward(self, x, encoder_out=None, encoder_padding_mask=None, incremental_state=None, **kwargs):
-        """See `TransformerDecoderLayerBase.forward`; an incremental state comes with the pass, as its cache.
-
-        Attention to an encoder is fairseq's own, without positions; it keeps the encoder's keys in that state.
-        """
-        run = kwargs.get("self_attn_mask")
-        cache = run.cache if isinstance(run, Pass) else incremental_state
-        with cpu_bf16_products(self.cpu_bf16, x):
-            return super().forward(x, encoder_out, encoder_padding_mask, cache, **kwargs)
-
-    def residual_connection(self, x, residual):
-        """See `TransformerDecoderLayerBase.residual_connection`; `x` may be of the last tokens alone."""
-        return super().residual_connection(x, residual[-x.size(0) :])
-
-    def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
-        return SelfAttention(
-            embed_dim,
-            cfg.decoder.attention_heads,
-            dropout=cfg.attention_dropout,
-            add_bias_kv=add_bias_kv,
-            add_zero_attn=add_zero_attn,
-            self_attention=True,
-            q_noise=self.quant_noise,
-            qn_block_size=self.quant_noise_block_size,
-        )
-
-
-class GoesOn:
-    """A position embedding of fairseq's that can go on after tokens that were read before.
-
-    fairseq's own take padding on the left for tokens when they decode step by step. Here it never is: a sequence has
-    the same positions in a full pass and step by step, alone and in a batch.
-    """
-
-    #: (B, S - T) tokens before those that `forward` gets; none at first.
-    earlier_tokens: Optional[Tensor] = None
-
-    def forward(self, input: Tensor, incremental_state=None) -> Tensor:
-        """(B, T) tokens -> (B, T, C), zero at padding."""
-        if self.earlier_tokens is None or self.earlier_tokens.size(1) == 0:
-            return super().forward(input)
-        return super().forward(torch.cat([self.earlier_tokens, input], dim=1))[:, -input.size(1) :]
-
-
-class SinusoidalEmbedding(GoesOn, SinusoidalPositionalEmbedding):
-    """fairseq's sinusoidal embedding."""
-
-
-class LearnedEmbedding(GoesOn, LearnedPositionalEmbedding):
-    """fairseq's learned embedding, which starts from the values that fairseq gives it."""
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int):
-        super().__init__(num_embeddings + padding_idx + 1, embedding_dim, padding_idx)
-        nn.init.normal_(self.weight, mean=0, std=embedding_dim**-0.5)
-        nn.init.constant_(self.weight[padding_idx], 0)
-
-
-class Decoder(TransformerDecoder):
-    """fairseq's transformer decoder whose attention has the bias of a position method, at any length.
-
-    What attention needs is made once in a pass, before the layer loop, see `Passes`.
+    What attention needs is made once in a pass, before the layer loop, see `AttentionSetup`. A pass leaves nothing in
+    the decoder, so that it may run in several threads, or inside of another pass.
 
     Args:
         args: the model's options, a namespace or fairseq config; not changed.
         dictionary: of the targets.
         embed_tokens: token embeddings.
-        position_method: what tells the positions.
+        position_method: how the decoder knows positions.
         no_encoder_attn: whether its layers attend to no encoder.
     """
 
-    def __init__(self, args, dictionary, embed_tokens, position_method: PositionMethod, no_encoder_attn: bool = False):
+    def __init__(
+        self,
+        args: Any,
+        dictionary: Dictionary,
+        embed_tokens: nn.Module,
+        position_method: PositionMethod,
+        no_encoder_attn: bool = False,
+    ):
         args = copy.copy(args)
         self.longest = args.max_target_positions or sys.maxsize
+        if position_method.limited_to_training_length and self.longest == sys.maxsize:
+            self.longest = args.tokens_per_sample
         self.cpu_bf16 = args.cpu_bf16
-        args.no_token_positional_embeddings = True  # or fairseq makes one of its own
+        args.no_token_positional_embeddings = True  # or fairseq makes an embedding of its own
         args.max_target_positions = args.tokens_per_sample
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn)
-        self.layers[-1].self_attn.in_last_layer = True
         self.position_method = position_method
-        self.passes = Passes(position_method, args.attention, args.attention_epsilon, args.attention_dropout)
-        self._tokens = self._incremental_state = self._window = self._last = None  # of the pass that is going on
-        self._first = 0  # position of its first token
-        self._pass: Optional[Pass] = None
-        if position_method.embedding == "sinusoidal":  # of a size that grows by itself
-            self.embed_positions = SinusoidalEmbedding(self.embed_dim, self.padding_idx, args.tokens_per_sample)
-        elif position_method.embedding == "learned":
-            if self.longest == sys.maxsize:
-                self.longest = args.tokens_per_sample
-            # made last, so that the other weights start as with any method
-            self.embed_positions = LearnedEmbedding(self.longest, self.embed_dim, self.padding_idx)
+        self.setup = AttentionSetup(position_method, attention_settings(args, causal=True))
+        # Made last, so that the other weights start as with any method.
+        self.embed_positions = position_method.position_embedding(self.embed_dim, self.longest, self.padding_idx)
 
-    def build_decoder_layer(self, args, no_encoder_attn=False):
-        layer = DecoderLayer(args, no_encoder_attn)
-        layer.cpu_bf16 = self.cpu_bf16
-        return wrap_layer(layer, args)
-
-    def buffered_future_mask(self, tensor: Tensor) -> Union[Pass, Tensor]:
-        """What fairseq's layer loop hands on to each layer: the pass over T tokens.
-
-        Args:
-            tensor: (T, B, C), gives length, device and dtype.
-
-        Returns:
-            A `Pass`, made for the first layer, or its mask or bias, see `as_argument`.
-        """
-        if self._pass is None:
-            self._pass = self.make_pass(tensor)
-        return as_argument(self._pass)
+    def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
+        """See `TransformerDecoder.build_decoder_layer`."""
+        return wrap_for_fsdp(DecoderLayer(args, no_encoder_attn, self.cpu_bf16), args)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """See `TransformerDecoder.output_layer`; the logits are in the dtype of the features."""
-        with cpu_bf16_products(self.cpu_bf16, features):
+        with autocast_products(self.cpu_bf16, features):
             return super().output_layer(features).to(features.dtype)
-
-    def make_pass(self, tensor: Tensor) -> Pass:
-        """The pass over T tokens: with a mask or without, and what it has to know of padding and earlier tokens."""
-        return self.passes.make(
-            tensor,
-            queries=tensor.size(0),
-            keys=self._tokens.size(1),
-            padding=self._tokens.eq(self.padding_idx),
-            first=self._first,
-            window=self._window,
-            last=self._last,
-            cache=self._incremental_state,
-            training=self.training,
-        )
 
     def extract_features_scriptable(
         self,
-        prev_output_tokens,
-        encoder_out,
-        incremental_state=None,
-        full_context_alignment=False,
-        *args,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[dict[str, list[Tensor]]],
+        incremental_state: Optional[IncrementalState] = None,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
         last: Optional[int] = None,
         window: Optional[int] = None,
-        **kwargs,
-    ):
+    ) -> tuple[Tensor, dict[str, list[Optional[Tensor]]]]:
         """See `TransformerDecoder.extract_features_scriptable`.
 
-        With an incremental state all tokens that are new to it are read in one pass, be it one or a long prompt.
+        With an incremental state all tokens that are new to it are read in one pass: one token or a long prompt.
 
         Args:
+            prev_output_tokens: (B, S) tokens, those that were read before included.
+            encoder_out: what the encoder returned; None without an encoder.
+            incremental_state: holds keys and values of the tokens that were read before; it is extended.
+            full_context_alignment: must be False, as this decoder is causal.
+            alignment_layer: layer whose attention to the encoder is returned; default: the last one.
+            alignment_heads: number of heads, the first ones, whose attention is averaged; default: all.
             last: number of tokens, the last ones, whose features are wanted: (B, last, C). The last layer does no more
                 for the others than they need as keys. Default: all new tokens; the last one with an incremental state.
             window: number of tokens, the last ones, itself included, that a token attends to in every layer. With an
@@ -237,91 +95,110 @@ class Decoder(TransformerDecoder):
         """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
-        before = dropped = 0
-        if incremental_state is not None:
-            progress = incremental_state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})
-            before, dropped = progress["kept"], progress["dropped"]
-            read = prev_output_tokens.size(1)
-            progress["kept"] = read if window is None else min(read, window - 1)
-            progress["dropped"] = dropped + read - progress["kept"]
-            last = 1 if last is None else last
-        new = prev_output_tokens[:, before:]
-        assert new.size(1) > 0, f"no new token: {before} were read, {prev_output_tokens.size(1)} were given"
-        self._tokens, self._incremental_state = prev_output_tokens, incremental_state
-        self._window, self._last, self._first = window, last, dropped + before
-        if self.position_method.embedding is not None:
-            self.embed_positions.earlier_tokens = prev_output_tokens[:, :before]
-        try:
-            # Given an incremental state fairseq's loop would pass on the last token only, and no mask. So it is told of
-            # whole sequences, and the state reaches the layers with the pass.
-            x, extra = super().extract_features_scriptable(new, encoder_out, None, False, *args, **kwargs)
-        finally:
-            self._tokens = self._incremental_state = self._window = self._last = self._pass = None
-        return x if last is None else x[:, -last:], extra
+        span = advance(incremental_state, prev_output_tokens.size(1), window)
+        if last is None and incremental_state is not None:
+            last = 1
+        x = self.embed(prev_output_tokens, span.queries)
+        padding = prev_output_tokens.eq(self.padding_idx)
+        inputs = self.setup.inputs(x, span, padding, window, incremental_state, self.training)
+        alignment = self.num_layers - 1 if alignment_layer is None else alignment_layer
+        x, weights, states = self.run_layers(x.transpose(0, 1), inputs, encoder_out, alignment, last)
+        if weights is not None:  # (H, B, T, S'), of each head
+            weights = weights[:alignment_heads].mean(dim=0)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        x = x.transpose(0, 1)
+        if self.project_out_dim is not None:
+            x = self.project_out_dim(x)
+        return x if last is None else x[:, -last:], {"attn": [weights], "inner_states": states}
+
+    def embed(self, tokens: Tensor, new: int) -> Tensor:
+        """(B, S) tokens -> (B, T, C) what the layers read of the last T = `new` tokens.
+
+        The positions of a sequence are the same in a full pass and step by step, alone and in a batch with padding.
+        """
+        read = tokens[:, -new:].contiguous()
+        x = self.embed_scale * self.embed_tokens(read)
+        if self.quant_noise is not None:
+            x = self.quant_noise(x)
+        if self.project_in_dim is not None:
+            x = self.project_in_dim(x)
+        if self.embed_positions is not None:
+            positions = token_positions(tokens.ne(self.padding_idx), self.padding_idx)[:, -new:]
+            x = x + self.embed_positions(positions, tokens.size(1)).to(x.dtype)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return self.dropout_module(x)
+
+    def run_layers(
+        self,
+        x: Tensor,
+        inputs: AttentionInputs,
+        encoder_out: Optional[dict[str, list[Tensor]]],
+        alignment_layer: int,
+        last: Optional[int],
+    ) -> tuple[Tensor, Optional[Tensor], list[Optional[Tensor]]]:
+        """The layer loop of fairseq 0.12.2, models/transformer/transformer_decoder.py, line 329.
+
+        Args:
+            x: (T, B, C).
+            inputs: the attention inputs of all layers.
+            encoder_out, last: see `extract_features_scriptable`.
+            alignment_layer: the layer whose attention to the encoder is returned.
+
+        Returns:
+            (T, B, C) or (last, B, C); the weights (H, B, T, S') of the alignment layer or None; what each layer reads
+            and, last, what the last one returns.
+        """
+        source = padding = None
+        if encoder_out is not None and encoder_out["encoder_out"]:
+            source = encoder_out["encoder_out"][0]
+        if encoder_out is not None and encoder_out["encoder_padding_mask"]:
+            padding = encoder_out["encoder_padding_mask"][0]
+        weights, states = None, [x]
+        for number, layer in enumerate(self.layers):
+            aligned = number == alignment_layer
+            of_layer = inputs.for_queries(last) if number == self.num_layers - 1 else inputs
+            x, layer_weights = layer(x, of_layer, source, padding, aligned)
+            states.append(x)
+            if aligned and layer_weights is not None:
+                weights = layer_weights.float().to(x)
+        return x, weights, states
 
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`."""
-        self.position_method.set_evaluation_length(length)
-        self.passes.forget_mask()
+        self.setup.set_evaluation_length(length)
 
     def max_positions(self) -> int:
-        """Longest sequence: none, unless --max-target-positions was given or positions are learned."""
+        """Longest sequence: none, unless --max-target-positions was given or the positions end."""
         return self.longest
 
-
-def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
-    """A layer of a stack, wrapped as fairseq wraps its own: for activation checkpointing, and for FSDP."""
-    if cfg.checkpoint_activations:
-        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
-    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """See `TransformerDecoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
+        drop_sinusoidal_buffers(state_dict, name)
+        return super().upgrade_state_dict_named(state_dict, name)
 
 
-def as_argument(run: Pass) -> Union[Pass, Tensor]:
-    """What a layer is given of a pass: for a bias with parameters the mask, or what is in its place, else all of it.
+def advance(state: Optional[IncrementalState], length: int, window: Optional[int]) -> TokenSpan:
+    """The new tokens among `length` tokens, and notes in an incremental state that they are read.
 
-    Activation checkpointing carries gradients through arguments that are tensors only.
+    Args:
+        state: the incremental state; None for a whole sequence.
+        length: number of tokens given: those whose keys are kept, and the new ones.
+        window: number of keys that a token sees; no more are kept than a later token needs. None for all.
     """
-    tensor = run.bias if run.mask is None else run.mask
-    learned = tensor is not None and tensor.requires_grad
-    return tensor if learned and run.cache is None else run
+    if state is None:
+        return TokenSpan(length, length, 0)
+    progress: dict[str, Any] = state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})  # type: ignore[typeddict-item]
+    kept, dropped = progress["kept"], progress["dropped"]
+    if length <= kept:
+        raise ValueError(f"no new token: {kept} tokens were read before, {length} were given")
+    progress["kept"] = length if window is None else min(length, window - 1)
+    progress["dropped"] = dropped + length - progress["kept"]
+    return TokenSpan(length - kept, length, dropped + kept)
 
 
-def of_argument(given: Union[Pass, Tensor, None], padding: Optional[Tensor]) -> Pass:
-    """The pass of what a layer was given, see `as_argument`, and the (B, S) padding."""
-    if isinstance(given, Pass):
-        return given
-    by_distance = given is not None and given.dim() == 2
-    return Pass(bias=given, padding=padding) if by_distance else Pass(mask=given, padding=padding)
-
-
-def cpu_bf16_products(wanted: bool, tensor: Tensor):
-    """A context in which the matrix products of a float32 model on a CPU run in bfloat16, if that is wanted.
-
-    The rest stays float32: residuals, norms, sums, and the embeddings, whose adaptive form autocast breaks.
-
-    Raises:
-        ValueError: this CPU is no faster in bfloat16.
-    """
-    if not wanted or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-        return contextlib.nullcontext()
-    gain = bf16_gain()
-    if gain < 1.2:
-        raise ValueError(
-            f"--cpu-bf16: matrix products in bfloat16 run at {gain:.2f} times the speed of float32 on this CPU; drop "
-            "the option, or override it with --model-overrides \"{'cpu_bf16': False}\""
-        )
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-@functools.cache
-def bf16_gain() -> float:
-    """How many times as fast as in float32 a matrix product in bfloat16 runs on this CPU; takes 0.1 seconds, once."""
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(6):  # in turn, so that what else goes on hits both
-        for dtype, measured in seconds.items():
-            x = torch.ones(512, 512, dtype=dtype)
-            started = time.perf_counter()
-            x @ x
-            measured.append(time.perf_counter() - started)
-    float32, bfloat16 = (min(measured[1:]) for measured in seconds.values())
-    return float32 / bfloat16
+def drop_sinusoidal_buffers(state_dict: dict[str, Any], name: str) -> None:
+    """Drops from a stack's weights the buffers of fairseq's sinusoidal embedding, which ours does not have."""
+    for buffer in ("weights", "_float_tensor"):
+        state_dict.pop(f"{name}.embed_positions.{buffer}", None)

@@ -1,100 +1,112 @@
-"""fairseq's transformer encoder with a position method: the hooks of fairseq that we override, and nothing else.
+"""fairseq's transformer encoder with a position method, at any length.
 
 Shapes: B batch, T tokens, C width.
 """
 
 import copy
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
+import torch
+from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerEncoder
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
-from ..core.layers import KEPT_LENGTH, Pass, Passes
+from ..core.attention_inputs import AttentionSetup, TokenSpan
+from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
-from .decoder import DecoderLayer, as_argument, wrap_layer
+from .decoder import drop_sinusoidal_buffers
+from .layers import EncoderLayer, wrap_for_fsdp
+from .options import attention_settings
 
 
-class EncoderLayer(DecoderLayer):
-    """An encoder layer: fairseq's decoder layer without attention to an encoder, with the options of the encoder.
+class AlibiEncoder(TransformerEncoder):
+    """fairseq's transformer encoder whose attention has the bias of a position method.
 
-    fairseq's own encoder layer is the same, but in evaluation it runs, with norms behind its parts, through a kernel
-    that takes no bias, and has a second, untrained copy of its weights for that.
-    """
-
-    #: Read by fairseq's encoder: whether to run that kernel.
-    load_to_BT = False  # noqa: N815
-
-    upgrade_state_dict_named = TransformerEncoderLayerBase.upgrade_state_dict_named
-
-    def __init__(self, cfg):
-        cfg = copy.copy(cfg)
-        cfg.decoder = cfg.encoder
-        super().__init__(cfg, no_encoder_attn=True)
-
-    def forward(
-        self, x: Tensor, encoder_padding_mask: Optional[Tensor], attn_mask: Union[Pass, Tensor, None] = None
-    ) -> Tensor:
-        """(T, B, C) -> (T, B, C).
-
-        Args:
-            x: what the layer reads.
-            encoder_padding_mask: (B, T) bool, True at padding; None for none. A `Pass` has it already.
-            attn_mask: see `SelfAttention.forward`.
-        """
-        return super().forward(x, self_attn_mask=attn_mask, self_attn_padding_mask=encoder_padding_mask)[0]
-
-
-class Encoder(TransformerEncoder):
-    """fairseq's transformer encoder whose attention has the bias of a position method, at any length.
-
-    What attention needs is made once in a pass, for the first layer, see `Passes`.
+    What attention needs is made once in a pass, before the layer loop, see `AttentionSetup`. A pass leaves nothing in
+    the encoder.
 
     Args:
         args: the model's options, a namespace or fairseq config; not changed. `max_source_positions` is the size of a
             table of learned positions, and what `max_positions` says.
         dictionary: of the sources.
         embed_tokens: token embeddings.
-        position_method: what tells the positions, one of `positions.ENCODER_POSITION_METHODS`.
+        position_method: how the encoder knows positions.
     """
 
-    def __init__(self, args, dictionary, embed_tokens, position_method: PositionMethod):
+    def __init__(self, args: Any, dictionary: Dictionary, embed_tokens: nn.Module, position_method: PositionMethod):
         args = copy.copy(args)
-        args.no_token_positional_embeddings = position_method.embedding is None
-        args.encoder_learned_pos = position_method.embedding == "learned"
-        longest = args.max_source_positions
-        if position_method.embedding == "sinusoidal":  # of a size that grows by itself
-            args.max_source_positions = min(longest, KEPT_LENGTH)
+        args.no_token_positional_embeddings = True  # or fairseq makes an embedding of its own
+        self.cpu_bf16 = bool(safe_getattr(args, "cpu_bf16", False))
         super().__init__(args, dictionary, embed_tokens)
-        self.max_source_positions = longest
         self.position_method = position_method
-        attention = (args.attention, args.attention_epsilon, args.attention_dropout)
-        self.passes = Passes(position_method, *attention, causal=False)
-        self._pass: Optional[Pass] = None
+        self.setup = AttentionSetup(position_method, attention_settings(args, causal=False))
+        width = embed_tokens.embedding_dim
+        # Made last, so that the other weights start as with any method.
+        self.embed_positions = position_method.position_embedding(width, args.max_source_positions, self.padding_idx)
 
-    def build_encoder_layer(self, args):
-        layer = EncoderLayer(args)
-        layer.cpu_bf16 = safe_getattr(args, "cpu_bf16", False)
-        # fairseq's layer loop tells layers of padding only. The hook runs outside of activation checkpointing.
-        layer.register_forward_pre_hook(self.hand_on, with_kwargs=True)
-        return wrap_layer(layer, args)
+    def build_encoder_layer(self, args: Any) -> nn.Module:
+        """See `TransformerEncoder.build_encoder_layer`."""
+        return wrap_for_fsdp(EncoderLayer(args, self.cpu_bf16), args)
 
-    def hand_on(self, layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Adds the pass over the tokens, made for the first layer, to the arguments of a layer."""
-        if self._pass is None:
-            length, padding = args[0].size(0), kwargs["encoder_padding_mask"]
-            self._pass = self.passes.make(args[0], length, length, padding, training=self.training)
-        return args, {**kwargs, "attn_mask": as_argument(self._pass)}
+    def forward_embedding(
+        self, src_tokens: Tensor, token_embedding: Optional[Tensor] = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `TransformerEncoder.forward_embedding`: what the layers read, and the scaled token embeddings."""
+        if token_embedding is None:
+            token_embedding = self.embed_tokens(src_tokens)
+        x = embedded = self.embed_scale * token_embedding
+        if self.embed_positions is not None:
+            positions = token_positions(src_tokens.ne(self.padding_idx), self.padding_idx)
+            x = embedded + self.embed_positions(positions, src_tokens.size(1)).to(embedded.dtype)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        x = self.dropout_module(x)
+        return (x if self.quant_noise is None else self.quant_noise(x)), embedded
 
-    def forward_scriptable(self, *args, **kwargs):
-        """See `TransformerEncoderBase.forward_scriptable`."""
-        try:
-            return super().forward_scriptable(*args, **kwargs)
-        finally:
-            self._pass = None
+    def forward_scriptable(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
+        token_embeddings: Optional[Tensor] = None,
+    ) -> dict[str, list[Any]]:
+        """See `TransformerEncoder.forward_scriptable`.
+
+        The layer loop is that of fairseq 0.12.2, models/transformer/transformer_encoder.py, line 273, without its
+        nested tensors and fused kernel, which take no bias.
+        """
+        padding = src_tokens.eq(self.padding_idx)
+        x, embedded = self.forward_embedding(src_tokens, token_embeddings)
+        x = x * (~padding)[..., None].to(x.dtype)
+        span = TokenSpan(src_tokens.size(1), src_tokens.size(1), 0)
+        inputs = self.setup.inputs(x, span, padding, training=self.training)
+        x = x.transpose(0, 1)
+        states = [x]
+        for layer in self.layers:
+            x, _ = layer(x, inputs)
+            states.append(x)
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return {
+            "encoder_out": [x],
+            "encoder_padding_mask": [padding],
+            "encoder_embedding": [embedded],
+            "encoder_states": states if return_all_hiddens else [],
+            "fc_results": [None] * (len(states) - 1) if return_all_hiddens else [],
+            "src_tokens": [],
+            "src_lengths": [(~padding).sum(dim=1, dtype=torch.int32)[:, None].contiguous()],
+        }
 
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`."""
-        self.position_method.set_evaluation_length(length)
-        self.passes.forget_mask()
+        self.setup.set_evaluation_length(length)
+
+    def max_positions(self) -> int:
+        """Longest source: as --max-source-positions says."""
+        return self.max_source_positions
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """See `TransformerEncoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
+        drop_sinusoidal_buffers(state_dict, name)
+        return super().upgrade_state_dict_named(state_dict, name)

@@ -17,7 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from torch import Tensor, nn
 
-from .decoder import Decoder
+from .decoder import AlibiDecoder
 
 #: Numbers in the largest matrix of scores, positions times V, that is made for a prompt.
 SCORES = 2**24
@@ -47,7 +47,7 @@ class PromptReader(EnsembleModel):
 
     def reads_prompts(self) -> bool:
         """Whether all models have this plugin's decoder, which can read any number of tokens at once."""
-        return all(isinstance(getattr(model, "decoder", None), Decoder) for model in self.models)
+        return all(isinstance(getattr(model, "decoder", None), AlibiDecoder) for model in self.models)
 
     def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
         """See `EnsembleModel.forward_decoder`. (R, 1 + step) tokens -> (R, V), None.

@@ -1,10 +1,13 @@
 """The language model `alibi_lm`: fairseq's `transformer_lm` with a switch for the position method; architectures."""
 
 import ast
-from dataclasses import dataclass
+import dataclasses
+import logging
+from typing import Any
 
 import torch.distributed as dist
-from fairseq.models import register_model, register_model_architecture
+from fairseq.dataclass import FairseqDataclass
+from fairseq.models import MODEL_DATACLASS_REGISTRY, register_model, register_model_architecture
 from fairseq.models.transformer_lm import (
     TransformerLanguageModel,
     TransformerLanguageModelConfig,
@@ -14,28 +17,35 @@ from fairseq.models.transformer_lm import (
     transformer_lm_gpt,
 )
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
+from fairseq.tasks import FairseqTask
 from fairseq.utils import safe_getattr
+from hydra.core.config_store import ConfigStore
+from torch import nn
 
-from ..core.positions import POSITION_METHODS
-from .decoder import Decoder
+from ..core.positions import DECODER, add_registration_listener
+from .decoder import AlibiDecoder
 from .generator import read_prompts_in_one_pass
 from .options import (
+    AttentionOptions,
     DecoderOptions,
-    PositionOptions,
     check_decoder_options,
     check_position_options,
-    decoder_position_method,
     fill_in_options,
+    position_method_of,
+    position_options,
 )
 
-
-@dataclass
-class AlibiLanguageModelConfig(PositionOptions, DecoderOptions, TransformerLanguageModelConfig):
-    """All options of `transformer_lm`, and what this plugin adds."""
+logger = logging.getLogger(__name__)
 
 
-def check_whole_text(cfg) -> None:
-    """Refuses what has fairseq-eval-lm report, in silence, the loss of a share of the text or in a wrong context.
+def language_model_config() -> type[FairseqDataclass]:
+    """All options of `transformer_lm`, and what this package adds for the position methods that are registered now."""
+    bases = (position_options(DECODER), AttentionOptions, DecoderOptions, TransformerLanguageModelConfig)
+    return dataclasses.make_dataclass("AlibiLanguageModelConfig", [], bases=bases)
+
+
+def check_whole_text(cfg: Any) -> None:
+    """Rejects what has fairseq-eval-lm report, in silence, the loss of a share of the text or in a wrong context.
 
     Args:
         cfg: fairseq's config for inference.
@@ -58,7 +68,7 @@ def check_whole_text(cfg) -> None:
             )
 
 
-@register_model("alibi_lm", dataclass=AlibiLanguageModelConfig)
+@register_model("alibi_lm", dataclass=language_model_config())
 class AlibiLanguageModel(TransformerLanguageModel):
     """A causal transformer language model without position embeddings, unless its position method adds some.
 
@@ -67,23 +77,28 @@ class AlibiLanguageModel(TransformerLanguageModel):
     """
 
     @classmethod
-    def build_model(cls, args, task):
+    def build_model(cls, args: Any, task: FairseqTask) -> "AlibiLanguageModel":
         """Builds the model from `args`, which are left as they are.
 
         Raises:
-            ValueError: see `check_position_options`, `check_decoder_options` and `decoder_position_method`.
+            ValueError: see `check_position_options`, `check_decoder_options` and `position_method_of`.
         """
-        fill_in_options(args, PositionOptions, DecoderOptions)
-        check_position_options(args, POSITION_METHODS)
+        fill_in_options(args, position_options(DECODER), AttentionOptions, DecoderOptions)
+        check_position_options(args, DECODER)
         check_decoder_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
-        position_method = decoder_position_method(args)
+        position_method = position_method_of(args, DECODER)
+        if position_method.bias_kind == "pair" and args.attention == "auto":
+            logger.warning(
+                "--position-method %s needs a mask: attention takes memory that grows with the square of the length",
+                args.position_method,
+            )
         embed_tokens = cls.embed_tokens(args, task)
-        return cls(Decoder(args, task.target_dictionary, embed_tokens, position_method, no_encoder_attn=True))
+        return cls(AlibiDecoder(args, task.target_dictionary, embed_tokens, position_method, no_encoder_attn=True))
 
-    def prepare_for_inference_(self, cfg):
+    def prepare_for_inference_(self, cfg: Any) -> None:
         """See `BaseFairseqModel.prepare_for_inference_`; fairseq's commands call it once they know the windows."""
         check_whole_text(cfg)
         super().prepare_for_inference_(cfg)
@@ -92,7 +107,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
         self.decoder.set_evaluation_length(length)
 
     @classmethod
-    def embed_tokens(cls, args, task):
+    def embed_tokens(cls, args: Any, task: FairseqTask) -> nn.Module:
         """The token embeddings that the options ask for: character-based, adaptive or plain."""
         dictionary = task.source_dictionary
         if args.character_embeddings:
@@ -132,26 +147,39 @@ class AlibiLanguageModel(TransformerLanguageModel):
         )
 
 
+def refresh_config() -> None:
+    """Gives fairseq the options of the model anew, after a position method was registered."""
+    config = language_model_config()
+    setattr(AlibiLanguageModel, "__dataclass", config)  # noqa: B010, the name under which fairseq keeps it
+    MODEL_DATACLASS_REGISTRY["alibi_lm"] = config
+    node = config()
+    node._name = "alibi_lm"
+    ConfigStore.instance().store(name="alibi_lm", group="model", node=node, provider="fairseq")
+
+
+add_registration_listener(refresh_config)
+
+
 @register_model_architecture("alibi_lm", "alibi_lm_wiki103")
-def alibi_lm_wiki103(args):
+def alibi_lm_wiki103(args: Any) -> None:
     """WikiText-103, the paper's section 4.1: 16 layers, width 1024, 8 heads, adaptive input and softmax, 247M."""
     transformer_lm_baevski_wiki103(args)
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_big")
-def alibi_lm_big(args):
+def alibi_lm_big(args: Any) -> None:
     """fairseq's `transformer_lm_big`: 12 layers, width 1024, 16 heads."""
     transformer_lm_big(args)
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_gpt")
-def alibi_lm_gpt(args):
+def alibi_lm_gpt(args: Any) -> None:
     """fairseq's `transformer_lm_gpt`: 12 layers, width 768, 12 heads."""
     transformer_lm_gpt(args)
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_1_3b")
-def alibi_lm_1_3b(args):
+def alibi_lm_1_3b(args: Any) -> None:
     """The paper's section 4.2: 25 layers, width 2048, 16 heads; with tied plain embeddings of GPT-2's BPE 1.36B.
 
     The paper does not say what its activation function, norms and vocabulary are: gelu, pre-norm and a BPE are ours.
@@ -168,7 +196,7 @@ def alibi_lm_1_3b(args):
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_tiny")
-def alibi_lm_tiny(args):
+def alibi_lm_tiny(args: Any) -> None:
     """For CPUs: 2 layers, width 128, 8 heads, tied plain embeddings."""
     args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
     args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 128)

@@ -2,26 +2,38 @@
 
 import contextlib
 import sys
+from argparse import ArgumentParser
+from typing import Any
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.data import Dictionary
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.roberta import RobertaEncoder, RobertaModel
 from fairseq.models.roberta import base_architecture as roberta_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
+from fairseq.tasks import FairseqTask
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
+from torch import nn
 
-from .encoder import Encoder
-from .options import EncoderOptions, check_encoder_options, encoder_position_method, fill_in_options
+from ..core.positions import ENCODER, position_methods
+from .encoder import AlibiEncoder
+from .options import (
+    AttentionOptions,
+    add_options,
+    check_position_options,
+    fill_in_options,
+    position_method_of,
+    position_options,
+)
 
 
-def check_options(args) -> None:
-    """Refuses options of fairseq's `roberta` that contradict the position method or would bypass it.
+def check_masked_model_options(args: Any) -> None:
+    """Rejects options of fairseq's `roberta` that contradict the position method or would bypass it.
 
     Raises:
         ValueError: names the option, the reason and the remedy.
     """
-    check_encoder_options(args)
+    check_position_options(args, ENCODER)
     for option in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
         if safe_getattr(args, option, -1) != -1:
             name = f"--{option.replace('_', '-')}"
@@ -29,13 +41,14 @@ def check_options(args) -> None:
 
 
 class MaskedLanguageModelEncoder(RobertaEncoder):
-    """fairseq's RoBERTa encoder and output layer, with an `Encoder` in it."""
+    """fairseq's RoBERTa encoder and output layer, with an `AlibiEncoder` in it."""
 
-    def build_encoder(self, args, dictionary, embed_tokens):
-        position_method = encoder_position_method(args)
-        # RoBERTa's tokens start as small as its learned positions, and would be lost beside sines of size 1.
-        args.no_scale_embedding = position_method.embedding != "sinusoidal"
-        encoder = Encoder(args, dictionary, embed_tokens, position_method)
+    def build_encoder(self, args: Any, dictionary: Dictionary, embed_tokens: nn.Module) -> AlibiEncoder:
+        """See `RobertaEncoder.build_encoder`."""
+        position_method = position_method_of(args, ENCODER)
+        # RoBERTa's tokens start as small as its learned positions, and would be lost beside positions of size 1.
+        args.no_scale_embedding = not position_method.needs_scaled_tokens
+        encoder = AlibiEncoder(args, dictionary, embed_tokens, position_method)
         encoder.apply(init_bert_params)
         return encoder
 
@@ -49,15 +62,15 @@ class AlibiMaskedLanguageModel(RobertaModel):
     """
 
     @classmethod
-    def hub_models(cls):
+    def hub_models(cls) -> dict[str, str]:
         """None to download: those of RoBERTa have position embeddings."""
         return {}
 
     @staticmethod
-    def add_args(parser):
+    def add_args(parser: ArgumentParser) -> None:
         """Adds the model's options to a parser."""
         RobertaModel.add_args(parser)
-        gen_parser_from_dataclass(parser, EncoderOptions(), delete_default=True)
+        add_options(parser, position_options(ENCODER), AttentionOptions)
         parser.add_argument(
             "--checkpoint-activations",
             action="store_true",
@@ -65,29 +78,30 @@ class AlibiMaskedLanguageModel(RobertaModel):
         )
 
     @classmethod
-    def build_model(cls, args, task):
+    def build_model(cls, args: Any, task: FairseqTask) -> "AlibiMaskedLanguageModel":
         """Builds the model from `args`, which get the defaults of what they lack.
 
         Raises:
-            ValueError: see `check_options` and `EncoderALiBi`.
+            ValueError: see `check_masked_model_options` and `position_method_of`.
         """
         with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
-            fill_in_options(args, EncoderOptions)
-            check_options(args)
+            fill_in_options(args, position_options(ENCODER), AttentionOptions)
+            check_masked_model_options(args)
             args.tokens_per_sample = safe_getattr(args, "tokens_per_sample", task.cfg.tokens_per_sample)
             if safe_getattr(args, "max_positions") is None:
-                args.max_positions = args.tokens_per_sample if args.position_method == "learned" else sys.maxsize
+                limited = position_methods(ENCODER)[args.position_method].limited_to_training_length
+                args.max_positions = args.tokens_per_sample if limited else sys.maxsize
             return cls(args, MaskedLanguageModelEncoder(args, task.source_dictionary))
 
 
 @register_model_architecture("alibi_masked_lm", "alibi_masked_lm")
-def alibi_masked_lm(args):
+def alibi_masked_lm(args: Any) -> None:
     """fairseq's `roberta_base`: 12 layers, width 768, 12 heads, norms behind the parts of a layer."""
     roberta_architecture(args)
 
 
 @register_model_architecture("alibi_masked_lm", "alibi_masked_lm_tiny")
-def alibi_masked_lm_tiny(args):
+def alibi_masked_lm_tiny(args: Any) -> None:
     """For CPUs: 2 layers, width 128, 8 heads, norms in front of the parts of a layer."""
     args.encoder_layers = safe_getattr(args, "encoder_layers", 2)
     args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)

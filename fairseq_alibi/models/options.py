@@ -3,48 +3,33 @@
 import contextlib
 import dataclasses
 import itertools
-import logging
 import sys
+import typing
+from argparse import ArgumentParser
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
-from ..core.attention import EPSILON
-from ..core.positions import ENCODER_POSITION_METHODS, POSITION_METHODS, EncoderALiBi, PositionMethod
-
-logger = logging.getLogger(__name__)
-
-#: How attention is computed, see the option.
-ATTENTION = ("auto", "mask", "fused")
+from ..core.attention_inputs import EPSILON, KERNEL_CHOICES, AttentionSettings
+from ..core.methods import ALiBi
+from ..core.positions import DECODER, ENCODER, PositionMethod, position_methods
 
 
 @dataclass
-class PositionOptions(FairseqDataclass):
-    """How a model knows positions, and attends with them."""
+class AttentionOptions(FairseqDataclass):
+    """How attention is computed."""
 
-    position_method: ChoiceEnum(list(POSITION_METHODS)) = field(
-        default="alibi", metadata={"help": "how the model knows the positions of its tokens"}
-    )
-    alibi_max_bias: float = field(
-        default=8.0,
-        metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
-    )
-    alibi_length_scale: str = field(
-        default="1.0",
+    attention: ChoiceEnum(list(KERNEL_CHOICES)) = field(  # type: ignore[valid-type]
+        default=KERNEL_CHOICES[0],
         metadata={
-            "help": "divides the ALiBi slopes, to reach further than in training; to be overridden at evaluation: a "
-            "number, or auto for evaluation length over training length"
-        },
-    )
-    attention: ChoiceEnum(list(ATTENTION)) = field(
-        default="auto",
-        metadata={
-            "help": "mask: the bias folded into the mask, the reference; fused: no mask, so that memory and, "
-            "past the reach of the heads, time per token do not grow with the length; auto: the faster one"
+            "help": "mask: the bias folded into the mask, the reference; fused: no mask, so that memory is linear in "
+            "the length and time per token grows slowly with it; auto: the faster one"
         },
     )
     attention_epsilon: float = field(
@@ -57,15 +42,8 @@ class PositionOptions(FairseqDataclass):
 
 @dataclass
 class DecoderOptions(FairseqDataclass):
-    """How a model with a decoder knows positions there, and how it computes."""
+    """How a model with a decoder computes."""
 
-    alibi_heads: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "number of heads of the decoder with a bias, the first ones; the others have none (default: all "
-            "have one)"
-        },
-    )
     cpu_bf16: bool = field(
         default=False,
         metadata={
@@ -74,24 +52,40 @@ class DecoderOptions(FairseqDataclass):
     )
 
 
-@dataclass
-class EncoderOptions(PositionOptions):
-    """How a model with an encoder knows positions."""
+def position_options(*stacks: str) -> type[FairseqDataclass]:
+    """The options of positions, with those of every position method that is registered now.
 
-    position_method: ChoiceEnum(list(ENCODER_POSITION_METHODS)) = field(
-        default="alibi", metadata=dict(PositionOptions.__dataclass_fields__["position_method"].metadata)
-    )
-    alibi_encoder_bias: ChoiceEnum(list(EncoderALiBi.FORMS)) = field(
-        default="symmetric",
-        metadata={
-            "help": "the bias for keys on both sides: symmetric: that of the distance; one_sided: half of the heads "
-            "see what is before, half what is after; two_slopes: each head has a slope for either side"
-        },
-    )
-    alibi_learned_slopes: bool = field(default=False, metadata={"help": "learn the slopes of two_slopes"})
+    Args:
+        stacks: of the model, `DECODER` and `ENCODER`; each has to have the method.
+
+    Returns:
+        A dataclass with `position_method` and the options of the methods.
+    """
+    names = [name for name in position_methods(stacks[0]) if all(name in position_methods(stack) for stack in stacks)]
+    choice = field(default=ALiBi.name, metadata={"help": "how the model knows the positions of its tokens"})
+    fields: dict[str, tuple] = {"position_method": ("position_method", ChoiceEnum(names), choice)}
+    for method in itertools.chain.from_iterable(position_methods(stack).values() for stack in stacks):
+        types = {} if method.options is None else typing.get_type_hints(method.options)
+        for option in method_options(method):
+            choices = option.metadata.get("choices")
+            kind = types[option.name] if choices is None else ChoiceEnum(list(choices))
+            copy = field(default=option.default, metadata=dict(option.metadata))
+            fields.setdefault(option.name, (option.name, kind, copy))
+    return dataclasses.make_dataclass("PositionOptions", fields.values(), bases=(FairseqDataclass,))
 
 
-def fill_in_options(args, *groups: type[FairseqDataclass]) -> None:
+def method_options(method: type[PositionMethod]) -> tuple[dataclasses.Field, ...]:
+    """The fields of a position method's own options."""
+    return () if method.options is None else dataclasses.fields(method.options)
+
+
+def add_options(parser: ArgumentParser, *groups: type[FairseqDataclass]) -> None:
+    """Adds groups of options to the parser of a model that has no dataclass for all of its options."""
+    for group in groups:
+        gen_parser_from_dataclass(parser, group(), delete_default=True)
+
+
+def fill_in_options(args: Any, *groups: type[FairseqDataclass]) -> None:
     """Gives `args` the defaults of those options of the groups that it lacks, as an older checkpoint does.
 
     fairseq fills in options for a model's own name only, not for those of its architectures.
@@ -102,22 +96,29 @@ def fill_in_options(args, *groups: type[FairseqDataclass]) -> None:
                 setattr(args, option.name, option.default)
 
 
-def check_position_options(args, methods: dict[str, type[PositionMethod]]) -> None:
-    """Refuses what no model of this package can have, or not on this machine.
+def check_position_options(args: Any, *stacks: str) -> None:
+    """Rejects options that no model of this package can have, or that cannot work on this machine.
 
     Args:
         args: the model's options, a namespace or fairseq config.
-        methods: position methods that the model can have, by name.
+        stacks: see `position_options`.
 
     Raises:
         ValueError: names the option, the reason and the remedy.
     """
-    if args.position_method not in methods:
-        raise ValueError(f"--position-method {args.position_method}: choose one of {', '.join(methods)}")
-    if args.attention not in ATTENTION:
-        raise ValueError(f"--attention {args.attention}: choose one of {', '.join(ATTENTION)}")
+    name = args.position_method
+    for stack in stacks:
+        if name not in position_methods(stack):
+            raise ValueError(f"--position-method {name}: choose one of {', '.join(position_methods(stack))}")
+    if args.attention not in KERNEL_CHOICES:
+        raise ValueError(f"--attention {args.attention}: choose one of {', '.join(KERNEL_CHOICES)}")
     if not 0 <= args.attention_epsilon < 1:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
+    for option, value, owners in options_of_other_methods(args, *stacks):
+        raise ValueError(
+            f"--{option.replace('_', '-')} {value} is for --position-method {' or '.join(owners)}, not {name}: drop one "
+            "of the two"
+        )
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
     fairscale = sys.modules.get("fairscale.nn.wrap.auto_wrap")
@@ -125,33 +126,42 @@ def check_position_options(args, methods: dict[str, type[PositionMethod]]) -> No
         raise ValueError("--ddp-backend fully_sharded: fairscale shards on GPUs only, and here is none; use legacy_ddp")
 
 
-def check_encoder_options(args) -> None:
-    """Refuses what an encoder of this package cannot have, see `check_position_options`."""
-    check_position_options(args, ENCODER_POSITION_METHODS)
-    method, form = args.position_method, args.alibi_encoder_bias
-    if method != "alibi" and (form != "symmetric" or args.alibi_learned_slopes):
-        option = "--alibi-learned-slopes" if args.alibi_learned_slopes else f"--alibi-encoder-bias {form}"
-        raise ValueError(f"{option} is for --position-method alibi, not {method}: drop one of the two")
+def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any, list[str]]]:
+    """Options that were changed from their default though the chosen method does not have them.
+
+    Yields:
+        Name, value, and the methods that have the option.
+    """
+    methods = [method for stack in stacks for method in position_methods(stack).values()]
+    owned = {option.name for method in methods if method.name == args.position_method for option in method_options(method)}
+    for option in itertools.chain.from_iterable(map(method_options, methods)):
+        value = safe_getattr(args, option.name, option.default)
+        if option.name not in owned and value != option.default:
+            owners = {method.name for method in methods if option.name in {one.name for one in method_options(method)}}
+            yield option.name, value, sorted(owners)
 
 
-def check_decoder_options(args) -> None:
-    """Refuses what a model with a decoder of this package cannot have, on either side of it.
+def check_decoder_options(args: Any) -> None:
+    """Rejects options that a model with a decoder of this package cannot have, on either side of it.
 
     Raises:
         ValueError: names the option, the reason and the remedy.
     """
-    method = args.position_method
-    if args.no_token_positional_embeddings and POSITION_METHODS[method].embedding:
+    name = args.position_method
+    if args.no_token_positional_embeddings and position_methods(DECODER)[name].adds_embedding:
+        without = [other for other, method in position_methods(DECODER).items() if announces_nothing(method)]
         raise ValueError(
-            f"--no-token-positional-embeddings contradicts --position-method {method}: "
-            "use --position-method none for a model without position information"
+            f"--no-token-positional-embeddings contradicts --position-method {name}: use --position-method "
+            f"{' or '.join(without)} for a model without position information"
         )
     if safe_getattr(args, "base_layers"):
         raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
+    tables = [other for other, method in position_methods(DECODER).items() if method.limited_to_training_length]
     for side in ("encoder", "decoder"):
         if safe_getattr(args, f"{side}_learned_pos"):
             raise ValueError(
-                f"--{side}-learned-pos: drop it; {method} is the position method, --position-method learned has a table"
+                f"--{side}-learned-pos: drop it; {name} is the position method, --position-method "
+                f"{' or '.join(tables)} has a table"
             )
         if safe_getattr(args, f"{side}_xformers_att_config"):
             raise ValueError(
@@ -160,32 +170,30 @@ def check_decoder_options(args) -> None:
             )
 
 
-def encoder_position_method(args) -> PositionMethod:
-    """The position method of an encoder with these options, `EncoderOptions` among them.
+def announces_nothing(method: type[PositionMethod]) -> bool:
+    """Whether a method leaves embeddings, queries, keys and scores as they are."""
+    changes = (method.adds_embedding, method.rotates, method.scales_queries, method.bias_kind != "none")
+    return not any(changes)
+
+
+def position_method_of(args: Any, stack: str) -> PositionMethod:
+    """The position method of a stack.
+
+    Args:
+        args: the model's options.
+        stack: `DECODER` or `ENCODER`.
 
     Raises:
-        ValueError: attention is to run without a mask, and its bias needs one; see `EncoderALiBi`.
+        ValueError: its bias needs a mask, and `--attention fused` excludes one; or see the method.
     """
-    method = ENCODER_POSITION_METHODS[args.position_method].from_options(
-        args.encoder_attention_heads, args.encoder_embed_dim, args
-    )
-    if args.attention == "fused" and not method.has_relative_bias:
-        raise ValueError("--attention fused is for an encoder with ALiBi: use auto")
+    heads, width = getattr(args, f"{stack}_attention_heads"), getattr(args, f"{stack}_embed_dim")
+    method = position_methods(stack)[args.position_method].from_options(heads, width, args)
+    needs_mask = method.bias_kind == "pair" or (stack == ENCODER and not method.has_distance_bias)
+    if needs_mask and args.attention == "fused":
+        raise ValueError(f"--attention fused: an {stack} with --position-method {method.name} needs a mask; use auto")
     return method
 
 
-def decoder_position_method(args) -> PositionMethod:
-    """The position method of a decoder with these options, `PositionOptions` and `DecoderOptions` among them.
-
-    Raises:
-        ValueError: its bias needs a mask, and attention is to run without; see `alibi_slopes`.
-    """
-    name = args.position_method
-    method = POSITION_METHODS[name].from_options(args.decoder_attention_heads, args.decoder_embed_dim, args)
-    if method.needs_mask and args.attention == "fused":
-        raise ValueError(f"--attention fused: the bias of --position-method {name} needs a mask; use auto")
-    if method.needs_mask and args.attention == "auto":
-        logger.warning(
-            "--position-method %s needs a mask: attention takes memory that grows with the square of the length", name
-        )
-    return method
+def attention_settings(args: Any, causal: bool) -> AttentionSettings:
+    """How the attention of a stack with these options is computed."""
+    return AttentionSettings(args.attention, args.attention_epsilon, args.attention_dropout, causal)

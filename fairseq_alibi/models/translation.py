@@ -5,8 +5,11 @@ The encoder has one of the encoder forms of ALiBi, the decoder the causal one; a
 
 import copy
 import sys
+from argparse import ArgumentParser
+from typing import Any
 
-from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.data import Dictionary
+from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import DEFAULT_MAX_SOURCE_POSITIONS, DEFAULT_MAX_TARGET_POSITIONS, TransformerModel
 from fairseq.models.transformer.transformer_legacy import (
@@ -14,25 +17,31 @@ from fairseq.models.transformer.transformer_legacy import (
     transformer_iwslt_de_en,
     transformer_wmt_en_de_big,
 )
+from fairseq.tasks import FairseqTask
 from fairseq.utils import safe_getattr
+from torch import nn
 
-from .decoder import Decoder
-from .encoder import Encoder
+from ..core.positions import DECODER, ENCODER, position_methods
+from .decoder import AlibiDecoder
+from .encoder import AlibiEncoder
 from .options import (
+    AttentionOptions,
     DecoderOptions,
-    EncoderOptions,
+    add_options,
     check_decoder_options,
-    check_encoder_options,
-    decoder_position_method,
-    encoder_position_method,
+    check_position_options,
     fill_in_options,
+    position_method_of,
+    position_options,
 )
 
-#: Size of a table of positions, where there is one: fairseq's.
+#: Size of a table of positions, where there is one: that of fairseq.
 TABLE = DEFAULT_MAX_TARGET_POSITIONS
 
-#: What this model adds to the options of `transformer`.
-OPTIONS = (EncoderOptions, DecoderOptions)
+
+def translation_options() -> tuple[type[FairseqDataclass], ...]:
+    """What this model adds to the options of `transformer`."""
+    return position_options(ENCODER, DECODER), AttentionOptions, DecoderOptions
 
 
 @register_model("alibi_transformer")
@@ -43,27 +52,26 @@ class AlibiTransformer(TransformerModel):
     """
 
     @classmethod
-    def hub_models(cls):
+    def hub_models(cls) -> dict[str, str]:
         """None; fairseq's are no models of ours."""
         return {}
 
     @classmethod
-    def add_args(cls, parser):
+    def add_args(cls, parser: ArgumentParser) -> None:
         """See `TransformerModel.add_args`."""
         super().add_args(parser)
-        for group in OPTIONS:
-            gen_parser_from_dataclass(parser, group(), delete_default=True)
+        add_options(parser, *translation_options())
 
     @classmethod
-    def build_model(cls, args, task):
+    def build_model(cls, args: Any, task: FairseqTask) -> "AlibiTransformer":
         """Builds the model from `args`, which get the options that they lack.
 
         Raises:
-            ValueError: see `check_encoder_options`, `check_decoder_options`, `encoder_position_method` and
-                `decoder_position_method`; attention to source and target at once; a length scale that needs a length.
+            ValueError: see `check_position_options`, `check_decoder_options` and `position_method_of`; attention to
+                source and target at once; a length scale that needs a length.
         """
-        fill_in_options(args, *OPTIONS)
-        check_encoder_options(args)
+        fill_in_options(args, *translation_options())
+        check_position_options(args, ENCODER, DECODER)
         check_decoder_options(args)
         if args.alibi_length_scale == "auto":
             raise ValueError("--alibi-length-scale auto: a translation has no length known beforehand; pass a number")
@@ -71,24 +79,27 @@ class AlibiTransformer(TransformerModel):
             raise ValueError("--cross-self-attention: source and target have no distance to each other; drop it")
         lift_default_limits(task)
         args = copy.copy(args)
-        unasked = TABLE if args.position_method == "learned" else sys.maxsize
+        limited = position_methods(DECODER)[args.position_method].limited_to_training_length
+        unasked = TABLE if limited else sys.maxsize
         for name in ("max_source_positions", "max_target_positions"):
             setattr(args, name, safe_getattr(args, name) or unasked)
         args.tokens_per_sample = TABLE
         return super().build_model(args, task)
 
     @classmethod
-    def build_encoder(cls, args, src_dict, embed_tokens):
+    def build_encoder(cls, args: Any, src_dict: Dictionary, embed_tokens: nn.Module) -> AlibiEncoder:
         """See `TransformerModel.build_encoder`."""
-        return Encoder(args, src_dict, embed_tokens, encoder_position_method(args))
+        return AlibiEncoder(args, src_dict, embed_tokens, position_method_of(args, ENCODER))
 
     @classmethod
-    def build_decoder(cls, args, tgt_dict, embed_tokens):
+    def build_decoder(cls, args: Any, tgt_dict: Dictionary, embed_tokens: nn.Module) -> AlibiDecoder:
         """See `TransformerModel.build_decoder`."""
-        return Decoder(args, tgt_dict, embed_tokens, decoder_position_method(args), args.no_cross_attention)
+        return AlibiDecoder(
+            args, tgt_dict, embed_tokens, position_method_of(args, DECODER), args.no_cross_attention
+        )
 
 
-def lift_default_limits(task) -> None:
+def lift_default_limits(task: FairseqTask) -> None:
     """Takes from a task the longest source and target that fairseq gives it unasked, 1,024 tokens each.
 
     A limit that is given in training is one of the model too, and so is kept. One that cuts sources is left. One that
@@ -101,25 +112,25 @@ def lift_default_limits(task) -> None:
 
 
 @register_model_architecture("alibi_transformer", "alibi_transformer")
-def alibi_transformer(args):
+def alibi_transformer(args: Any) -> None:
     """fairseq's `transformer`: 6 layers on each side, width 512, 8 heads."""
     base_architecture(args)
 
 
 @register_model_architecture("alibi_transformer", "alibi_transformer_iwslt_de_en")
-def alibi_transformer_iwslt_de_en(args):
+def alibi_transformer_iwslt_de_en(args: Any) -> None:
     """fairseq's `transformer_iwslt_de_en`: 6 layers on each side, width 512, 4 heads."""
     transformer_iwslt_de_en(args)
 
 
 @register_model_architecture("alibi_transformer", "alibi_transformer_wmt_en_de_big")
-def alibi_transformer_wmt_en_de_big(args):
+def alibi_transformer_wmt_en_de_big(args: Any) -> None:
     """fairseq's `transformer_wmt_en_de_big`: 6 layers on each side, width 1024, 16 heads."""
     transformer_wmt_en_de_big(args)
 
 
 @register_model_architecture("alibi_transformer", "alibi_transformer_tiny")
-def alibi_transformer_tiny(args):
+def alibi_transformer_tiny(args: Any) -> None:
     """For CPUs: 2 layers on each side, width 128, 8 heads."""
     args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)
     args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 512)

@@ -1,0 +1,297 @@
+"""What attention needs in every layer of a stack, made once before the layer loop and passed as one argument.
+
+Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
+"""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from .kept import KeptTensor, in_transform
+from .positions import PositionMethod
+
+#: Weight that the keys which attention skips for their distance may have together, of 1 for all keys of a query.
+EPSILON = 1e-7
+
+#: A mask is kept for later passes at up to this length, or twice theirs, so that memory follows what is run now.
+KEPT_LENGTH = 1024
+
+#: The longest sequence, in keys, that attention on a CPU runs under a mask where it may choose.
+LONGEST_MASK = 256
+
+#: Values of `AttentionSettings.kernel`.
+KERNEL_CHOICES = ("auto", "mask", "fused")
+
+#: Keyword-only arguments, which Python 3.9 does not have.
+KEYWORD_ONLY: dict[str, bool] = {"kw_only": True} if sys.version_info >= (3, 10) else {}
+
+
+@dataclass(frozen=True)
+class NoBias:
+    """Nothing is added to the scores."""
+
+
+@dataclass(frozen=True)
+class LinearBias:
+    """The bias -before * distance for keys before a query and after * distance for keys after it.
+
+    Args:
+        before, after: (H,) float32 slopes, infinite where a head sees nothing; `after` is None in causal attention.
+            Gradients do not flow through them.
+    """
+
+    before: Tensor
+    after: Optional[Tensor] = None
+
+
+@dataclass(frozen=True)
+class DistanceBias:
+    """A bias that is any function of the distance; gradients flow through it.
+
+    Args:
+        values: (H, T + S - 1) or (1, T + S - 1) float32, of the distances 1 - T, ..., S - 1, -inf where a head sees
+            nothing.
+    """
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class FoldedMask:
+    """The bias and what is not seen as one mask, see `PositionMethod.future_mask`.
+
+    Args:
+        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; float32 or the dtype of the attention.
+    """
+
+    mask: Tensor
+
+
+Bias = Union[NoBias, LinearBias, DistanceBias, FoldedMask]
+
+
+@dataclass(frozen=True, **KEYWORD_ONLY)
+class AttentionInputs:
+    """The one argument that attention gets beside the layer's input.
+
+    Args:
+        bias: what is added to the scores.
+        causal: whether a query sees no key after it. A `FoldedMask` says so by itself.
+        padding: (B, S) bool, True at keys that are hidden because they are padding; None for none.
+        window: number of keys that a query sees, the last ones, itself included; None for all.
+        queries: number of queries, the last ones, that the layer computes; None for all.
+        rotation: (2, T, D / 2) of the new tokens, see `PositionMethod.rotation`; None for none.
+        query_scale: (B or 1, H or 1, T) factors, see `PositionMethod.query_scale`; None for none.
+        cache: holds keys and values of the tokens before these and gets those of these; None for whole sequences.
+        epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
+
+    Raises:
+        ValueError: a window or a cache where queries see the keys after them, or a linear bias of the other kind.
+    """
+
+    bias: Bias = dataclasses.field(default_factory=NoBias)
+    causal: bool = True
+    padding: Optional[Tensor] = None
+    window: Optional[int] = None
+    queries: Optional[int] = None
+    rotation: Optional[Tensor] = None
+    query_scale: Optional[Tensor] = None
+    cache: Any = None
+    epsilon: float = EPSILON
+
+    def __post_init__(self) -> None:
+        for name in ("window", "cache"):
+            if getattr(self, name) is not None and not self.causal:
+                raise ValueError(f"{name} needs causal=True: without it earlier tokens would see the new ones")
+        if isinstance(self.bias, LinearBias) and self.causal != (self.bias.after is None):
+            kind = "has none" if self.causal else "needs one"
+            raise ValueError(f"causal={self.causal}: a linear bias then {kind} for the keys after a query")
+
+    def for_queries(self, queries: Optional[int]) -> "AttentionInputs":
+        """The same for a layer that computes the last `queries` queries only."""
+        return dataclasses.replace(self, queries=queries)
+
+
+class TokenSpan(NamedTuple):
+    """The new tokens of a pass among all tokens.
+
+    Args:
+        queries: T, number of new tokens.
+        keys: S, number of tokens that they may see, themselves included.
+        first: position of the first new token; more than S - T where older keys were dropped.
+    """
+
+    queries: int
+    keys: int
+    first: int
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How a stack attends, fixed when it is built.
+
+    Args:
+        kernel: "mask": under a mask that carries the bias, the reference; "fused": without a mask; "auto": the faster
+            one.
+        epsilon: see `AttentionInputs`.
+        dropout: probability that an attention weight is dropped in training.
+        causal: whether a token sees none after it.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+
+    kernel: str = "auto"
+    epsilon: float = EPSILON
+    dropout: float = 0.0
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNEL_CHOICES:
+            raise ValueError(f"attention must be one of {', '.join(KERNEL_CHOICES)}, not {self.kernel}")
+
+
+class AttentionSetup:
+    """Makes the attention inputs of a stack, and keeps its mask for later passes.
+
+    The folded mask is (H, L, L), shared by the batch, and made anew when a longer sequence comes. A bias with
+    parameters is made anew in each pass.
+
+    Args:
+        method: the position method of the stack.
+        settings: how the stack attends.
+    """
+
+    def __init__(self, method: PositionMethod, settings: AttentionSettings):
+        self.method, self.settings, self.kept_mask = method, settings, KeptTensor()
+
+    def set_evaluation_length(self, length: int) -> None:
+        """See `PositionMethod.set_evaluation_length`; the bias may be another one afterwards."""
+        self.method.set_evaluation_length(length)
+        self.kept_mask.forget()
+
+    def inputs(
+        self,
+        x: Tensor,
+        span: TokenSpan,
+        padding: Optional[Tensor] = None,
+        window: Optional[int] = None,
+        cache: Any = None,
+        training: bool = False,
+    ) -> AttentionInputs:
+        """The attention inputs of a pass.
+
+        Args:
+            x: what the first layer reads, any shape; its device and dtype are those of the attention.
+            span: the new tokens.
+            padding: (B, S) bool, True at padding; None for none.
+            window, cache: see `AttentionInputs`.
+            training: whether attention weights are dropped.
+        """
+        method = self.method
+        seen_padding = self.visible_padding(x, padding)
+        if self.runs_without_mask(x, span, seen_padding, window, training):
+            bias = self.bias_by_distance(span, x.device)
+        else:
+            bias = FoldedMask(self.folded_mask(x, span, window))
+        rotation = method.rotation(span.first, span.first + span.queries, x.device) if method.rotates else None
+        return AttentionInputs(
+            bias=bias,
+            causal=self.settings.causal,
+            padding=seen_padding,
+            window=window,
+            rotation=rotation,
+            query_scale=self.query_scale(span, padding, window, x.device),
+            cache=cache,
+            epsilon=self.settings.epsilon,
+        )
+
+    def visible_padding(self, x: Tensor, padding: Optional[Tensor]) -> Optional[Tensor]:
+        """The padding that attention has to hide: none that lies in the future of all tokens of its row."""
+        if padding is None or in_transform(x) or in_transform(padding):
+            return padding
+        hides = (padding[:, :-1] & ~padding[:, 1:]) if self.settings.causal else padding
+        return padding if hides.any() else None
+
+    def bias_by_distance(self, span: TokenSpan, device: torch.device) -> Bias:
+        """The bias for attention without a mask."""
+        if self.method.bias_kind == "none":
+            return NoBias()
+        if self.method.bias_kind == "linear":
+            return LinearBias(*self.method.slopes(device))
+        distance = torch.arange(1 - span.queries, span.keys, device=device)
+        values = self.method.distance_bias(distance)
+        return DistanceBias(values.masked_fill(distance < 0, -math.inf) if self.settings.causal else values)
+
+    def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int]) -> Tensor:
+        """The bias folded into the mask: (H, T, S) or, without a bias, one mask for all heads."""
+        method, device, keys = self.method, x.device, span.keys
+        # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
+        dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
+        if keys > span.queries or window is not None:
+            return method.future_mask(span.queries, keys, window, device).to(dtype)
+
+        def make() -> Tensor:
+            whole = method.future_mask(keys, keys, device=device) if self.settings.causal else None
+            return (method.full_mask(keys, device) if whole is None else whole).to(dtype)
+
+        if method.has_parameters or not KeptTensor.usable_with(x):
+            return make()
+        kept = self.kept_mask.get(device, dtype)
+        if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):
+            kept = self.kept_mask.keep(make)
+        return kept[:, :keys, :keys]
+
+    def query_scale(
+        self, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], device: torch.device
+    ) -> Optional[Tensor]:
+        """The factors of the queries, by the number of keys that each sees."""
+        if not self.method.scales_queries:
+            return None
+        if padding is None:
+            present = torch.ones(1, span.keys, dtype=torch.long, device=device)
+        else:
+            present = (~padding).long()
+        if self.settings.causal:
+            visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
+        else:
+            visible = present.sum(1, keepdim=True).expand(-1, span.queries)
+        return self.method.query_scale(visible.clamp(min=1, max=window))
+
+    def runs_without_mask(
+        self, x: Tensor, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], training: bool
+    ) -> bool:
+        """Whether a pass runs without a mask: as the settings want it, or where that is faster."""
+        method, kernel = self.method, self.settings.kernel
+        single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build
+        without_mask_possible = self.settings.causal or method.has_distance_bias
+        if kernel == "mask" or method.bias_kind == "pair" or single_row or not without_mask_possible:
+            return False
+        if kernel == "fused":
+            return True
+        if in_transform(x):  # kernels without a mask cannot be traced or transformed
+            return False
+        if window is not None:  # the mask would be another one in each pass
+            return True
+        dropped = training and self.settings.dropout > 0
+        plain = not method.has_distance_bias and span.queries == span.keys and padding is None and not dropped
+        return plain or fused_is_faster(x.device, span.queries, span.keys)
+
+
+def fused_is_faster(device: torch.device, query_length: int, key_length: int) -> bool:
+    """Whether attention without a mask is the faster one for a bias, by what `scripts/benchmark.sh` measured.
+
+    On a CPU it is from more than one chunk of queries on. It has not been measured on a GPU, so a GPU keeps the mask.
+    """
+    return device.type == "cpu" and query_length > 1 and key_length > LONGEST_MASK
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which attention on this tensor runs: that of autocast where autocast is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -1,0 +1,272 @@
+"""Attention tile by tile, without a tensor of T x S elements: two kernels for a bias that depends on the distance.
+
+Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
+
+Queries go in chunks, and one vector, with a number for each distance, serves as the bias of all chunks. Where the bias
+is linear, each head reads only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash
+kernel, which is a private function. `recomputed_tiles` is the public way: it serves dropout, gradients of the bias,
+other devices, and a PyTorch whose private function is gone or has changed.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias
+from .positions import linear_bias
+from .reach import reach
+
+#: Queries in a tile, by how far its heads reach.
+CHUNKS = (256, 512, 1024)
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def merge_padding_into_mask(mask: Tensor, padding: Optional[Tensor]) -> Tensor:
+    """Adds padded keys to a future mask.
+
+    A padded key gets a very negative number, not -inf: a query on padding that sees nothing but padding then stays
+    finite, so that no NaN can reach the real tokens through the next layer. A real query sees at least itself, and
+    against any real score the weight of a padded key underflows to exactly 0.
+
+    Args:
+        mask: (1, H, T, S), or 1 for H where the heads have one mask.
+        padding: (B, S) bool, True at padded keys; None where there are none.
+
+    Returns:
+        (B, H, T, S) in the mask's dtype, or the mask itself where there is no padding.
+    """
+    if padding is None:
+        return mask
+    return mask.masked_fill(padding[:, None, None, :], torch.finfo(mask.dtype).min / 2)
+
+
+class Tile(NamedTuple):
+    """One call of the kernel: some heads, some queries, and the keys that these read, in reversed order."""
+
+    heads: slice
+    queries: slice
+    keys: slice
+
+
+def tiles(query_length: int, key_length: int, back: Sequence[float], ahead: Sequence[float]) -> list[Tile]:
+    """Cuts attention into tiles: heads of like reach together, queries in chunks, keys as far as the reach goes.
+
+    Chunks are short where the reach is, so that few keys are read in vain, and long where the reach is long, so that
+    reading the keys and adding up their gradients does not outweigh the matrix products.
+
+    Args:
+        query_length, key_length: T and S; no tile has more than 1,024 queries.
+        back: reach of each head, see `reach`.
+        ahead: the same for the keys after a query, 0 where it sees none.
+
+    Returns:
+        Tiles in which every query finds every key at a distance up to the head's reach, at least.
+    """
+    behind, before = ([int(min(x, key_length)) for x in reaches] for reaches in (back, ahead))
+
+    def alike(reach_a: int, reach_b: int) -> bool:
+        return abs(reach_b - reach_a) < 0.25 * reach_a + CHUNKS[0] / 4
+
+    earlier, cut, first = key_length - query_length, [], 0
+    while first < len(behind):
+        last = first + 1
+        while last < len(behind) and alike(behind[first], behind[last]) and alike(before[first], before[last]):
+            last += 1
+        farthest_back, farthest_ahead = max(behind[first:last]), max(before[first:last])
+        chunk = min(CHUNKS, key=lambda size: abs(size - (farthest_back + farthest_ahead) / 8))
+        for start in range(0, query_length, chunk):
+            stop = min(start + chunk, query_length)
+            oldest, newest = max(0, earlier + start - farthest_back), min(key_length, earlier + stop + farthest_ahead)
+            cut.append(Tile(slice(first, last), slice(start, stop), slice(key_length - newest, key_length - oldest)))
+        first = last
+    return cut
+
+
+class TileBias(NamedTuple):
+    """The bias of every tile.
+
+    Args:
+        vector: (H, S - first), by distance from `first` on; -inf where a head sees nothing.
+        first: the lowest distance that a tile has.
+        query_length: T.
+        padding: (B, S) bool, True at padded keys, in reversed order; or None.
+    """
+
+    vector: Tensor
+    first: int
+    query_length: int
+    padding: Optional[Tensor]
+
+    def of(self, tile: Tile) -> Tensor:
+        """The bias of a tile, a view of the vector: (1, H, T, S); (B, H, T, S), a copy, with padding.
+
+        With the keys reversed the distance is t + s plus a constant, so that both strides are 1 and no element is
+        copied.
+        """
+        queries, keys = (part.stop - part.start for part in (tile.queries, tile.keys))
+        lowest = tile.queries.start + tile.keys.start + 1 - self.query_length  # first query, last key
+        vector = self.vector[tile.heads]
+        start = vector.storage_offset() + lowest - self.first
+        bias = vector.as_strided((1, vector.size(0), queries, keys), (0, vector.stride(0), 1, 1), start)
+        return merge_padding_into_mask(bias, None if self.padding is None else self.padding[:, tile.keys])
+
+
+def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias, list[Tile]]:
+    """The bias and the tiles for queries (B, H, T, D) and keys (B, H, S, D)."""
+    heads, query_length, key_length = q.size(1), q.size(2), k.size(2)
+    window = key_length if inputs.window is None else min(inputs.window, key_length)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    # Over short sequences the least reach is most of the past, so nothing is skipped.
+    epsilon = inputs.epsilon if key_length > CHUNKS[0] else 0.0
+    bias = inputs.bias
+    if isinstance(bias, DistanceBias):
+        first = 1 - query_length
+        vector = bias.values.expand(heads, -1)[:, first - key_length :].to(dtype)
+        back = torch.full((heads,), window - 1.0)
+        ahead = torch.where(vector[:, : query_length - 1].isneginf().all(1), 0.0, math.inf)
+    else:
+        before = bias.before.to(q.device) if isinstance(bias, LinearBias) else q.new_zeros(heads, dtype=torch.float32)
+        after = bias.after.to(q.device) if isinstance(bias, LinearBias) and bias.after is not None else None
+        if after is None:
+            back = reach(q.detach(), k.detach(), before, epsilon).clamp(max=window - 1)
+            ahead, first = torch.zeros_like(back), 1 - min(query_length, CHUNKS[-1])
+        else:  # what is skipped may be half on either side
+            back, ahead = (reach(q.detach(), k.detach(), slopes, epsilon / 2) for slopes in (before, after))
+            first = 1 - key_length
+            after = after.to(dtype)
+        vector = linear_bias(before.to(dtype), after, torch.arange(first, key_length, device=q.device))
+    if window < key_length:
+        vector = vector.masked_fill(torch.arange(first, key_length, device=q.device) >= window, -math.inf)
+    padding = None if inputs.padding is None else inputs.padding.flip(1)
+    return TileBias(vector, first, query_length, padding), tiles(query_length, key_length, back.tolist(), ahead.tolist())
+
+
+class FlashTiles(torch.autograd.Function):
+    """Attention tile by tile through PyTorch's CPU flash kernel, forward and backward.
+
+    It calls the kernel itself, because autograd through slices would make gradients of all keys for every tile.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: TileBias, cut: list[Tile]) -> Tensor:  # type: ignore[override]
+        """q (B, H, T, D); k, v (B, H, S, D) in reversed order; a `TileBias`; a list of `Tile`. Returns (B, H, T, D)."""
+        batch, heads, queries, dim = q.shape
+        out = q.new_empty(queries, batch, heads, dim).permute(1, 2, 0, 3)  # lies as the output projection reads it
+        logsumexp = bias.vector.new_empty(batch, heads, queries)
+        for tile in cut:
+            h, t, s = tile
+            out[:, h, t], logsumexp[:, h, t] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=bias.of(tile)
+            )
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.bias, ctx.cut = bias, cut
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
+        """Gradients of q, k and v; those of keys and values are summed in float32 at least."""
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        q_grad = torch.empty_like(q)
+        k_grad, v_grad = (torch.zeros_like(x, dtype=ctx.bias.vector.dtype) for x in (k, v))
+        for tile in ctx.cut:
+            h, t, s = tile
+            q_grad[:, h, t], k_part, v_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(grad[:, h, t], q[:, h, t], k[:, h, s], v[:, h, s], out[:, h, t], logsumexp[:, h, t], 0.0, False),
+                attn_mask=ctx.bias.of(tile),
+            )
+            k_grad[:, h, s] += k_part
+            v_grad[:, h, s] += v_part
+        return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype), None, None
+
+
+@functools.cache
+def flash_kernel_works() -> bool:
+    """Whether PyTorch's private CPU flash kernel is there and computes what its public function does; tried once.
+
+    A PyTorch where it is not is named in one warning.
+    """
+    generator = torch.Generator().manual_seed(1)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = (torch.randn(1, 2, 8, 8, generator=generator).requires_grad_() for _ in range(3))
+            vector = torch.randn(2, 15, generator=generator)
+            bias, cut = TileBias(vector, -7, 8, None), [Tile(slice(0, 2), slice(0, 8), slice(0, 8))]
+            out = FlashTiles.apply(q, k, v, bias, cut)
+            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.of(cut[0]))
+            torch.testing.assert_close(out, expected)
+            grads, expected_grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+            torch.testing.assert_close(grads, expected_grads)
+    except Exception as error:  # a changed private function fails in any way
+        warnings.warn(
+            f"torch {torch.__version__} has no CPU flash kernel that can be used ({' '.join(str(error).split())[:100]}): "
+            "attention without a mask takes its slower public function",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def not_compiled(function: Function) -> Function:
+    """`torch.compiler.disable`, but only where something is compiled: it imports TorchDynamo, which takes a second."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def supports_recomputed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
+    """What `recomputed_tiles` supports: all but a folded mask, and both sides without a bias."""
+    return not isinstance(inputs.bias, FoldedMask) and (inputs.causal or isinstance(inputs.bias, (LinearBias, DistanceBias)))
+
+
+def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
+    """What `flash_tiles` supports: the same on a CPU, without dropout and without gradients of the bias."""
+    learned = isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
+    return (
+        supports_recomputed(q, k, inputs, dropout)
+        and q.device.type == "cpu"
+        and not dropout
+        and not learned
+        and flash_kernel_works()
+    )
+
+
+@not_compiled
+def flash_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """Attention without a mask through PyTorch's private CPU flash kernel. Arguments: see `attention.py`."""
+    bias, cut = plan_tiles(q, k, inputs)
+    return FlashTiles.apply(q, k.flip(2), v.flip(2), bias, cut)
+
+
+@not_compiled
+def recomputed_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """Attention without a mask through the public function of PyTorch. Arguments: see `attention.py`.
+
+    What a tile needs for its gradients is computed again in the backward pass.
+    """
+    bias, cut = plan_tiles(q, k, inputs)
+    k, v = k.flip(2), v.flip(2)
+
+    def attend_tile(tile: Tile) -> Tensor:
+        h, t, s = tile
+        mask = bias.of(tile)
+        if q.device.type != "cpu":  # kernels of a GPU want their own dtype, and rows that lie apart
+            mask = mask.to(q.dtype).contiguous()
+        return F.scaled_dot_product_attention(q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=mask, dropout_p=dropout)
+
+    out = torch.empty_like(q)
+    for tile in cut:
+        out[:, tile.heads, tile.queries] = checkpoint(attend_tile, tile, use_reentrant=False)
+    return out

@@ -1,0 +1,160 @@
+"""Attention and stacks of layers with a position method, for any PyTorch model. Pure torch, usable without fairseq.
+
+    from fairseq_alibi.core.transformer import Transformer
+    decoder = Transformer(layers=4, embed_dim=256, num_heads=8)
+    y = decoder(x)  # (B, T, C) -> (B, T, C), of any length
+    encoder = Transformer(layers=4, embed_dim=256, num_heads=8, causal=False)
+    y = encoder(x, padding)  # padding (B, T), True where there is no token
+
+Shapes: B batch, T new tokens, S all tokens (the last S positions), C width.
+"""
+
+from typing import Any, Optional
+
+from torch import Tensor, nn
+
+from .alibi import ALiBi, EncoderALiBi
+from .attention_inputs import EPSILON, AttentionInputs, AttentionSettings, AttentionSetup, TokenSpan
+from .layers import Layer, SelfAttention
+from .positions import PositionMethod
+
+
+class Attention(SelfAttention):
+    """Multi-head self-attention with a bias for distance: (B, T, C) -> (B, T, C), no position embedding needed.
+
+    Args:
+        embed_dim: C.
+        num_heads: H, divides C.
+        causal: whether a token sees none after it.
+        position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
+        dropout: of the attention weights, in training.
+        attention, epsilon: `kernel` and `epsilon` of `AttentionSettings`.
+
+    Raises:
+        ValueError: the heads do not divide the width, or the position method adds embeddings.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        causal: bool = True,
+        position_method: Optional[PositionMethod] = None,
+        dropout: float = 0.0,
+        attention: str = "auto",
+        epsilon: float = EPSILON,
+    ):
+        super().__init__(embed_dim, num_heads, dropout)
+        self.position_method = given_or_alibi(position_method, num_heads, causal)
+        self.setup = AttentionSetup(self.position_method, AttentionSettings(attention, epsilon, dropout, causal))
+
+    def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:  # type: ignore[override]
+        """(B, T, C) -> (B, T, C).
+
+        Args:
+            x: the new tokens.
+            padding: (B, S) bool, True where there is no token; None for tokens everywhere.
+            cache: of the tokens before them, see `Cache`, causal attention only; it is extended.
+        """
+        return super().forward(x, attention_inputs(self.setup, x, padding, cache, self.training))
+
+
+class Transformer(nn.Module):
+    """A stack of layers with a position method, decoder or encoder: (B, T, C) -> (B, T, C), at any length.
+
+    The bias is made once in a pass, before the layer loop.
+
+    Args:
+        layers: number of layers.
+        embed_dim: C.
+        num_heads: H, divides C.
+        ffn_dim: width of the feed-forward parts; default 4 C.
+        causal: whether a token sees none after it: a decoder; else an encoder.
+        position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
+        activation, normalize_before, dropout, attention_dropout, activation_dropout: see `Layer`.
+        final_norm: whether a norm follows the last layer; default with `normalize_before`.
+        attention, epsilon: `kernel` and `epsilon` of `AttentionSettings`.
+
+    Raises:
+        ValueError: see `Attention`.
+    """
+
+    #: Class of the layers, with the arguments of `Layer`.
+    layer_type = Layer
+
+    #: Whether a subclass embeds tokens itself and adds the position embedding, if the method has one.
+    embeds_tokens = False
+
+    def __init__(
+        self,
+        layers: int,
+        embed_dim: int,
+        num_heads: int,
+        ffn_dim: Optional[int] = None,
+        causal: bool = True,
+        position_method: Optional[PositionMethod] = None,
+        activation: str = "relu",
+        normalize_before: bool = True,
+        final_norm: Optional[bool] = None,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        attention: str = "auto",
+        epsilon: float = EPSILON,
+    ):
+        super().__init__()
+        dropouts = (dropout, attention_dropout, activation_dropout)
+        sizes = (embed_dim, num_heads, ffn_dim or 4 * embed_dim)
+        self.layers = nn.ModuleList(
+            self.layer_type(*sizes, activation, normalize_before, *dropouts, n) for n in range(layers)
+        )
+        self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
+        settings = AttentionSettings(attention, epsilon, attention_dropout, causal)
+        self.setup = AttentionSetup(self.position_method, settings)
+        final_norm = normalize_before if final_norm is None else final_norm
+        self.layer_norm = nn.LayerNorm(embed_dim) if final_norm else None
+
+    def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:
+        """(B, T, C) -> (B, T, C).
+
+        Args:
+            x: embeddings of the new tokens.
+            padding: (B, S) bool, True where there is no token; None for tokens everywhere.
+            cache: of the tokens before them, see `Cache`, a decoder's only; it is extended.
+        """
+        inputs = attention_inputs(self.setup, x, padding, cache, self.training)
+        for layer in self.layers:
+            x = layer(x, inputs)
+        return x if self.layer_norm is None else self.layer_norm(x)
+
+
+def given_or_alibi(
+    method: Optional[PositionMethod], num_heads: int, causal: bool, embeds_tokens: bool = False
+) -> PositionMethod:
+    """The position method that is given, or ALiBi.
+
+    Raises:
+        ValueError: it adds embeddings, which these modules, that read no tokens, do not.
+    """
+    if method is None:
+        return ALiBi(num_heads) if causal else EncoderALiBi(num_heads)
+    if method.adds_embedding and not embeds_tokens:
+        raise ValueError(f"{type(method).__name__} adds embeddings to those of the tokens: add them, and pass no method")
+    return method
+
+
+def attention_inputs(
+    setup: AttentionSetup, x: Tensor, padding: Optional[Tensor], cache: Any, training: bool
+) -> AttentionInputs:
+    """The attention inputs for (B, T, C) new tokens after those of a cache.
+
+    Raises:
+        ValueError: a cache of attention that is not causal, or padding of another length than all tokens.
+    """
+    if cache is not None and not setup.settings.causal:
+        raise ValueError("a cache needs causal=True: without it the tokens before would see the new ones")
+    earlier = 0 if cache is None else cache.get_seq_length()
+    keys = earlier + x.size(1)
+    if padding is not None and padding.shape != (x.size(0), keys):
+        raise ValueError(f"padding must be (B, S) = ({x.size(0)}, {keys}), not {tuple(padding.shape)}")
+    return setup.inputs(x, TokenSpan(x.size(1), keys, earlier), padding, cache=cache, training=training)
