@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from forked import SCRIPTS, run_forked
 
-from fairseq_alibi.core.positions import POSITION_METHODS
+from fairseq_alibi.core import position_methods
 
 # One thread each, here and in spawned commands: tiny models are ten times slower when threads fight for a core.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -103,7 +103,7 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture(params=POSITION_METHODS)
+@pytest.fixture(params=position_methods())
 def method(request):
     """Every position method."""
     return request.param

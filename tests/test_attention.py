@@ -1,15 +1,29 @@
 """Attention with and without a mask against a float64 reference written from the formula: outputs and gradients."""
 
+import dataclasses
 import functools
 import math
+import warnings
 
 import pytest
 import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_alibi.core import attention
-from fairseq_alibi.core.positions import POSITION_METHODS, EncoderALiBi, alibi_slopes, linear_bias
+from fairseq_alibi.core import attention, flex_attention, position_methods, tiled_attention
+from fairseq_alibi.core.alibi import ENCODER_FORMS, EncoderALiBi, alibi_slopes
+from fairseq_alibi.core.attention_inputs import (
+    AttentionInputs,
+    AttentionSettings,
+    AttentionSetup,
+    DistanceBias,
+    FoldedMask,
+    LinearBias,
+    NoBias,
+    TokenSpan,
+)
+from fairseq_alibi.core.reach import reach
+from fairseq_alibi.core.tiled_attention import tiles
 
 #: Those with a bias that needs no mask, and without one.
 BIASES = ("alibi", "none")
@@ -18,32 +32,37 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 4e-2, tor
 
 def by_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
     wide = torch.promote_types(q.dtype, torch.float32)
-    mask = POSITION_METHODS[method](q.size(1)).future_mask(q.size(2), k.size(2), wide, window=window)
-    return attention.masked_attention(q, k, v, mask, padding, dropout)
+    mask = position_methods()[method](q.size(1)).future_mask(q.size(2), k.size(2), window).to(wide)
+    inputs = AttentionInputs(bias=FoldedMask(mask), padding=padding, window=window)
+    return attention.masked_attention(q, k, v, inputs, dropout)
+
+
+def bias_of(method, heads):
+    position_method = position_methods()[method](heads)
+    return LinearBias(*position_method.slopes()) if position_method.has_distance_bias else NoBias()
 
 
 def without_mask(q, k, v, method, padding=None, dropout=0.0, window=None):
-    slopes = POSITION_METHODS[method](q.size(1)).slopes
-    return attention.fused_attention(q, k, v, slopes, padding, dropout, window=window)
+    inputs = AttentionInputs(bias=bias_of(method, q.size(1)), padding=padding, window=window)
+    return attention.attend(q, k, v, inputs, dropout)
 
 
-def recomputed(q, k, v, method, padding=None, dropout=0.0):
-    """The way of dropout and of devices without a kernel of their own."""
-    slopes = alibi_slopes(q.size(1)) if method == "alibi" else torch.zeros(q.size(1))
-    slopes = slopes.to(torch.promote_types(q.dtype, torch.float32))
-    vector = linear_bias(slopes, torch.full_like(slopes, math.inf), torch.arange(-1023, k.size(2)))
-    cut = attention.tiles(q.size(2), k.size(2), attention.reach(q.detach(), k.detach(), slopes).tolist())
-    bias = attention.TileBias(vector, -1023, q.size(2), None if padding is None else padding.flip(1))
-    return attention.checkpointed_tiles(q, k.flip(2), v.flip(2), bias, cut, dropout)
+def recomputed(q, k, v, method, padding=None, dropout=0.0, window=None):
+    """The public kernel: with dropout, and on devices without a kernel of their own."""
+    inputs = AttentionInputs(bias=bias_of(method, q.size(1)), padding=padding, window=window)
+    return tiled_attention.recomputed_tiles(q, k, v, inputs, dropout)
 
 
 def by_distance(q, k, v, method, padding=None, dropout=0.0, window=None, trained=False):
-    """The way of a bias that is not linear; `trained` for one with gradients."""
-    distance = torch.arange(-q.size(2), k.size(2))  # one more than needed
-    bias = POSITION_METHODS[method](q.size(1)).relative_bias(distance)
-    bias = torch.zeros(1, len(distance)) if bias is None else bias
+    """A bias that is not linear; `trained` for one with gradients."""
+    distance = torch.arange(1 - q.size(2), k.size(2))
+    position_method = position_methods()[method](q.size(1))
+    bias = (
+        position_method.distance_bias(distance) if position_method.has_distance_bias else torch.zeros(1, len(distance))
+    )
     bias = bias.masked_fill(distance < 0, -math.inf).requires_grad_(trained)
-    return attention.fused_attention(q, k, v, None, padding, dropout, window=window, bias=bias)
+    inputs = AttentionInputs(bias=DistanceBias(bias), padding=padding, window=window)
+    return attention.attend(q, k, v, inputs, dropout)
 
 
 KERNELS = {
@@ -53,6 +72,11 @@ KERNELS = {
     "by distance": by_distance,
     "by distance, trained": functools.partial(by_distance, trained=True),
 }
+
+
+def alibi_inputs(heads, **options):
+    """Inputs of attention without a mask, with the slopes of ALiBi."""
+    return AttentionInputs(bias=LinearBias(alibi_slopes(heads).float()), **options)
 
 
 def inputs(batch, heads, queries, keys, dtype, dim=16, seed=0):
@@ -93,7 +117,7 @@ def test_many_tiles_equal_the_reference(kernel, method, heads, queries, keys):
     assert_equals_reference(kernel, inputs(1, heads, queries, keys, torch.float32), method, 2e-5)
 
 
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "recomputed"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("method", BIASES)
 @pytest.mark.parametrize("window", [1, 7, 256, 300, 5000])
 @pytest.mark.parametrize(("queries", "keys"), [(700, 700), (600, 899), (1, 300)])
@@ -118,8 +142,8 @@ def test_padded_keys_are_not_seen(kernel, method, side, times):
     qkv = inputs(2, 12, 7 * times, 7 * times, torch.float32)
     assert_equals_reference(kernel, qkv, method, 5e-5, padding)
     if times == 1:
-        mask = POSITION_METHODS[method](12).future_mask(7, 7)
-        weights = attention.attention_weights(*qkv[:2], mask, padding)
+        mask = FoldedMask(position_methods()[method](12).future_mask(7, 7))
+        weights = attention.attention_weights(*qkv[:2], AttentionInputs(bias=mask, padding=padding))
         expected = reference.attention(*qkv, method, ~padding)
         real = ~padding[:, None, :, None].expand_as(expected)
         assert weights.isfinite().all()
@@ -127,11 +151,17 @@ def test_padded_keys_are_not_seen(kernel, method, side, times):
 
 
 def test_padding_counts_only_before_tokens():
-    needed = {side: attention.padding_before_tokens(torch.tensor(rows).bool()) for side, rows in PADDINGS.items()}
+    setup = attention_setup("alibi")
+    x = torch.zeros(2, 7, 8)
+    needed = {side: setup.visible_padding(x, torch.tensor(rows).bool()) for side, rows in PADDINGS.items()}
     assert needed["right"] is None
     assert needed["left"].tolist() == torch.tensor(PADDINGS["left"]).bool().tolist()
     assert needed["both"] is not None
-    assert attention.padding_before_tokens(torch.zeros(2, 5, dtype=torch.bool)) is None
+    assert setup.visible_padding(x, torch.zeros(2, 7, dtype=torch.bool)) is None
+
+
+def attention_setup(method, heads=2, **settings):
+    return AttentionSetup(position_methods()[method](heads), AttentionSettings(**settings))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -146,7 +176,7 @@ def test_dropout_drops_weights_and_keeps_the_mean(kernel):
 def test_dropped_weights_are_the_same_in_the_backward_pass():
     """The output is linear in v, and the weights that were kept are its gradient."""
     q, k, v = inputs(1, 2, 600, 600, torch.float32)
-    out = attention.fused_attention(q, k, v, alibi_slopes(2), dropout=0.5)
+    out = attention.attend(q, k, v, alibi_inputs(2), dropout=0.5)
     (v_grad,) = torch.autograd.grad(out.sum(), v)
     torch.testing.assert_close((v_grad * v).sum(), out.sum(), rtol=1e-4, atol=1e-3)
 
@@ -171,9 +201,9 @@ def test_nothing_of_length_times_length_is_made_without_a_mask(dropout, padded):
     q, k, v = inputs(1, 2, length, length, torch.float32, dim=8)
     padding = torch.zeros(1, length, dtype=torch.bool)
     padding[:, :5] = True
-    attend = {"padding": padding if padded else None, "dropout": dropout}
+    inputs_of_pass = alibi_inputs(2, padding=padding if padded else None)
     with LargestTensor() as largest:
-        attention.fused_attention(q, k, v, alibi_slopes(2), **attend).sum().backward()
+        attention.attend(q, k, v, inputs_of_pass, dropout).sum().backward()
     assert largest.elements < length * length / 2
     with LargestTensor() as largest:
         by_mask(q, k, v, "alibi")
@@ -186,7 +216,7 @@ def test_keys_beyond_the_reach_weigh_less_than_epsilon_together(scale):
     q, k, _ = (scale * x.detach() for x in inputs(1, 8, 600, 600, torch.float64))
     slopes = alibi_slopes(8)
     for epsilon in (1e-2, 1e-7):
-        distances = attention.reach(q, k, slopes, epsilon)
+        distances = reach(q, k, slopes, epsilon)
         distance = torch.arange(600)[:, None] - torch.arange(600)
         scores = q @ k.transpose(2, 3) / 4 - slopes[:, None, None] * distance
         weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
@@ -203,7 +233,7 @@ def test_reach_is_no_longer_than_the_worst_keys_need(own):
     near = math.ceil((largest - own - math.log(epsilon) - math.log(math.expm1(slope))) / slope)
     scores = torch.tensor([largest] * near + [-largest] * near + [own], dtype=torch.float64)
     q, k = torch.ones(1, 1, 1, 1, dtype=torch.float64), scores[None, None, :, None]
-    (distance,) = attention.reach(q, k, torch.tensor([slope]), epsilon).tolist()
+    (distance,) = reach(q, k, torch.tensor([slope]), epsilon).tolist()
     assert near - 1 <= distance <= 1.01 * near
     weights = (scores - slope * torch.arange(2 * near, -1, -1)).softmax(0)
     assert epsilon / 3 < weights[:near].sum() < epsilon
@@ -222,23 +252,23 @@ def test_large_queries_and_keys_are_not_skipped():
 def test_what_is_skipped_depends_on_the_keys_around_their_mean():
     """A component that all keys of a head have in common changes no weight, and must not make it read more."""
     q, k, _ = (x.detach() for x in inputs(1, 8, 300, 300, torch.float32))
-    plain = attention.reach(q, k, alibi_slopes(8))
-    torch.testing.assert_close(attention.reach(q, k + 50, alibi_slopes(8)), plain, rtol=1e-3, atol=1)
-    assert (attention.reach(q, k + 50 * torch.randn_like(k), alibi_slopes(8)) > 5 * plain).all()
+    plain = reach(q, k, alibi_slopes(8))
+    torch.testing.assert_close(reach(q, k + 50, alibi_slopes(8)), plain, rtol=1e-3, atol=1)
+    assert (reach(q, k + 50 * torch.randn_like(k), alibi_slopes(8)) > 5 * plain).all()
 
 
 def test_skipping_is_turned_off_by_an_epsilon_of_0():
     q, k, _ = (x.detach() for x in inputs(1, 4, 30, 30, torch.float32))
-    assert attention.reach(q, k, alibi_slopes(4), 0.0).tolist() == [math.inf] * 4
-    assert attention.reach(q, k, torch.zeros(4)).tolist() == [math.inf] * 4, "without a bias there is no end"
-    assert attention.reach(q, k * math.nan, alibi_slopes(4)).tolist() == [math.inf] * 4
+    assert reach(q, k, alibi_slopes(4), 0.0).tolist() == [math.inf] * 4
+    assert reach(q, k, torch.zeros(4)).tolist() == [math.inf] * 4, "without a bias there is no end"
+    assert reach(q, k * math.nan, alibi_slopes(4)).tolist() == [math.inf] * 4
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (256, 256), (3000, 3000), (257, 5000), (1025, 1025)])
 @pytest.mark.parametrize("reaches", [[0, 3, 100, 2000], [math.inf] * 4, [700, math.inf, 10, 10]])
 def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
     read = torch.zeros(4, queries, keys, dtype=torch.int8)
-    for heads, rows, reversed_keys in attention.tiles(queries, keys, reaches):
+    for heads, rows, reversed_keys in tiles(queries, keys, reaches, [0] * 4):
         assert rows.stop - rows.start <= 1024
         longest = min(max(reaches[heads]), keys)
         assert reversed_keys.stop - reversed_keys.start <= rows.stop - rows.start + longest, "reads more than it needs"
@@ -253,7 +283,7 @@ def test_tiles_hold_every_visible_key_once(queries, keys, reaches):
 def test_tiles_of_encoders_hold_the_keys_on_both_sides_once(reaches):
     length, ahead = 2100, reaches[::-1]
     read = torch.zeros(4, length, length, dtype=torch.int8)
-    for heads, rows, reversed_keys in attention.tiles(length, length, reaches, ahead):
+    for heads, rows, reversed_keys in tiles(length, length, reaches, ahead):
         read[heads, rows, length - reversed_keys.stop : length - reversed_keys.start] += 1
     distance = torch.arange(length)[:, None] - torch.arange(length)
     for head, (before, after) in enumerate(zip(reaches, ahead)):
@@ -261,22 +291,23 @@ def test_tiles_of_encoders_hold_the_keys_on_both_sides_once(reaches):
     assert read.max() == 1
 
 
-@pytest.mark.parametrize("form", EncoderALiBi.FORMS)
-@pytest.mark.parametrize("dropout", [0.0, 1e-9])  # the second takes the tiles that are recomputed
-def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, dropout, monkeypatch):
+@pytest.mark.parametrize("form", ENCODER_FORMS)
+@pytest.mark.parametrize("kernel", ["tiled", "recomputed"])
+def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, kernel):
     method, (q, k, v) = EncoderALiBi(12, form), inputs(1, 12, 1500, 1500, torch.float32)
-    computed, cut = [], attention.tiles
-    monkeypatch.setattr(attention, "tiles", lambda *a: computed.extend(cut(*a)) or cut(*a))
-    found = attention.fused_attention(q, k, v, method.slopes, dropout=dropout)
+    of_pass = AttentionInputs(bias=LinearBias(*method.slopes()), causal=False)
+    run = {"tiled": tiled_attention.flash_tiles, "recomputed": tiled_attention.recomputed_tiles}[kernel]
+    found = run(q, k, v, of_pass)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     scores = exact[0] @ exact[1].transpose(2, 3) / 4 + reference.encoder_bias(12, 1500, form)
     expected = scores.softmax(-1) @ exact[2]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     cotangent = torch.randn_like(expected)
     ours = torch.autograd.grad(found, (q, k, v), cotangent.float())
-    for one, wanted in zip(ours, torch.autograd.grad(expected, exact, cotangent)):
-        torch.testing.assert_close(one.double(), wanted, rtol=1e-4, atol=1e-4)
-    read = sum((h.stop - h.start) * (t.stop - t.start) * (s.stop - s.start) for h, t, s in computed)
+    for gradient, wanted in zip(ours, torch.autograd.grad(expected, exact, cotangent)):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-4)
+    _, cut = tiled_attention.plan_tiles(q, k, of_pass)
+    read = sum((h.stop - h.start) * (t.stop - t.start) * (s.stop - s.start) for h, t, s in cut)
     assert read < 0.8 * 12 * 1500**2
 
 
@@ -285,13 +316,12 @@ def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, dropout,
 @pytest.mark.parametrize("window", [10**6, 200])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded, window):
-    """The way of GPUs, which on a CPU runs forward only and not block by block."""
+    """The kernel for GPUs, which on a CPU runs forward only and not block by block."""
     q, k, v = (x.detach() for x in inputs(2, 12, queries, keys, torch.float32))
     padding = torch.zeros(2, keys, dtype=torch.bool)
     padding[0, :padded] = True
-    slopes = alibi_slopes(12)
-    reaches = attention.reach(q, k, slopes).clamp(max=window - 1)
-    out = attention.block_attention(q, k, v, slopes.float(), padding if padding.any() else None, reaches, window)
+    of_pass = alibi_inputs(12, padding=padding if padding.any() else None, window=window)
+    out = flex_attention.flex_blocks(q, k, v, of_pass)
     assert out.isfinite().all()
     expected = reference.attention(q, k, v, seen=~padding, window=window)
     real = ~padding[:, None, -queries:, None].expand_as(out)
@@ -301,11 +331,102 @@ def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded, w
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (700, 700), (130, 5000), (128, 129)])
 def test_blocks_hold_every_visible_key(queries, keys):
     reaches = torch.tensor([0.0, 50.0, 1000.0, math.inf], dtype=torch.float64)
-    first, diagonal, last = attention.visible_blocks(queries, keys, reaches)
+    first, diagonal, last = flex_attention.visible_blocks(queries, keys, reaches)
     for i in range(queries):
-        row, position = i // attention.BLOCK, keys - queries + i
+        row, position = i // flex_attention.BLOCK, keys - queries + i
         for head, longest in enumerate(reaches.tolist()):
-            assert first[head, row] * attention.BLOCK <= max(0, position - longest)
-        assert diagonal[row] * attention.BLOCK <= position < (last[row] + 1) * attention.BLOCK
+            assert first[head, row] * flex_attention.BLOCK <= max(0, position - longest)
+        assert diagonal[row] * flex_attention.BLOCK <= position < (last[row] + 1) * flex_attention.BLOCK
         # whole blocks, those before the diagonal one, must not hold a key of any query's future
-        assert diagonal[row] * attention.BLOCK <= keys - queries + row * attention.BLOCK
+        assert diagonal[row] * flex_attention.BLOCK <= keys - queries + row * flex_attention.BLOCK
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "training", "dropout", "kernel"),
+    [
+        ("alibi", 256, False, 0.1, "mask"),
+        ("alibi", 257, False, 0.1, "tiled"),
+        ("alibi", 257, True, 0.1, "recomputed"),
+        ("none", 5, False, 0.1, "causal"),
+        ("none", 5, True, 0.1, "mask"),
+        ("sinusoidal", 5, True, 0.0, "causal"),
+        ("t5", 256, True, 0.0, "mask"),
+        ("t5", 257, True, 0.0, "recomputed"),
+        ("t5", 257, False, 0.0, "tiled"),
+    ],
+)
+def test_auto_takes_the_faster_kernel(method, length, training, dropout, kernel):
+    setup = attention_setup(method, dropout=dropout)
+    q, k, _ = inputs(1, 2, length, length, torch.float32)
+    with torch.set_grad_enabled(training):
+        of_pass = setup.inputs(q, TokenSpan(length, length, 0), training=training)
+        assert attention.choose_kernel(q, k, of_pass, dropout if training else 0.0).name == kernel
+
+
+def test_without_the_private_kernel_the_public_one_runs_after_one_warning(monkeypatch):
+    """The probe tries the private function once; a torch whose function has changed is named."""
+    tiled_attention.flash_kernel_works.cache_clear()
+    monkeypatch.setattr(tiled_attention.FlashTiles, "apply", lambda q, *rest: torch.zeros_like(q))
+    q, k, v = inputs(1, 2, 300, 300, torch.float32)
+    try:
+        with pytest.warns(UserWarning, match="no CPU flash kernel of the known kind"):
+            chosen = attention.choose_kernel(q, k, alibi_inputs(2))
+        assert chosen.name == "recomputed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_equals_reference("fused", (q, k, v), "alibi", 2e-5)
+    finally:
+        tiled_attention.flash_kernel_works.cache_clear()
+    monkeypatch.undo()
+    assert tiled_attention.flash_kernel_works()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_gpu_where_flex_attention_fails_is_named_once_and_computes_tiles(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of shared memory:\nrequired 131072")
+
+    monkeypatch.setattr(flex_attention, "flex_blocks", fail)
+    monkeypatch.setattr(flex_attention, "FAILED", set())
+    q, k, v = (x.detach() for x in inputs(1, 2, 300, 300, torch.float32))
+    with pytest.warns(UserWarning, match=r"float32 with head_dim 16 \(out of shared memory: required 131072\)"):
+        out = flex_attention.block_attention(q, k, v, alibi_inputs(2))
+    torch.testing.assert_close(out.double(), reference.attention(q, k, v), rtol=2e-5, atol=2e-5)
+    assert flex_attention.kind_of(q) in flex_attention.FAILED
+
+
+CONTRADICTIONS = {
+    "window needs causal=True": {"window": 3, "causal": False},
+    "cache needs causal=True": {"cache": {}, "causal": False},
+    "a linear bias then has none": {"bias": LinearBias(torch.ones(2), torch.ones(2))},
+    "a linear bias then needs one": {"bias": LinearBias(torch.ones(2)), "causal": False},
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_inputs_that_contradict_each_other_are_errors(message):
+    with pytest.raises(ValueError, match=message):
+        AttentionInputs(**CONTRADICTIONS[message])
+
+
+def test_inputs_of_another_shape_are_errors():
+    q, k, v = inputs(2, 2, 5, 5, torch.float32)
+    wrong = {
+        r"slopes must be \(H,\) = \(2,\), not \(3,\)": {"bias": LinearBias(torch.ones(3))},
+        r"\(2 or 1, 9\), not \(2, 8\)": {"bias": DistanceBias(torch.ones(2, 8))},
+        r"padding must be \(B, S\) = \(2, 5\), not \(2, 4\)": {"padding": torch.zeros(2, 4, dtype=torch.bool)},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            attention.attend(q, k, v, AttentionInputs(**options))
+    with pytest.raises(ValueError, match="no kernel supports attention to both sides without a bias"):
+        attention.attend(q, k, v, AttentionInputs(causal=False))
+    with pytest.raises(ValueError, match="auto, mask, fused, not quick"):
+        AttentionSettings(kernel="quick")
+
+
+def test_inputs_cannot_be_changed_and_are_given_by_name():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AttentionInputs().window = 3
+    with pytest.raises(TypeError):
+        AttentionInputs(NoBias(), True)

@@ -62,7 +62,7 @@ def test_a_step_costs_one_row_of_scores(build, attention):
     model = build("alibi_lm_tiny", "--attention", attention, "--tokens-per-sample", 8)
     tokens, state, masks = random_tokens(model, 1, 700), {}, []
     model.decoder.layers[0].register_forward_pre_hook(
-        lambda module, inputs, options: masks.append(options["self_attn_mask"].mask), with_kwargs=True
+        lambda module, arguments: masks.append(getattr(arguments[1].bias, "mask", None))
     )
     with torch.no_grad():
         for read in (600, 601, 700):

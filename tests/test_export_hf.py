@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fairseq_alibi  # noqa: F401
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
-from fairseq_alibi.core.positions import POSITION_METHODS
 from fairseq_alibi.data.binarize import SPLITS
 from fairseq_alibi.evaluation import generation, scoring
 from fairseq_alibi.files import export_hf
@@ -215,7 +215,7 @@ def test_loss_in_trainer_is_ours(both, tmp_path):
     agree(ours(stream[None], labels=ignored, num_items_in_batch=torch.tensor(8)).loss, some / 2)
 
 
-@pytest.mark.parametrize("method", POSITION_METHODS)
+@pytest.mark.parametrize("method", position_methods())
 @torch.no_grad()
 def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, tmp_path):
     """Each method with other options of the layers, the embeddings and the output."""

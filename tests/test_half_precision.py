@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from conftest import fairseqs_own, random_tokens
 
-from fairseq_alibi.core.attention import fused_attention, masked_attention
-from fairseq_alibi.core.positions import ALiBi
-from fairseq_alibi.models import decoder
+from fairseq_alibi.core import ALiBi
+from fairseq_alibi.core.attention import attend
+from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias
+from fairseq_alibi.models import layers
 
 
 def relative_error(out, expected):
@@ -24,8 +25,10 @@ def errors(heads, keys, dtype, queries=32):
     mask = method.future_mask(queries, keys)
     future = torch.zeros_like(mask[:1]).masked_fill_(mask[:1].isneginf(), -torch.inf)
     expected = reference.attention(q, k, v)
-    found = {"mask": masked_attention(q, k, v, mask), "fused": fused_attention(q, k, v, method.slopes)}
-    authors = (method.slopes[:, None, None] * torch.arange(keys) + future).to(dtype)
+    slopes, _ = method.slopes()
+    biases = {"mask": FoldedMask(mask), "fused": LinearBias(slopes)}
+    found = {name: attend(q, k, v, AttentionInputs(bias=bias)) for name, bias in biases.items()}
+    authors = (slopes[:, None, None] * torch.arange(keys) + future).to(dtype)
     found["authors"] = F.scaled_dot_product_attention(q, k, v, attn_mask=authors[None])
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=future[None].to(dtype))
     no_bias = relative_error(plain, reference.attention(q, k, v, "none"))
@@ -84,7 +87,7 @@ ADAPTIVE = ["--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-
     "more", [[], ["--checkpoint-activations"], ADAPTIVE], ids=["plain", "checkpointed", "adaptive"]
 )
 def test_bf16_products_on_a_cpu_change_little_and_train(build, monkeypatch, more):
-    monkeypatch.setattr(decoder, "bf16_gain", lambda: 2.5)
+    monkeypatch.setattr(layers, "bf16_gain", lambda: 2.5)
     sizes = ["--decoder-layers", 2, "--decoder-embed-dim", 64, "--decoder-input-dim", 64, "--decoder-output-dim", 64]
     plain, fast = (build("alibi_lm", *sizes, *more, *flag) for flag in ([], ["--cpu-bf16"]))
     tokens = random_tokens(plain, 2, 300)
@@ -105,13 +108,13 @@ def test_bf16_products_on_a_cpu_change_little_and_train(build, monkeypatch, more
 
 def test_bf16_products_are_refused_where_they_are_slower(build, monkeypatch):
     model = build("alibi_lm_tiny", "--cpu-bf16")
-    monkeypatch.setattr(decoder, "bf16_gain", lambda: 0.4)
+    monkeypatch.setattr(layers, "bf16_gain", lambda: 0.4)
     with pytest.raises(ValueError, match=r"--cpu-bf16: .* 0.40 times"):
         model(random_tokens(model, 1, 5))
 
 
 def test_bf16_gain_is_a_ratio_of_speeds():
-    assert 0.001 < decoder.bf16_gain() < 100
+    assert 0.001 < layers.bf16_gain() < 100
 
 
 @pytest.mark.parametrize("flags", [["--amp"], ["--fp16", "--fp16-no-flatten-grads"]], ids=" ".join)

@@ -1,5 +1,6 @@
 """The model `alibi_lm` against a float64 reference model, against `transformer_lm`, and its options."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,8 +8,9 @@ import reference
 import torch
 from conftest import BIN, fairseqs_own, random_tokens, run
 
-from fairseq_alibi.core.layers import Pass
-from fairseq_alibi.core.positions import POSITION_METHODS, PositionMethod, distances
+from fairseq_alibi.core import positions
+from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias
+from fairseq_alibi.models.language_model import refresh_config
 
 
 @pytest.mark.parametrize("length", [1, 64, 32 * 64])
@@ -48,57 +50,53 @@ def test_gradients_are_the_same_with_and_without_a_mask(build, method):
             torch.testing.assert_close(others[name], expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("method", "length", "training", "dropout", "fused"),
-    [
-        ("alibi", 256, False, 0.1, False),
-        ("alibi", 257, False, 0.1, True),
-        ("alibi", 257, True, 0.1, True),
-        ("none", 5, False, 0.1, True),
-        ("none", 5, True, 0.1, False),
-        ("sinusoidal", 5, True, 0.0, True),
-        ("t5", 256, True, 0.0, False),
-        ("t5", 257, True, 0.0, True),
-    ],
-)
-def test_auto_takes_the_faster_attention(build, monkeypatch, method, length, training, dropout, fused):
-    from fairseq_alibi.core import layers as modules
+@pytest.fixture
+def squares():
+    """A method whose bias is given by pairs of query and key, and so needs a mask; gone after the test."""
+    registered = {stack: dict(methods) for stack, methods in positions._METHODS.items()}
 
-    model = build("alibi_lm_tiny", "--position-method", method, "--attention-dropout", dropout).train(training)
-    calls = []
-    for name in ("fused_attention", "masked_attention"):
-        original = getattr(modules, name)
-        monkeypatch.setattr(modules, name, lambda *a, f=original, n=name: calls.append(n) or f(*a))
-    model(random_tokens(model, 2, length))
-    assert calls == ["fused_attention" if fused else "masked_attention"] * 2
+    @positions.register_position_method("squares")
+    class Squares(positions.PositionMethod):
+        bias_kind = "pair"
+
+        def pair_bias(self, query_length, key_length, device=None):
+            return -0.01 * positions.distances(query_length, key_length, device)[None].float() ** 2
+
+    yield "squares"
+    positions._METHODS.update(registered)
+    refresh_config()
 
 
-class Squares(PositionMethod):
-    """A bias that is not linear in distance."""
-
-    def bias(self, query_length, key_length, device=None):
-        return -0.01 * distances(query_length, key_length, device)[None].float() ** 2
-
-
-def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, monkeypatch, caplog):
-    monkeypatch.setitem(POSITION_METHODS, "none", Squares)
-    with caplog.at_level(logging.WARNING, "fairseq_alibi.models.options"):
-        model = build("alibi_lm_tiny", "--position-method", "none")
-    assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method none needs a mask"]
+def test_a_bias_that_needs_a_mask_gets_one_with_a_warning_or_is_refused(build, squares, caplog):
+    with caplog.at_level(logging.WARNING, "fairseq_alibi.models.language_model"):
+        model = build("alibi_lm_tiny", "--position-method", squares)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["--position-method squares needs a mask"]
     assert model(random_tokens(model, 1, 500))[0].isfinite().all()
-    assert model.decoder.passes.mask.shape == (1, 500, 500)
+    assert kept_mask(model).shape == (1, 500, 500)
     with pytest.raises(ValueError, match=r"--attention fused.*needs a mask"):
-        build("alibi_lm_tiny", "--position-method", "none", "--attention", "fused")
+        build("alibi_lm_tiny", "--position-method", squares, "--attention", "fused")
+
+
+def kept_mask(model):
+    """The mask that the decoder keeps for later passes."""
+    return model.decoder.setup.kept_mask.get(torch.device("cpu"))
+
+
+def with_mask(model):
+    """The model, whose attention runs under a mask from now on."""
+    setup = model.decoder.setup
+    setup.settings = dataclasses.replace(setup.settings, kernel="mask")
+    return model
 
 
 def test_attention_weights_are_there_with_a_mask_only(build):
     model = build("alibi_lm_tiny")
     x, method = torch.randn(9, 2, 128), model.decoder.position_method
     layer = model.decoder.layers[0].self_attn
-    weights = layer(x, x, x, attn_mask=Pass(mask=method.future_mask(9, 9)), need_weights=True)[1]
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+    weights = layer(x, AttentionInputs(bias=FoldedMask(method.future_mask(9, 9))), need_weights=True)[1]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 8, 9))
     with pytest.raises(ValueError, match="--attention mask"):
-        layer(x, x, x, attn_mask=Pass(slopes=method.slopes), need_weights=True)
+        layer(x, AttentionInputs(bias=LinearBias(*method.slopes())), need_weights=True)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -114,10 +112,10 @@ def test_a_compiled_model_gives_the_same_numbers(build, attention):
 
 def test_no_position_embedding_unless_the_method_adds_one(build, method):
     model = build("alibi_lm_tiny", "--position-method", method)
-    added = {"sinusoidal": ["_float_tensor"], "learned": ["weight"]}.get(method, [])
+    added = {"learned": ["weight"]}.get(method, [])
     names = [name for name in model.state_dict() if "embed_positions" in name]
     assert names == [f"decoder.embed_positions.{name}" for name in added]
-    assert (model.decoder.embed_positions is None) == (not added)
+    assert (model.decoder.embed_positions is None) == (method not in ("learned", "sinusoidal"))
 
 
 def test_learned_positions_end_with_their_table(build):
@@ -131,26 +129,23 @@ def test_bias_on_some_heads_leaves_the_others_without(build):
     """A model with one biased head of eight differs from those with all and with none; a mask gives the same."""
     models = [build("alibi_lm_tiny", "--alibi-heads", heads) for heads in (1, 8)]
     models.append(build("alibi_lm_tiny", "--position-method", "none"))
-    assert models[0].decoder.position_method.slopes.tolist() == [2**-8, *[0] * 7]
+    assert models[0].decoder.position_method.slopes()[0].tolist() == [2**-8, *[0] * 7]
     tokens = random_tokens(models[0], 1, 600)
     some, every, no = (model(tokens)[0] for model in models)
     assert not torch.allclose(some, every, atol=1e-4)
     assert not torch.allclose(some, no, atol=1e-4)
-    models[0].decoder.passes.attention = "mask"
-    torch.testing.assert_close(models[0](tokens)[0], some, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(with_mask(models[0])(tokens)[0], some, rtol=1e-4, atol=1e-4)
 
 
-def test_mask_is_made_once_shared_by_the_batch_and_grown_on_demand(build, monkeypatch):
-    model = build("alibi_lm_tiny", "--tokens-per-sample", 512, "--decoder-layers", 4)
-    made = []
-    position_method = model.decoder.position_method
-    model.decoder.passes.attention = "mask"
-    original = position_method.future_mask
-    monkeypatch.setattr(position_method, "future_mask", lambda *a: made.append(a[0]) or original(*a))
+def test_mask_is_made_once_shared_by_the_batch_and_grown_on_demand(build):
+    model = with_mask(build("alibi_lm_tiny", "--tokens-per-sample", 512, "--decoder-layers", 4))
+    kept = []
     for length in (5, 3, 9, 9):
         model(random_tokens(model, 6, length))
-        assert model.decoder.passes.mask.shape == (8, max(made), max(made))
-    assert made == [5, 9], "once per new longest sequence, however many layers and rows there are"
+        kept.append(kept_mask(model))
+    assert [mask.shape for mask in kept] == [(8, 5, 5), (8, 5, 5), (8, 9, 9), (8, 9, 9)]
+    assert kept[0] is kept[1], "a shorter sequence takes the mask that is there"
+    assert kept[2] is kept[3]
 
 
 def test_same_seed_gives_the_parameters_of_transformer_lm(build, method):
@@ -261,7 +256,7 @@ def test_slope_range_changes_the_model(build):
 def test_length_scale_divides_the_slopes(build):
     tokens = torch.arange(4, 30)[None]
     plain, stretched = (build("alibi_lm_tiny", "--alibi-length-scale", scale) for scale in (1, 4))
-    plain.decoder.position_method.slopes /= 4
+    plain.decoder.position_method.fixed.scale = 4
     torch.testing.assert_close(stretched(tokens)[0], plain(tokens)[0])
 
 

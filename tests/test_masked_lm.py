@@ -11,11 +11,12 @@ import torch
 from conftest import BIN, failure, run
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.core.positions import ENCODER_POSITION_METHODS, EncoderALiBi
+from fairseq_alibi.core import position_methods
+from fairseq_alibi.core.alibi import ENCODER_FORMS
 from fairseq_alibi.evaluation.scoring import masked_tokens
 from fairseq_alibi.files.data_folders import read_subset
 
-FORMS = [(f"--alibi-encoder-bias={form}",) for form in EncoderALiBi.FORMS]
+FORMS = [(f"--alibi-encoder-bias={form}",) for form in ENCODER_FORMS]
 LEARNED = ("--alibi-encoder-bias=two_slopes", "--alibi-learned-slopes")
 FORMS += [LEARNED]
 
@@ -177,7 +178,7 @@ def test_options_that_contradict_each_other_are_refused(masked, arguments, named
 
 
 def test_t5_has_no_buckets_for_what_comes_after(masked, capsys):
-    assert "t5" not in ENCODER_POSITION_METHODS
+    assert "t5" not in position_methods("encoder")
     with pytest.raises(SystemExit):
         masked("--position-method", "t5")
     assert "invalid choice: 't5'" in capsys.readouterr().err

@@ -7,10 +7,9 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi.core.layers import Attention, Cache, Transformer
-from fairseq_alibi.core.positions import POSITION_METHODS, EncoderALiBi
-
-FORMS = EncoderALiBi.FORMS
+from fairseq_alibi.core import Attention, EncoderALiBi, Sinusoidal, Transformer, position_methods
+from fairseq_alibi.core.alibi import ENCODER_FORMS
+from fairseq_alibi.core.layers import Cache
 
 
 def bias(heads, length, form):
@@ -48,7 +47,7 @@ def attention(form, heads, **options):
 
 @pytest.mark.parametrize("heads", [8, 12])
 @pytest.mark.parametrize("length", [1, 9, 300])
-@pytest.mark.parametrize("form", ["causal", *FORMS])
+@pytest.mark.parametrize("form", ["causal", *ENCODER_FORMS])
 def test_attention_and_its_gradients_equal_the_formula(form, length, heads):
     layer = attention(form, heads)
     x = torch.randn(2, length, 8 * heads, requires_grad=True)
@@ -61,7 +60,7 @@ def test_attention_and_its_gradients_equal_the_formula(form, length, heads):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("length", [40, 300])
-@pytest.mark.parametrize("form", ["causal", *FORMS])
+@pytest.mark.parametrize("form", ["causal", *ENCODER_FORMS])
 def test_padding_changes_no_token(form, length, side):
     layer = attention(form, 12)
     x, padding = torch.randn(2, length, 96), torch.zeros(2, length, dtype=torch.bool)
@@ -77,7 +76,7 @@ def test_padding_changes_no_token(form, length, side):
 
 def test_learned_slopes_start_from_the_fixed_ones_and_learn():
     method = EncoderALiBi(12, "two_slopes", learned=True)
-    torch.testing.assert_close(method.bias(9, 9), EncoderALiBi(12, "two_slopes").bias(9, 9))
+    torch.testing.assert_close(method.full_mask(9), EncoderALiBi(12, "two_slopes").full_mask(9))
     layer = Attention(96, 12, causal=False, position_method=method)
     layer(torch.randn(1, 9, 96)).sum().backward()
     assert method.slope_logits.grad.abs().sum(1).gt(0).all(), "of both sides"
@@ -85,7 +84,7 @@ def test_learned_slopes_start_from_the_fixed_ones_and_learn():
     with torch.no_grad():
         method.slope_logits.add_(3)
     assert not torch.allclose(layer(torch.ones(1, 9, 96).cumsum(1) / 9), before), "the mask is not kept"
-    assert (method.left_and_right() > 0).all()
+    assert all((slopes > 0).all() for slopes in method.slopes())
 
 
 @pytest.mark.parametrize("normalize_before", [True, False])
@@ -97,7 +96,7 @@ def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(normalize_before):
     assert cache.get_seq_length() == 400
 
 
-@pytest.mark.parametrize("method", [name for name in POSITION_METHODS if POSITION_METHODS[name].embedding is None])
+@pytest.mark.parametrize("method", [name for name, kind in position_methods().items() if not kind.adds_embedding])
 def test_fairseqs_decoder_and_the_plain_one_are_the_same(build, method):
     """With the same weights, under the names that fairseq has for them."""
     model = build("alibi_lm_tiny", "--position-method", method)
@@ -124,7 +123,7 @@ def test_memory_of_masks_follows_what_is_run():
     sizes = []
     for length in (1500, 1400, 600, 10):
         layer(torch.randn(1, length, 8))
-        sizes.append(layer.passes.mask.size(-1))
+        sizes.append(layer.setup.kept_mask.get(torch.device("cpu")).size(-1))
     assert sizes == [1500, 1500, 600, 600]
 
 
@@ -132,7 +131,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_heads must divide embed_dim, 10, and 3 does not"):
         Transformer(1, 10, 3)
     with pytest.raises(ValueError, match="Sinusoidal adds embeddings"):
-        Transformer(1, 16, 2, position_method=POSITION_METHODS["sinusoidal"](2))
+        Transformer(1, 16, 2, position_method=Sinusoidal(2))
     with pytest.raises(ValueError, match="a cache needs causal=True"):
         attention("symmetric", 2)(torch.randn(1, 3, 16), cache=Cache())
     with pytest.raises(ValueError, match=r"padding must be \(B, S\) = \(1, 3\), not \(1, 2\)"):

@@ -12,7 +12,7 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPECo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairseq_alibi.core.positions import alibi_slopes
+from fairseq_alibi.core.alibi import alibi_slopes
 from fairseq_alibi.data.binarize import SPLITS, check_text
 from fairseq_alibi.data.plain_text import learn_codes, moses_encoder
 from fairseq_alibi.evaluation.curves import pool_positions, read_curves

@@ -94,11 +94,11 @@ def test_yaml_has_every_size_of_the_architecture(name, arch):
     """Under hydra, what the YAML leaves out takes the dataclass' default, not the architecture's value."""
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
-    from fairseq_alibi.models.language_model import AlibiLanguageModelConfig
+    from fairseq_alibi.models.language_model import language_model_config
 
     expected = Namespace()
     ARCH_CONFIG_REGISTRY[arch](expected)
-    defaults = {field.name: field.default for field in dataclasses.fields(AlibiLanguageModelConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(language_model_config())}
     under_hydra = {**defaults, **config_of_yaml(name)["model"]}
     for key, value in vars(expected).items():
         # the task's; without effect while there is no BASE layer; how a model is run, not what it is

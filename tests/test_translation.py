@@ -8,11 +8,12 @@ import reference
 import torch
 from conftest import BIN, ROOT, run
 
-from fairseq_alibi.core.positions import ENCODER_POSITION_METHODS, EncoderALiBi
+from fairseq_alibi.core import position_methods
+from fairseq_alibi.core.alibi import ENCODER_FORMS
 
 #: All that can tell positions: methods, and forms of ALiBi in the encoder.
-WAYS = {name: ["--position-method", name] for name in ENCODER_POSITION_METHODS if name != "alibi"}
-WAYS.update({form: ["--alibi-encoder-bias", form] for form in EncoderALiBi.FORMS})
+WAYS = {name: ["--position-method", name] for name in position_methods("encoder") if name != "alibi"}
+WAYS.update({form: ["--alibi-encoder-bias", form] for form in ENCODER_FORMS})
 
 SIZES = ["--encoder-embed-dim", 64, "--encoder-ffn-embed-dim", 96]
 TWELVE_HEADS = ["--encoder-embed-dim", 96, "--encoder-attention-heads", 12, "--decoder-attention-heads", 12]

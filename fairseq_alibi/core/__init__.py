@@ -1,6 +1,6 @@
 """Tensor mathematics, torch only: position methods, attention, layers, adaptive softmax, and the exported model.
 
-    from fairseq_alibi.core import ALiBi, Attention, Transformer
+from fairseq_alibi.core import ALiBi, Attention, Transformer
 """
 
 from .methods import T5, ALiBi, EncoderALiBi, Learned, NoPositions, Rotary, Sinusoidal

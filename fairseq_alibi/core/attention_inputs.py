@@ -253,10 +253,7 @@ class AttentionSetup:
         """The factors of the queries, by the number of keys that each sees."""
         if not self.method.scales_queries:
             return None
-        if padding is None:
-            present = torch.ones(1, span.keys, dtype=torch.long, device=device)
-        else:
-            present = (~padding).long()
+        present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
         if self.settings.causal:
             visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
         else:

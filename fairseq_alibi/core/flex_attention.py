@@ -99,9 +99,7 @@ def flex_blocks(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Ten
     return flex_function(q.device.type)(q, k, v, score_mod=add_bias, block_mask=blocks)
 
 
-def block_mask(
-    lengths: tuple[int, int], reaches: Tensor, is_seen: Callable[..., Tensor], mask_everywhere: bool
-) -> Any:
+def block_mask(lengths: tuple[int, int], reaches: Tensor, is_seen: Callable[..., Tensor], mask_everywhere: bool) -> Any:
     """FlexAttention's list of the blocks that are read, see `visible_blocks`.
 
     Args:

@@ -34,7 +34,7 @@ class AttentionCore:
     #: Dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C).
     time_dim = 1
 
-    def self_attention(
+    def compute_attention(
         self, x: Tensor, inputs: AttentionInputs, dropout: float = 0.0, need_weights: bool = False
     ) -> tuple[Tensor, Optional[Tensor]]:
         """Attention of new tokens to all.
@@ -118,7 +118,7 @@ class SelfAttention(AttentionCore, nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.self_attention(x, inputs, self.dropout if self.training else 0.0)[0]
+        return self.compute_attention(x, inputs, self.dropout if self.training else 0.0)[0]
 
     def extend_cache(self, cache: Any, k: Tensor, v: Tensor, window: Optional[int]) -> tuple[Tensor, Tensor]:
         """See `AttentionCore.extend_cache`; the cache is one as `Cache`."""

@@ -146,7 +146,9 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
     if window < key_length:
         vector = vector.masked_fill(torch.arange(first, key_length, device=q.device) >= window, -math.inf)
     padding = None if inputs.padding is None else inputs.padding.flip(1)
-    return TileBias(vector, first, query_length, padding), tiles(query_length, key_length, back.tolist(), ahead.tolist())
+    return TileBias(vector, first, query_length, padding), tiles(
+        query_length, key_length, back.tolist(), ahead.tolist()
+    )
 
 
 class FlashTiles(torch.autograd.Function):
@@ -206,8 +208,8 @@ def flash_kernel_works() -> bool:
             torch.testing.assert_close(grads, expected_grads)
     except Exception as error:  # a changed private function fails in any way
         warnings.warn(
-            f"torch {torch.__version__} has no CPU flash kernel that can be used ({' '.join(str(error).split())[:100]}): "
-            "attention without a mask takes its slower public function",
+            f"torch {torch.__version__} has no CPU flash kernel of the known kind "
+            f"({' '.join(str(error).split())[:100]}): attention without a mask takes its slower public function",
             stacklevel=2,
         )
         return False
@@ -228,7 +230,9 @@ def not_compiled(function: Function) -> Function:
 
 def supports_recomputed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `recomputed_tiles` supports: all but a folded mask, and both sides without a bias."""
-    return not isinstance(inputs.bias, FoldedMask) and (inputs.causal or isinstance(inputs.bias, (LinearBias, DistanceBias)))
+    return not isinstance(inputs.bias, FoldedMask) and (
+        inputs.causal or isinstance(inputs.bias, (LinearBias, DistanceBias))
+    )
 
 
 def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:

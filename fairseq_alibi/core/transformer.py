@@ -139,7 +139,9 @@ def given_or_alibi(
     if method is None:
         return ALiBi(num_heads) if causal else EncoderALiBi(num_heads)
     if method.adds_embedding and not embeds_tokens:
-        raise ValueError(f"{type(method).__name__} adds embeddings to those of the tokens: add them, and pass no method")
+        raise ValueError(
+            f"{type(method).__name__} adds embeddings to those of the tokens: add them, and pass no method"
+        )
     return method
 
 

@@ -249,7 +249,7 @@ class Run:
         attention_dropout = layer.self_attn.dropout_module.p
         on_gpu = self.device.type == "cuda"
         method = self.decoder.position_method
-        tiled = not self.masked and method.has_relative_bias and (attention_dropout or method.slopes is None)
+        tiled = not self.masked and method.has_distance_bias and (attention_dropout or method.bias_kind != "linear")
         found = e * ((9 if on_gpu and not tiled else 8) * width + ffn) + 4 * heads + 16
         if self.cfg.model.activation_fn != "relu":
             found += 4 * ffn  # its input, which fairseq's gelu makes float32

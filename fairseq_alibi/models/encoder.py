@@ -49,9 +49,7 @@ class AlibiEncoder(TransformerEncoder):
         """See `TransformerEncoder.build_encoder_layer`."""
         return wrap_for_fsdp(EncoderLayer(args, self.cpu_bf16), args)
 
-    def forward_embedding(
-        self, src_tokens: Tensor, token_embedding: Optional[Tensor] = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward_embedding(self, src_tokens: Tensor, token_embedding: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """See `TransformerEncoder.forward_embedding`: what the layers read, and the scaled token embeddings."""
         if token_embedding is None:
             token_embedding = self.embed_tokens(src_tokens)

@@ -150,7 +150,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
 def refresh_config() -> None:
     """Gives fairseq the options of the model anew, after a position method was registered."""
     config = language_model_config()
-    setattr(AlibiLanguageModel, "__dataclass", config)  # noqa: B010, the name under which fairseq keeps it
+    setattr(AlibiLanguageModel, "__dataclass", config)
     MODEL_DATACLASS_REGISTRY["alibi_lm"] = config
     node = config()
     node._name = "alibi_lm"

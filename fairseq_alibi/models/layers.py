@@ -34,9 +34,9 @@ class FairseqSelfAttention(AttentionCore, MultiheadAttention):
     def forward(  # type: ignore[override]
         self, x: Tensor, inputs: AttentionInputs, need_weights: bool = False
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """(T, B, C) -> (queries, B, C), and (B, H, T, S) weights if they are wanted; see `self_attention`."""
+        """(T, B, C) -> (queries, B, C), and (B, H, T, S) weights if they are wanted; see `compute_attention`."""
         dropped = self.training or self.dropout_module.apply_during_inference
-        return self.self_attention(x, inputs, self.dropout_module.p if dropped else 0.0, need_weights)
+        return self.compute_attention(x, inputs, self.dropout_module.p if dropped else 0.0, need_weights)
 
     def extend_cache(
         self, cache: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None

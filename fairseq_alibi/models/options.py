@@ -116,8 +116,8 @@ def check_position_options(args: Any, *stacks: str) -> None:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
     for option, value, owners in options_of_other_methods(args, *stacks):
         raise ValueError(
-            f"--{option.replace('_', '-')} {value} is for --position-method {' or '.join(owners)}, not {name}: drop one "
-            "of the two"
+            f"--{option.replace('_', '-')} {value} is for --position-method {' or '.join(owners)}, not {name}: "
+            "drop one of the two"
         )
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
@@ -133,7 +133,9 @@ def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any
         Name, value, and the methods that have the option.
     """
     methods = [method for stack in stacks for method in position_methods(stack).values()]
-    owned = {option.name for method in methods if method.name == args.position_method for option in method_options(method)}
+    owned = {
+        option.name for method in methods if method.name == args.position_method for option in method_options(method)
+    }
     for option in itertools.chain.from_iterable(map(method_options, methods)):
         value = safe_getattr(args, option.name, option.default)
         if option.name not in owned and value != option.default:

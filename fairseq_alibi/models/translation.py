@@ -94,9 +94,7 @@ class AlibiTransformer(TransformerModel):
     @classmethod
     def build_decoder(cls, args: Any, tgt_dict: Dictionary, embed_tokens: nn.Module) -> AlibiDecoder:
         """See `TransformerModel.build_decoder`."""
-        return AlibiDecoder(
-            args, tgt_dict, embed_tokens, position_method_of(args, DECODER), args.no_cross_attention
-        )
+        return AlibiDecoder(args, tgt_dict, embed_tokens, position_method_of(args, DECODER), args.no_cross_attention)
 
 
 def lift_default_limits(task: FairseqTask) -> None:
