@@ -40,7 +40,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., C)."""
-        x = self.embeddings[0][1].weight.new_zeros(*tokens.shape, self.output_dim)
+        x = next(self.parameters()).new_zeros(*tokens.shape, self.output_dim)
         for first, last, embedding in zip([0, *self.cutoffs], self.cutoffs, self.embeddings):
             which = (first <= tokens) & (tokens < last)
             x[which] = embedding(tokens[which] - first).to(x.dtype)  # autocast has another
@@ -48,7 +48,7 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class BorrowedLinear(nn.Module):
-    """A linear layer, without bias, whose weight is another module's: the one place where it has a name.
+    """A linear layer without bias that uses the weight of another module, which alone names it in a state dict.
 
     Args:
         owner: has the `weight`, (outputs, inputs).
@@ -61,7 +61,7 @@ class BorrowedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        weight = self.owner[0].weight
+        weight: Any = self.owner[0].weight
         return F.linear(x, weight.t() if self.transposed else weight)
 
 
@@ -107,14 +107,14 @@ class AdaptiveSoftmax(nn.Module):
         super().__init__()
         self.cutoff, tails = list(cutoffs), len(cutoffs) - 1
         self.dropout = nn.Dropout(dropout)
-        self.head = (
-            nn.Linear(dim, cutoffs[0] + tails, bias=False)
-            if tied is None
-            else BorrowedHead(tied.embeddings[0][0], dim, tails)
-        )
+        self.head: nn.Module = nn.Linear(dim, cutoffs[0] + tails, bias=False)
+        if tied is not None:
+            first_band: Any = tied.embeddings[0]
+            self.head = BorrowedHead(first_band[0], dim, tails)
         self.tail = nn.ModuleList()
         for band in range(1, len(cutoffs)):
-            table, projection = (None, None) if tied is None else tied.embeddings[band]
+            pair: Any = (None, None) if tied is None else tied.embeddings[band]
+            table, projection = pair
             width = int(dim // factor**band) if table is None else table.embedding_dim
             types = cutoffs[band] - cutoffs[band - 1]
             borrowed = projection is not None and tie_projections

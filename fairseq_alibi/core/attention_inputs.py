@@ -105,6 +105,7 @@ class AttentionInputs:
     epsilon: float = EPSILON
 
     def __post_init__(self) -> None:
+        """Checks the inputs against each other."""
         for name in ("window", "cache"):
             if getattr(self, name) is not None and not self.causal:
                 raise ValueError(f"{name} needs causal=True: without it earlier tokens would see the new ones")
@@ -152,6 +153,7 @@ class AttentionSettings:
     causal: bool = True
 
     def __post_init__(self) -> None:
+        """Checks the kernel."""
         if self.kernel not in KERNEL_CHOICES:
             raise ValueError(f"attention must be one of {', '.join(KERNEL_CHOICES)}, not {self.kernel}")
 

@@ -52,4 +52,5 @@ class KeptTensor:
         self._tensor = None
 
     def __reduce__(self) -> tuple[type, tuple]:
+        """Copies and pickles are empty."""
         return KeptTensor, ()

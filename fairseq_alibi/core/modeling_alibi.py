@@ -138,18 +138,23 @@ class ExportedDecoder(Transformer):
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
         adaptive, reads = config.adaptive_input_cutoff is not None, config.decoder_input_dim
-        if adaptive:
-            self.embed_tokens = AdaptiveEmbedding(
-                config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING
-            )
-        else:
-            self.embed_tokens = nn.Embedding(config.vocab_size, reads, PADDING)
+        self.embed_tokens: Any = (
+            AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING)
+            if adaptive
+            else nn.Embedding(config.vocab_size, reads, PADDING)
+        )
         self.project_in_dim = None if adaptive or reads == width else nn.Linear(reads, width, bias=False)
         self.embed_positions = method.position_embedding(width, config.max_target_positions, PADDING)
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
+        self.build_output(config)
+
+    def build_output(self, config: AlibiConfig) -> None:
+        """Makes the output projection or the adaptive softmax."""
+        width = config.decoder_embed_dim
         writes, tied = config.decoder_output_dim, config.tie_adaptive_weights
         self.project_out_dim = None if tied or writes == width else nn.Linear(width, writes, bias=False)
-        self.adaptive_softmax = self.output_projection = None
+        self.adaptive_softmax: Optional[AdaptiveSoftmax] = None
+        self.output_projection: Any = None
         if config.adaptive_softmax_cutoff is not None:
             self.adaptive_softmax = AdaptiveSoftmax(
                 config.adaptive_softmax_cutoff,

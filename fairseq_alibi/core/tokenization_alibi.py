@@ -94,7 +94,9 @@ class AlibiTokenizer(PreTrainedTokenizer):
             line = f"{line} ".replace(f"{SEPARATOR} ", "").rstrip()
         return self.detokenizer.detokenize(line.split()) if self.moses else line
 
-    def _decode(self, token_ids: Union[int, list[int]], skip_special_tokens: bool = False, **kwargs: Any) -> str:
+    def _decode(  # type: ignore[override]
+        self, token_ids: Union[int, list[int]], skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str:
         # A line end inside the text is text, and special only in front of it.
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
         if skip_special_tokens:

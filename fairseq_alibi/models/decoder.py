@@ -101,8 +101,8 @@ class AlibiDecoder(TransformerDecoder):
         x = self.embed(prev_output_tokens, span.queries)
         padding = prev_output_tokens.eq(self.padding_idx)
         inputs = self.setup.inputs(x, span, padding, window, incremental_state, self.training)
-        alignment = self.num_layers - 1 if alignment_layer is None else alignment_layer
-        x, weights, states = self.run_layers(x.transpose(0, 1), inputs, encoder_out, alignment, last)
+        aligned = self.num_layers - 1 if alignment_layer is None else alignment_layer
+        x, weights, states = run_layers(self.layers, x.transpose(0, 1), inputs, encoder_out, aligned, last)
         if weights is not None:  # (H, B, T, S'), of each head
             weights = weights[:alignment_heads].mean(dim=0)
         if self.layer_norm is not None:
@@ -130,41 +130,6 @@ class AlibiDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         return self.dropout_module(x)
 
-    def run_layers(
-        self,
-        x: Tensor,
-        inputs: AttentionInputs,
-        encoder_out: Optional[dict[str, list[Tensor]]],
-        alignment_layer: int,
-        last: Optional[int],
-    ) -> tuple[Tensor, Optional[Tensor], list[Optional[Tensor]]]:
-        """The layer loop of fairseq 0.12.2, models/transformer/transformer_decoder.py, line 329.
-
-        Args:
-            x: (T, B, C).
-            inputs: the attention inputs of all layers.
-            encoder_out, last: see `extract_features_scriptable`.
-            alignment_layer: the layer whose attention to the encoder is returned.
-
-        Returns:
-            (T, B, C) or (last, B, C); the weights (H, B, T, S') of the alignment layer or None; what each layer reads
-            and, last, what the last one returns.
-        """
-        source = padding = None
-        if encoder_out is not None and encoder_out["encoder_out"]:
-            source = encoder_out["encoder_out"][0]
-        if encoder_out is not None and encoder_out["encoder_padding_mask"]:
-            padding = encoder_out["encoder_padding_mask"][0]
-        weights, states = None, [x]
-        for number, layer in enumerate(self.layers):
-            aligned = number == alignment_layer
-            of_layer = inputs.for_queries(last) if number == self.num_layers - 1 else inputs
-            x, layer_weights = layer(x, of_layer, source, padding, aligned)
-            states.append(x)
-            if aligned and layer_weights is not None:
-                weights = layer_weights.float().to(x)
-        return x, weights, states
-
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`."""
         self.setup.set_evaluation_length(length)
@@ -179,6 +144,44 @@ class AlibiDecoder(TransformerDecoder):
         return super().upgrade_state_dict_named(state_dict, name)
 
 
+def run_layers(
+    layers: nn.ModuleList,
+    x: Tensor,
+    inputs: AttentionInputs,
+    encoder_out: Optional[dict[str, list[Tensor]]],
+    alignment_layer: int,
+    last: Optional[int],
+) -> tuple[Tensor, Optional[Tensor], list[Optional[Tensor]]]:
+    """The layer loop of fairseq 0.12.2, models/transformer/transformer_decoder.py, line 329.
+
+    Args:
+        layers: of the decoder; in training a list with LayerDrop leaves some out.
+        x: (T, B, C).
+        inputs: the attention inputs of all layers.
+        encoder_out, last: see `AlibiDecoder.extract_features_scriptable`.
+        alignment_layer: the layer whose attention to the encoder is returned.
+
+    Returns:
+        (T, B, C) or (last, B, C); the weights (H, B, T, S') of the alignment layer or None; what each layer reads and,
+        last, what the last one returns.
+    """
+    source = padding = None
+    if encoder_out is not None and encoder_out["encoder_out"]:
+        source = encoder_out["encoder_out"][0]
+    if encoder_out is not None and encoder_out["encoder_padding_mask"]:
+        padding = encoder_out["encoder_padding_mask"][0]
+    weights: Optional[Tensor] = None
+    states: list[Optional[Tensor]] = [x]
+    for number, layer in enumerate(layers):
+        aligned = number == alignment_layer
+        of_layer = inputs.for_queries(last) if number == len(layers) - 1 else inputs
+        x, layer_weights = layer(x, of_layer, source, padding, aligned)
+        states.append(x)
+        if aligned and layer_weights is not None:
+            weights = layer_weights.float().to(x)
+    return x, weights, states
+
+
 def advance(state: Optional[IncrementalState], length: int, window: Optional[int]) -> TokenSpan:
     """The new tokens among `length` tokens, and notes in an incremental state that they are read.
 
@@ -189,7 +192,7 @@ def advance(state: Optional[IncrementalState], length: int, window: Optional[int
     """
     if state is None:
         return TokenSpan(length, length, 0)
-    progress: dict[str, Any] = state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})  # type: ignore[typeddict-item]
+    progress: Any = state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})  # type: ignore[dict-item]
     kept, dropped = progress["kept"], progress["dropped"]
     if length <= kept:
         raise ValueError(f"no new token: {kept} tokens were read before, {length} were given")

@@ -41,7 +41,7 @@ class AlibiEncoder(TransformerEncoder):
         super().__init__(args, dictionary, embed_tokens)
         self.position_method = position_method
         self.setup = AttentionSetup(position_method, attention_settings(args, causal=False))
-        width = embed_tokens.embedding_dim
+        width = int(args.encoder_embed_dim)
         # Made last, so that the other weights start as with any method.
         self.embed_positions = position_method.position_embedding(width, args.max_source_positions, self.padding_idx)
 

@@ -6,15 +6,19 @@
 Shapes: B sentences, R = B * beam hypotheses, V types.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from fairseq import search
 from fairseq.data import Dictionary
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
+from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from .decoder import AlibiDecoder
@@ -24,83 +28,72 @@ SCORES = 2**24
 
 
 class PromptReader(EnsembleModel):
-    """fairseq's ensemble of decoders; at the first step it reads a whole prompt, and needs no step inside it.
+    """fairseq's ensemble of decoders for one generation, which reads a whole prompt at the first step.
 
     Args:
         models: one or more language models.
-        eos: what ends a sentence.
-        line_end: what the models read where the tokens hold `stand_in`.
-        stand_in: see `Generator`.
+        rules: what the generation forces.
+        prompt: (B, n) first tokens of the prompts, up to the length of the shortest; None for no prompt.
     """
 
-    def __init__(self, models: Sequence[nn.Module], eos: int, line_end: int, stand_in: Optional[int] = None):
+    def __init__(self, models: Sequence[nn.Module], rules: "EndingRules", prompt: Optional[Tensor] = None):
         super().__init__(models)
-        self.eos, self.line_end, self.stand_in = eos, line_end, stand_in
-        #: (B, n) first tokens of the prompts, as far as the shortest goes; None for no prompt.
-        self.prompt: Optional[Tensor] = None
+        self.rules, self.prompt = rules, prompt
         self.inside = False  # whether the last step was inside the prompt
-        self.log_probs: Optional[Tensor] = None  # (B, n, 2) of the prompt's next token and of eos
-        #: Whether the end, when it has to come, costs nothing.
-        self.free_end = False
-        #: What smaller log-probabilities are raised to; None to leave them.
-        self.least: Optional[float] = None
+        self.prompt_log_probs: Optional[Tensor] = None  # (B, n, 2) of the prompt's next token and of eos
 
     def reads_prompts(self) -> bool:
-        """Whether all models have this plugin's decoder, which can read any number of tokens at once."""
+        """Whether all models have this package's decoder, which can read any number of tokens at once."""
         return all(isinstance(getattr(model, "decoder", None), AlibiDecoder) for model in self.models)
 
-    def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
+    def forward_decoder(
+        self, tokens: Tensor, encoder_outs: list[Any], incremental_states: list[Any], temperature: float = 1.0
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """See `EnsembleModel.forward_decoder`. (R, 1 + step) tokens -> (R, V), None.
 
-        Inside the prompt all is -inf but the prompt's next token, which is to be forced, and eos, which may have to
-        come because the longest length is reached.
+        Inside the prompt all is -inf but the prompt's next token, which is forced, and eos, which may have to come
+        because the longest length is reached.
         """
-        tokens = torch.cat([tokens[:, :1], self.as_read(tokens[:, 1:])], dim=1)
+        eos = self.rules.eos
+        tokens = torch.cat([tokens[:, :1], self.rules.restore_line_ends(tokens[:, 1:])], dim=1)
         step = tokens.size(1) - 1
         self.inside = self.prompt is not None and step < self.prompt.size(1)
-        if not self.inside:
+        if self.prompt is None or not self.inside:
             log_probs, attn = super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
-            if self.free_end:
-                log_probs[:, self.eos] = 0.0
-            return self.raise_to_least(log_probs), attn
-        prompt = self.as_read(self.prompt)
+            if self.rules.free_end:
+                log_probs[:, eos] = 0.0
+            return self.rules.raise_to_least(log_probs), attn
+        prompt = self.rules.restore_line_ends(self.prompt)
         sentences = prompt.size(0)
-        # Each prompt is read once; its hypotheses are still alike, so they start from copies of the same keys.
+        # Each prompt is read once. Its hypotheses are still the same, so they start from copies of the same keys.
         copies = torch.arange(sentences, device=tokens.device).repeat_interleave(tokens.size(0) // sentences)
         if step == 0:
-            self.log_probs = self.read(
+            self.prompt_log_probs = self.read(
                 torch.cat([tokens[:: tokens.size(0) // sentences], prompt[:, :-1]], dim=1),
-                torch.stack([prompt, torch.full_like(prompt, self.eos)], dim=2),
+                torch.stack([prompt, torch.full_like(prompt, eos)], dim=2),
                 incremental_states,
                 temperature,
             )
             super().reorder_incremental_state(incremental_states, copies)
-        known = torch.stack([prompt[:, step], torch.full_like(prompt[:, step], self.eos)], dim=1)
-        log_probs = self.raise_to_least(self.log_probs[:, step])
+        assert self.prompt_log_probs is not None
+        known = torch.stack([prompt[:, step], torch.full_like(prompt[:, step], eos)], dim=1)
+        log_probs = self.rules.raise_to_least(self.prompt_log_probs[:, step])
         return log_probs.new_full((sentences, self.types()), -math.inf).scatter_(1, known, log_probs)[copies], None
 
-    def reorder_incremental_state(self, incremental_states, new_order):
-        """See `EnsembleModel.reorder_incremental_state`; inside the prompt there is nothing to be done.
+    def reorder_incremental_state(self, incremental_states: list[Any], new_order: Tensor) -> None:
+        """See `EnsembleModel.reorder_incremental_state`; inside the prompt nothing is moved.
 
-        There all hypotheses of a sentence have the same keys, and no sentence ends. To move them at each step would
-        take time in proportion to the square of the prompt.
+        There all hypotheses of a sentence have the same keys, and no sentence ends. Moving them at each step would take
+        time in proportion to the square of the prompt's length.
         """
         if not self.inside:
             super().reorder_incremental_state(incremental_states, new_order)
-
-    def as_read(self, tokens: Tensor) -> Tensor:
-        """Tokens with the line ends that the stand-in stands for."""
-        return tokens if self.stand_in is None else tokens.masked_fill(tokens == self.stand_in, self.line_end)
-
-    def raise_to_least(self, log_probs: Tensor) -> Tensor:
-        """Log-probabilities of at least `least`."""
-        return log_probs if self.least is None else log_probs.float().clamp(min=self.least)
 
     def types(self) -> int:
         """V."""
         return len(self.single_model.decoder.dictionary)
 
-    def read(self, tokens: Tensor, wanted: Tensor, incremental_states, temperature: float) -> Tensor:
+    def read(self, tokens: Tensor, wanted: Tensor, incremental_states: list[Any], temperature: float) -> Tensor:
         """Reads (B, n) tokens into empty incremental states.
 
         Returns:
@@ -111,7 +104,7 @@ class PromptReader(EnsembleModel):
             model.decoder.extract_features_scriptable(tokens, None, state, last=tokens.size(1))[0]
             for model, state in zip(self.models, incremental_states)
         ]
-        found = []
+        chunks = []
         for first in range(0, tokens.size(1), positions):
             chunk = slice(first, first + positions)
             log_probs = []
@@ -121,8 +114,40 @@ class PromptReader(EnsembleModel):
                 scores = model.get_normalized_probs((output, None), log_probs=True, sample=None)
                 log_probs.append(scores.gather(2, wanted[:, chunk]))
             average = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
-            found.append(log_probs[0] if len(log_probs) == 1 else average)
-        return torch.cat(found, dim=1)
+            chunks.append(log_probs[0] if len(log_probs) == 1 else average)
+        return torch.cat(chunks, dim=1)
+
+
+@dataclass(frozen=True)
+class EndingRules:
+    """How a generation treats line ends and the ends of sentences.
+
+    Args:
+        eos: token that ends a sentence.
+        line_end: token that the models read as the end of a line.
+        stand_in: token that stands for `line_end` inside a prompt while fairseq searches, because fairseq would end the
+            sentence there; None where line ends do end it.
+        free_end: whether `eos`, then a token that comes at the longest length only, adds nothing to a score.
+        least: value that smaller log-probabilities are raised to; None to leave them.
+    """
+
+    eos: int
+    line_end: int
+    stand_in: Optional[int] = None
+    free_end: bool = False
+    least: Optional[float] = None
+
+    def hide_line_ends(self, tokens: Tensor) -> Tensor:
+        """Tokens with the stand-in in the place of line ends."""
+        return tokens if self.stand_in is None else tokens.masked_fill(tokens == self.line_end, self.stand_in)
+
+    def restore_line_ends(self, tokens: Tensor) -> Tensor:
+        """Tokens with line ends in the place of the stand-in."""
+        return tokens if self.stand_in is None else tokens.masked_fill(tokens == self.stand_in, self.line_end)
+
+    def raise_to_least(self, log_probs: Tensor) -> Tensor:
+        """Log-probabilities of at least `least`."""
+        return log_probs if self.least is None else log_probs.float().clamp(min=self.least)
 
 
 class RepeatBlock(nn.Module):
@@ -155,54 +180,80 @@ class Generator(SequenceGenerator):
     """fairseq's `SequenceGenerator`, which reads the prompt, its `prefix_tokens`, in one pass.
 
     Args:
-        models, dictionary, kwargs: as for `SequenceGenerator`.
+        models: one or more language models.
+        dictionary: of the targets.
         lines_in_prompt: whether a line end inside a prompt leaves the sentence open; for fairseq it ends it.
-        free_end: whether `eos`, then a token that comes at the longest length only, adds nothing to a score.
+        free_end: see `EndingRules`.
+        kwargs: the arguments of `SequenceGenerator`.
     """
 
-    def __init__(self, models, dictionary: Dictionary, lines_in_prompt: bool = False, free_end: bool = False, **kwargs):
-        # While fairseq looks, the prompt's line ends are tokens that no text holds.
-        stand_in = dictionary.bos() if lines_in_prompt else None
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        dictionary: Dictionary,
+        lines_in_prompt: bool = False,
+        free_end: bool = False,
+        **kwargs: Any,
+    ):
         eos = kwargs.get("eos")
-        reader = PromptReader(models, dictionary.eos() if eos is None else eos, dictionary.eos(), stand_in)
-        reader.free_end = free_end
-        super().__init__(reader, dictionary, **kwargs)
-        if isinstance(self.search, search.Sampling):
+        rules = EndingRules(
+            eos=dictionary.eos() if eos is None else eos,
+            line_end=dictionary.eos(),
+            stand_in=dictionary.bos() if lines_in_prompt else None,  # no text holds it
+            free_end=free_end,
             # fairseq draws the tokens that it forces too, and fails at one whose probability underflows to 0.
-            reader.least = math.log(torch.finfo(torch.float).tiny)
-        if self.repeat_ngram_blocker is not None:
-            self.repeat_ngram_blocker = RepeatBlock(self.repeat_ngram_blocker.no_repeat_ngram_size)
+            least=math.log(torch.finfo(torch.float).tiny) if samples(kwargs.get("search_strategy")) else None,
+        )
+        super().__init__(PromptReader(models, rules), dictionary, **kwargs)
+        self.rules = rules
+        blocker: Any = self.repeat_ngram_blocker  # type: ignore[has-type]
+        if blocker is not None:
+            self.repeat_ngram_blocker = RepeatBlock(blocker.no_repeat_ngram_size)
 
-    def _generate(self, sample, prefix_tokens=None, constraints=None, bos_token=None):
-        if prefix_tokens is not None and self.model.stand_in is not None:
-            prefix_tokens = prefix_tokens.masked_fill(prefix_tokens == self.model.line_end, self.model.stand_in)
-        if prefix_tokens is not None and self.model.reads_prompts():
-            # As far as every row has a token and goes on after it: no row can end inside.
-            goes_on = (prefix_tokens != self.pad) & (prefix_tokens != self.eos)
-            length = int(goes_on.all(dim=0).long().cumprod(dim=0).sum())
-            self.model.prompt = prefix_tokens[:, :length] if length else None
-        try:
-            finalized = super()._generate(sample, prefix_tokens, constraints, bos_token)
-        finally:
-            self.model.prompt = self.model.log_probs = None
-        for hypothesis in (one for sentence in finalized for one in sentence):
-            hypothesis["tokens"] = self.model.as_read(hypothesis["tokens"])
+    def _generate(
+        self,
+        sample: dict[str, Any],
+        prefix_tokens: Optional[Tensor] = None,
+        constraints: Optional[Tensor] = None,
+        bos_token: Optional[int] = None,
+    ) -> list[list[dict[str, Tensor]]]:
+        prompt = None
+        if prefix_tokens is not None:
+            prefix_tokens = self.rules.hide_line_ends(prefix_tokens)
+            if self.model.reads_prompts():
+                # As far as every row has a token and continues after it, no row can end inside.
+                inside = (prefix_tokens != self.pad) & (prefix_tokens != self.eos)
+                length = int(inside.all(dim=0).long().cumprod(dim=0).sum())
+                prompt = prefix_tokens[:, :length] if length else None
+        # A generation has a reader of its own, so that several may run at once.
+        generation = copy.copy(self)
+        generation._modules = {**self._modules, "model": PromptReader(self.model.models, self.rules, prompt)}
+        finalized = super(Generator, generation)._generate(sample, prefix_tokens, constraints, bos_token)
+        for hypothesis in itertools.chain.from_iterable(finalized):
+            hypothesis["tokens"] = self.rules.restore_line_ends(hypothesis["tokens"])
         return finalized
 
-    def _prefix_tokens(self, step, lprobs, scores, tokens, prefix_tokens, beam_size):
+    def _prefix_tokens(
+        self, step: int, lprobs: Tensor, scores: Tensor, tokens: Tensor, prefix_tokens: Tensor, beam_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `SequenceGenerator._prefix_tokens`: makes the prompt's next token the only possible one."""
-        if self.model.stand_in is not None:
-            line_ends = (prefix_tokens[:, step] == self.model.stand_in).repeat_interleave(beam_size)
-            lprobs[line_ends, self.model.stand_in] = lprobs[line_ends, self.model.line_end]
-        if self.model.free_end:  # where another row is still in its prompt fairseq lets shorter texts end too early
+        if self.rules.stand_in is not None:
+            line_ends = (prefix_tokens[:, step] == self.rules.stand_in).repeat_interleave(beam_size)
+            lprobs[line_ends, self.rules.stand_in] = lprobs[line_ends, self.rules.line_end]
+        if self.rules.free_end:  # where another row is still in its prompt fairseq lets shorter texts end too early
             lprobs[:, self.eos] = -math.inf
         return super()._prefix_tokens(step, lprobs, scores, tokens, prefix_tokens, beam_size)
 
 
-def read_prompts_in_one_pass(task) -> None:
-    """Makes `Generator` what the task's `build_generator` builds, unless it is told another class.
+def samples(strategy: Any) -> bool:
+    """Whether a search strategy draws tokens."""
+    return isinstance(strategy, search.Sampling)
 
-    The task is all that fairseq's commands ask for a generator. A task that builds none stays as it is.
+
+def read_prompts_in_one_pass(task: FairseqTask) -> None:
+    """Makes the task's `build_generator` build a `Generator`, unless it is given another class.
+
+    fairseq's commands get their generators from the task alone. A task that builds none stays as it is.
     """
     if hasattr(task, "build_generator"):
         vars(task).setdefault("build_generator", partial(task.build_generator, seq_gen_cls=Generator))
