@@ -45,8 +45,9 @@ from tqdm import tqdm
 import fairseq_alibi
 from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.core import attention
-from fairseq_alibi.core.attention import fused_attention, masked_attention
-from fairseq_alibi.core.positions import ALiBi
+from fairseq_alibi.core.alibi import ALiBi
+from fairseq_alibi.core.attention import attend
+from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias
 from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings, run_eval_lm
 from fairseq_alibi.evaluation.measurement import Windowing, evaluate_model
 from fairseq_alibi.evaluation.text import read_evaluation_text
@@ -57,9 +58,9 @@ from fairseq_alibi.files.results import check_writable, describe_environment, wr
 
 #: One layer of attention: what is called with q, k, v, the slopes and the future mask.
 ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "mask": lambda q, k, v, slopes, mask: masked_attention(q, k, v, mask),
-    "fused": lambda q, k, v, slopes, mask: fused_attention(q, k, v, slopes),
-    "no skipping": lambda q, k, v, slopes, mask: fused_attention(q, k, v, slopes, epsilon=0.0),
+    "mask": lambda q, k, v, slopes, mask: attend(q, k, v, AttentionInputs(bias=FoldedMask(mask))),
+    "fused": lambda q, k, v, slopes, mask: attend(q, k, v, AttentionInputs(bias=LinearBias(slopes))),
+    "no skipping": lambda q, k, v, slopes, mask: attend(q, k, v, AttentionInputs(bias=LinearBias(slopes), epsilon=0.0)),
     "no bias": lambda q, k, v, slopes, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True),
 }
 #: Training: the architecture, which --full completes, and options of fairseq-train. `transformer_lm` is fairseq's own.
@@ -259,7 +260,7 @@ def attention_step(contender: str, length: int, head_dim: int, args: argparse.Na
     torch.manual_seed(1)
     batch, dtype = rows(length, args.tokens), getattr(torch, args.dtype)
     method = ALiBi(HEADS)
-    slopes, mask = method.slopes.to(args.device), None
+    slopes, mask = method.slopes(args.device)[0], None
     if contender == "mask":
         mask = method.future_mask(length, length, dtype, torch.device(args.device))
     shape = (length, batch, HEADS * head_dim)

@@ -66,14 +66,14 @@ def batches(trainer: Trainer) -> Iterator[list[Any]]:
 
 def evaluate(model: torch.nn.Module, text: Tensor, length: int, attention: str) -> float:
     """Mean loss of a text, nats, over the three ways of evaluation."""
-    model.decoder.passes.attention = attention
+    model.decoder.setup.use_kernel(attention)
     ways = (
         score_windows(model, text, length, length, 4096),
         score_windows(model, text, length, max(1, length // 2), 4096),
         score_stream(model, text, length),
     )
     losses = [scored.losses.flatten() for way in ways for scored in way]
-    model.decoder.passes.attention = "auto"
+    model.decoder.setup.use_kernel("auto")
     return torch.cat(losses).mean().item()
 
 

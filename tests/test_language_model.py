@@ -1,6 +1,5 @@
 """The model `alibi_lm` against a float64 reference model, against `transformer_lm`, and its options."""
 
-import dataclasses
 import logging
 
 import pytest
@@ -84,8 +83,7 @@ def kept_mask(model):
 
 def with_mask(model):
     """The model, whose attention runs under a mask from now on."""
-    setup = model.decoder.setup
-    setup.settings = dataclasses.replace(setup.settings, kernel="mask")
+    model.decoder.setup.use_kernel("mask")
     return model
 
 

@@ -14,7 +14,7 @@ from conftest import BIN, ROOT
 from fairseq_cli import train
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.core.positions import POSITION_METHODS
+from fairseq_alibi.core import position_methods
 from fairseq_alibi.experiments import comparison, comparison_page, presets
 
 
@@ -101,15 +101,15 @@ def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, 
 
 def test_all_models_of_a_length_differ_in_their_method_only(tmp_path):
     for name, preset in presets.PRESETS.items():
-        commands = [preset.training_command("data", method, 512, tmp_path, 10) for method in POSITION_METHODS]
-        alike = {tuple(part for part in command if part not in POSITION_METHODS) for command in commands}
+        commands = [preset.training_command("data", method, 512, tmp_path, 10) for method in position_methods()]
+        alike = {tuple(part for part in command if part not in position_methods()) for command in commands}
         assert len(alike) == 1, name
 
 
 def test_paper_prints_its_commands(capsys, tmp_path):
     main(["reproduce", "--preset", "paper", "--output", str(tmp_path / "out")])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 3 * len(POSITION_METHODS) * 2
+    assert len(lines) == 3 * len(position_methods()) * 2
     assert lines[0][1].endswith("scripts/train_wikitext103.sh")
     assert lines[1][:2] == ["fairseq-alibi", "evaluate"]
     assert not (tmp_path / "out").exists()

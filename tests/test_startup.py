@@ -105,11 +105,13 @@ def test_without_fairseq_the_maths_works_and_the_way_to_get_fairseq_is_named():
     code = """
 import sys
 sys.modules["fairseq"] = None
-from fairseq_alibi.core.positions import ALiBi
-from fairseq_alibi.core.attention import fused_attention, masked_attention
+from fairseq_alibi.core import ALiBi
+from fairseq_alibi.core.attention import attend
+from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask
 from torch import ones
 x, mask = ones(1, 2, 2, 8), ALiBi(2).future_mask(2, 2)
-print(mask.shape, (masked_attention(x, x, x, mask) == fused_attention(x, x, x)).all(), "torch._dynamo" in sys.modules)
+masked = attend(x, x, x, AttentionInputs(bias=FoldedMask(mask)))
+print(mask.shape, (masked == attend(x, x, x, AttentionInputs())).all(), "torch._dynamo" in sys.modules)
 import fairseq_alibi.models
 """
     output = run(sys.executable, "-c", code, check=False).output

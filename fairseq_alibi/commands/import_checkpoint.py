@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..core.positions import POSITION_METHODS
+from ..core import ALiBi, position_methods
 from ..files.import_checkpoint import import_checkpoint
 
 
@@ -13,7 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint of alibi_lm to write")
     parser.add_argument("--dict", type=Path, help="dict.txt of the data, to check that it fits")
     parser.add_argument(
-        "--position-method", choices=list(POSITION_METHODS), default="alibi", help="the one that it was trained with"
+        "--position-method",
+        choices=list(position_methods()),
+        default=ALiBi.name,
+        help="what it was trained with",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 

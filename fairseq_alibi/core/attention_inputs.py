@@ -172,6 +172,10 @@ class AttentionSetup:
     def __init__(self, method: PositionMethod, settings: AttentionSettings):
         self.method, self.settings, self.kept_mask = method, settings, KeptTensor()
 
+    def use_kernel(self, kernel: str) -> None:
+        """Changes the kernel, see `AttentionSettings`, from the next pass on."""
+        self.settings = dataclasses.replace(self.settings, kernel=kernel)
+
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`; the bias may be another one afterwards."""
         self.method.set_evaluation_length(length)
@@ -197,7 +201,9 @@ class AttentionSetup:
         """
         method = self.method
         seen_padding = self.visible_padding(x, padding)
-        if self.runs_without_mask(x, span, seen_padding, window, training):
+        # Kernels without a mask cannot be traced or transformed.
+        traced = self.settings.kernel == "auto" and in_transform(x)
+        if not traced and self.runs_without_mask(x.device, span, seen_padding, window, training):
             bias = self.bias_by_distance(span, x.device)
         else:
             bias = FoldedMask(self.folded_mask(x, span, window))
@@ -263,9 +269,14 @@ class AttentionSetup:
         return self.method.query_scale(visible.clamp(min=1, max=window))
 
     def runs_without_mask(
-        self, x: Tensor, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], training: bool
+        self,
+        device: torch.device,
+        span: TokenSpan,
+        padding: Optional[Tensor] = None,
+        window: Optional[int] = None,
+        training: bool = False,
     ) -> bool:
-        """Whether a pass runs without a mask: as the settings want it, or where that is faster."""
+        """Whether a pass runs without a mask: as the settings want it, or where that is faster. See `inputs`."""
         method, kernel = self.method, self.settings.kernel
         single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build
         without_mask_possible = self.settings.causal or method.has_distance_bias
@@ -273,13 +284,11 @@ class AttentionSetup:
             return False
         if kernel == "fused":
             return True
-        if in_transform(x):  # kernels without a mask cannot be traced or transformed
-            return False
         if window is not None:  # the mask would be another one in each pass
             return True
         dropped = training and self.settings.dropout > 0
         plain = not method.has_distance_bias and span.queries == span.keys and padding is None and not dropped
-        return plain or fused_is_faster(x.device, span.queries, span.keys)
+        return plain or fused_is_faster(device, span.queries, span.keys)
 
 
 def fused_is_faster(device: torch.device, query_length: int, key_length: int) -> bool:

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.positions import ALiBi, EncoderALiBi
+from ..core.alibi import ENCODER_FORMS, ALiBi, EncoderALiBi
 
 #: Forms of the bias, in the order of the picture.
-FORMS = ("causal", *EncoderALiBi.FORMS)
+FORMS = ("causal", *ENCODER_FORMS)
 
 #: The largest number of heads in a picture.
 SHOWN_HEADS = 8
@@ -25,7 +25,7 @@ def alibi_bias(form: str, heads: int, length: int, max_bias: float = 8.0) -> Ten
     """
     if form == "causal":
         return ALiBi(heads, max_bias).future_mask(length, length)
-    return EncoderALiBi(heads, form, max_bias).full_mask(length, length)
+    return EncoderALiBi(heads, form, max_bias).full_mask(length)
 
 
 def draw_biases(biases: dict[str, Tensor], path: Path) -> None:

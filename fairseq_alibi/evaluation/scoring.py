@@ -19,8 +19,8 @@ from fairseq.models.transformer import TransformerDecoderBase, TransformerEncode
 from torch import Tensor
 
 from ..core.adaptive import cross_entropies, target_losses
-from ..models.decoder import Decoder
-from ..models.encoder import Encoder
+from ..models.decoder import AlibiDecoder
+from ..models.encoder import AlibiEncoder
 from .windows import batches, windows
 
 #: Smallest and largest number of tokens that a stream reads in one pass.
@@ -73,7 +73,7 @@ def select_share(items: Iterator[Item], share: tuple[int, int]) -> Iterator[Item
 
 def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
     """(B, L) tokens -> (B, n, C) inputs of the output layer at the last n tokens."""
-    if isinstance(model.decoder, Decoder):
+    if isinstance(model.decoder, AlibiDecoder):
         return model.decoder.extract_features_scriptable(tokens, None, last=last)[0]
     return model.decoder.extract_features(tokens, None)[0][:, -last:]
 
@@ -128,9 +128,9 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
         ValueError: the model has absolute positions or does not belong to this plugin.
     """
     decoder = model.decoder
-    if not isinstance(decoder, Decoder):
+    if not isinstance(decoder, AlibiDecoder):
         raise ValueError("streaming needs a model of this plugin (alibi_lm): evaluate this one by windows")
-    if decoder.position_method.embedding is not None:
+    if decoder.position_method.adds_embedding:
         raise ValueError(
             "streaming: the model adds a position to each token, and a stream has no first one; use windows"
         )
@@ -209,5 +209,5 @@ def prepare_model(model: BaseFairseqModel, length: int) -> None:
             f"length {length:,} is longer than the model's longest sequence, {longest:,}: evaluate it at up to that "
             f"or, where its positions go on, pass --model-overrides \"{{'{option}': N}}\""
         )
-    if isinstance(stack, (Decoder, Encoder)):
+    if isinstance(stack, (AlibiDecoder, AlibiEncoder)):
         stack.set_evaluation_length(length)

@@ -9,7 +9,7 @@ from typing import Optional
 
 from tabulate import tabulate
 
-from ..core.positions import POSITION_METHODS
+from ..core import position_methods
 from ..evaluation.curves import Curve, pool_positions, read_curves
 from ..evaluation.plots import plot_lengths, plot_positions
 from ..evaluation.tables import length_table, position_table
@@ -111,7 +111,7 @@ def write_page(comparison: Comparison) -> str:
     Returns:
         The Markdown.
     """
-    order = {name: number for number, name in enumerate(POSITION_METHODS)}
+    order = {name: number for number, name in enumerate(position_methods())}
     every = read_curves(sorted((comparison.output / "results").glob("*.json")))
     longest = max(comparison.preset.evaluation_lengths)
     text = page_head(comparison)

@@ -63,6 +63,7 @@ from torch import nn
 from yaml import YAMLError
 
 from ..commands.arguments import positive_integer
+from ..core.attention_inputs import TokenSpan
 from ..data.wikitext103 import TYPES as WIKITEXT103_TYPES
 from ..files.data_folders import made_up_dictionary, read_dictionary
 from ..files.errors import one_line
@@ -240,7 +241,9 @@ class Run:
     @functools.cached_property
     def masked(self) -> bool:
         """Whether attention runs under a mask of length x length."""
-        return not self.decoder.passes.takes_no_mask(self.device, self.length, self.length, training=True)
+        return not self.decoder.setup.runs_without_mask(
+            self.device, TokenSpan(self.length, self.length, 0), training=True
+        )
 
     def layer_memory(self) -> float:
         """Bytes per token that autograd keeps of a layer, see the module."""

@@ -19,7 +19,7 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
-from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
+from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import read_checkpoint
 from .data_folders import text_options
 from .errors import one_line
@@ -84,7 +84,7 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
         "adaptive_softmax_cutoff": getattr(decoder.adaptive_softmax, "cutoff", None),
         "activation_dropout": options["activation_dropout"] or options["relu_dropout"],
     }
-    if decoder.position_method.embedding == "learned":
+    if decoder.position_method.limited_to_training_length:
         derived["max_target_positions"] = decoder.longest
     return {**{name: options[name] for name in AlibiConfig.OPTIONS if name in options}, **derived}
 
@@ -149,7 +149,7 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
             f"{checkpoint} is no checkpoint of alibi_lm, and only those can be exported; convert one of transformer_lm "
             f"with fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
         )
-    defaults = {option.name: option.default for option in dataclasses.fields(AlibiLanguageModelConfig)}
+    defaults = {option.name: option.default for option in dataclasses.fields(language_model_config())}
     options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
     exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model)))
     try:

@@ -16,7 +16,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
-from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
+from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import count_types, read_checkpoint
 from .data_folders import load_dictionary, made_up_dictionary
 from .errors import one_line
@@ -42,7 +42,7 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
     Args:
         model: The old options: a plain config, or a namespace of 2021 that holds every option of the training run.
         task: Options of the task; a model takes some from it.
-        position_method: One of `POSITION_METHODS`.
+        position_method: One of `position_methods()`.
 
     Returns:
         The options, and the names of those that were dropped.
@@ -55,7 +55,7 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
     arch = old.get("_name") or old.get("arch") or "transformer_lm"
     if not str(arch).startswith("transformer_lm"):
         raise ValueError(f"its model is '{arch}', and only a transformer_lm can be imported")
-    known = {field.name: field.default for field in dataclasses.fields(AlibiLanguageModelConfig)}
+    known = {field.name: field.default for field in dataclasses.fields(language_model_config())}
     dropped = sorted(set(old) - set(known) - NAMES)
     unknown = [name for name in dropped if name not in DROPPED_OPTIONS]
     if unknown and not flat:

@@ -9,7 +9,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, BaseFairseqModel
 from omegaconf import OmegaConf, open_dict
 
-from ..models.language_model import AlibiLanguageModelConfig
+from ..models.language_model import language_model_config
 from .checkpoints import count_types
 from .data_folders import load_dictionary, read_dictionary
 from .errors import one_line
@@ -55,7 +55,7 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     """
     model = state["cfg"]["model"]
     for name, value in overrides.items():
-        if name not in AlibiLanguageModelConfig.__dataclass_fields__ and not hasattr(model, name):
+        if name not in language_model_config().__dataclass_fields__ and not hasattr(model, name):
             raise ValueError(f"a language model has no option '{name}' to override")
         with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
             setattr(model, name, value)
