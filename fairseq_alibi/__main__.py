@@ -39,6 +39,25 @@ def import_command(name: str) -> Any:
         sys.exit(f"fairseq-alibi {name}: {error}; {remedy}see what to fix first: fairseq-alibi doctor")
 
 
+def import_user_dir(argv: list[str]) -> list[str]:
+    """Imports the folder that `--user-dir` names, as fairseq's commands do; returns the other arguments.
+
+    The option may stand before or behind the subcommand, but not behind `--`.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--user-dir")
+    found, others = finder.parse_known_args(argv[:end])
+    if found.user_dir is not None:
+        from fairseq.utils import import_user_module
+
+        try:
+            import_user_module(found)
+        except Exception as error:  # the folder's code raises anything
+            sys.exit(f"fairseq-alibi: --user-dir {found.user_dir} cannot be imported: {' '.join(str(error).split())}")
+    return [*others, *argv[end:]]
+
+
 def main(argv: Optional[list[str]] = None) -> None:
     """Runs a subcommand; bad input ends it with one line and status 1.
 
@@ -46,8 +65,11 @@ def main(argv: Optional[list[str]] = None) -> None:
         argv: The arguments; by default those of the command line.
     """
     logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
-    argv = sys.argv[1:] if argv is None else argv
+    argv = import_user_dir(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
+    parser.add_argument(
+        "--user-dir", metavar="DIR", help="also import this folder, which may register position methods"
+    )
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     by_name = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}

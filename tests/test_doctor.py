@@ -56,9 +56,11 @@ def test_the_first_required_part_comes_first_and_is_the_status(capsys, monkeypat
 
 
 def test_attention_that_disagrees_is_broken(capsys, monkeypatch):
-    from fairseq_alibi.core import layers as modules
+    from fairseq_alibi.core import attention
 
-    monkeypatch.setattr(modules, "fused_attention", lambda q, *rest, **options: q)
+    tiled = next(kernel for kernel in attention.KERNELS if kernel.name == "tiled")
+    wrong = tiled._replace(run=lambda q, *rest: q)
+    monkeypatch.setattr(attention, "KERNELS", [wrong if kernel is tiled else kernel for kernel in attention.KERNELS])
     monkeypatch.setattr(doctor, "PARTS", [part for part in PARTS if part.name == "alibi_lm"])
     with pytest.raises(SystemExit, match="fix first: alibi_lm"):
         main(["doctor"])

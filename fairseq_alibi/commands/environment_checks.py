@@ -86,7 +86,7 @@ def check_model() -> str:
     from fairseq.models import MODEL_REGISTRY
 
     from ..files.data_folders import made_up_dictionary
-    from ..models.language_model import AlibiLanguageModel, AlibiLanguageModelConfig
+    from ..models.language_model import AlibiLanguageModel, language_model_config
 
     if MODEL_REGISTRY["alibi_lm"] is not AlibiLanguageModel:
         raise RuntimeError("another alibi_lm is registered with fairseq")
@@ -96,7 +96,7 @@ def check_model() -> str:
     sizes.update(decoder_layers=2, decoder_attention_heads=4, max_target_positions=None, tpu=False)
     tokens, outputs = torch.arange(4, 60)[None], []
     for attention in ("mask", "fused"):
-        options = {**vars(AlibiLanguageModelConfig(**sizes)), "attention": attention}
+        options = {**vars(language_model_config()(**sizes)), "attention": attention}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(1)
             outputs.append(AlibiLanguageModel.build_model(Namespace(**options), task).eval()(tokens)[0])
@@ -106,7 +106,7 @@ def check_model() -> str:
 
 def check_cpu() -> str:
     """Counts the cores and measures whether bfloat16 is faster on them."""
-    from ..models.decoder import bf16_gain
+    from ..models.layers import bf16_gain
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores; matrix products in bfloat16 (--cpu-bf16) at {bf16_gain():.1f} times the speed of float32"
@@ -116,16 +116,18 @@ def check_gpu() -> str:
     """Lists the GPUs; on the first, FlexAttention is compiled and compared with attention under a mask."""
     import torch
 
-    from ..core.attention import fused_attention, masked_attention
-    from ..core.positions import ALiBi
+    from ..core.alibi import ALiBi
+    from ..core.attention import attend
+    from ..core.attention_inputs import AttentionInputs, FoldedMask, LinearBias
 
     if not torch.cuda.is_available():
         return "none; everything runs on the CPU"
     gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     names = ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in gpus)
     method, (q, k, v) = ALiBi(8), torch.randn(3, 1, 8, 256, 64, device="cuda")
-    expected = masked_attention(q, k, v, method.future_mask(256, 256, device=q.device))
-    torch.testing.assert_close(fused_attention(q, k, v, method.slopes.cuda()), expected, rtol=1e-2, atol=1e-2)
+    biases = FoldedMask(method.future_mask(256, 256, device=q.device)), LinearBias(*method.slopes(q.device))
+    expected, computed = (attend(q, k, v, AttentionInputs(bias=bias)) for bias in biases)
+    torch.testing.assert_close(computed, expected, rtol=1e-2, atol=1e-2)
     return f"{names}; FlexAttention compiles and agrees with attention under a mask"
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..files.checkpoints import describe_model, read_checkpoint
 from ..files.errors import one_line
 from ..files.model_loading import load_model
-from ..models.decoder import Decoder
+from ..models.decoder import AlibiDecoder
 from ..models.generator import Generator
 
 
@@ -38,7 +38,7 @@ def load_text_model(
     overwrite_args_by_name(state["cfg"], text_options)
     scale = {} if length_scale is None else {"alibi_length_scale": length_scale}
     model = load_model(checkpoint, state, data, scale)
-    if scale and not isinstance(model.decoder, Decoder):
+    if scale and not isinstance(model.decoder, AlibiDecoder):
         raise ValueError(f"--length-scale {length_scale}: the model of {checkpoint} has no such option, drop it")
     try:
         return GeneratorHubInterface(state["cfg"], tasks.setup_task(state["cfg"].task), [model])
@@ -99,7 +99,7 @@ def continue_batch(
             f"sequence of {limit:,}: shorten them, or train without --max-target-positions"
         )
     for member in model.models:
-        if isinstance(member.decoder, Decoder):  # it may scale its slopes to the length
+        if isinstance(member.decoder, AlibiDecoder):  # it may scale its slopes to the length
             member.decoder.set_evaluation_length(length)
     arguments = Namespace(**options, max_len_a=0, max_len_b=length, min_len=1 if stop_at_line_end else length)
     # <s> is never a target, so with it as the end of a sentence no model ends a text early.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from ..core import position_methods
 from ..files.errors import one_line
 from ..files.results import describe_environment, now, write_json
 from ..files.safe_reading import count_updates
@@ -77,7 +78,7 @@ class Comparison:
     def commands(self, model: ComparedModel) -> dict[str, list[str]]:
         """Returns the commands for a model by step, in their order."""
         lengths = list(self.preset.evaluation_lengths)
-        if model.method == "learned":
+        if position_methods()[model.method].limited_to_training_length:
             lengths = [length for length in lengths if length <= model.length]
         evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
         evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]

@@ -17,8 +17,11 @@ from ..files.results import write_text, written_whole
 from .comparison import EVALUATION, TRAINING, ComparedModel, Comparison, finished_steps, read_record
 from .presets import ROOT
 
-#: Best first, at lengths past the training length (Press et al. 2022, figures 1 and 4).
-PAPER_ORDER = ("alibi", "t5", "rotary", "sinusoidal")
+
+def paper_order() -> list[str]:
+    """Returns the methods that the paper compares, best first past the training length (figures 1 and 4)."""
+    ranks = {name: method.paper_rank for name, method in position_methods().items() if method.paper_rank is not None}
+    return sorted(ranks, key=lambda name: ranks[name])
 
 
 def median_training_speed(log: Path) -> Optional[float]:
@@ -41,8 +44,8 @@ def order_at(curves: list[Curve], length: int) -> list[str]:
 
 def compare_with_paper(curves: list[Curve], length: int) -> str:
     """Says whether the methods that the paper compares have the paper's order at an evaluation length."""
-    order = order_at(curves, length)
-    ours, theirs = ([name for name in names if name in order and name in PAPER_ORDER] for names in (order, PAPER_ORDER))
+    order, paper = order_at(curves, length), paper_order()
+    ours, theirs = ([name for name in names if name in order and name in paper] for names in (order, paper))
     verdict = "as in the paper" if ours == theirs else f"**not as in the paper**, where it is {', '.join(theirs)}"
     return f"At {length:,} tokens the order is {', '.join(order)} (best first); among the paper's methods, {verdict}."
 

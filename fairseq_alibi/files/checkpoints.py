@@ -9,6 +9,8 @@ from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..core import ALiBi, Learned, Sinusoidal
+
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
 EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
 
@@ -67,8 +69,8 @@ def describe_model(
     if (name := getattr(task, "_name", None)) not in tasks:
         raise ValueError(f"{path} was trained for '{name}', not for {' or '.join(tasks)}")
     learned = get("decoder_learned_pos") or get("encoder_learned_pos")
-    method = get("position_method") or ("learned" if learned else "sinusoidal")
-    if method == "alibi" and get("alibi_encoder_bias"):
+    method = get("position_method") or (Learned.name if learned else Sinusoidal.name)
+    if method == ALiBi.name and get("alibi_encoder_bias"):
         method = f"alibi {get('alibi_encoder_bias')}{' learned' * bool(get('alibi_learned_slopes'))}"
     return {
         "checkpoint": path,

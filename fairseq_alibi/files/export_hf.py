@@ -19,6 +19,7 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
+from .. import core
 from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import read_checkpoint
 from .data_folders import text_options
@@ -62,6 +63,12 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
     from ..core.modeling_alibi import AlibiConfig
 
     decoder = model.decoder
+    method = type(decoder.position_method)
+    if method.__module__.rpartition(".")[0] != core.__name__:
+        raise ValueError(
+            f"--position-method {method.name}: the exported model has the methods of fairseq_alibi.core only, and this "
+            f"one is of {method.__module__}"
+        )
     for name, value in WITHOUT.items():
         if options.get(name, value) not in (value, None):
             raise ValueError(

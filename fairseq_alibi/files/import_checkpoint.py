@@ -16,6 +16,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from omegaconf import OmegaConf
 
+from ..core import ALiBi
 from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import count_types, read_checkpoint
 from .data_folders import load_dictionary, made_up_dictionary
@@ -102,7 +103,7 @@ def import_weights(
 
 
 def import_checkpoint(
-    source: Path, target: Path, dictionary: Optional[Path] = None, position_method: str = "alibi"
+    source: Path, target: Path, dictionary: Optional[Path] = None, position_method: str = ALiBi.name
 ) -> list[str]:
     """Writes `target`, a checkpoint of `alibi_lm`, from `source`.
 

@@ -109,7 +109,10 @@ def check_position_options(args: Any, *stacks: str) -> None:
     name = args.position_method
     for stack in stacks:
         if name not in position_methods(stack):
-            raise ValueError(f"--position-method {name}: choose one of {', '.join(position_methods(stack))}")
+            raise ValueError(
+                f"--position-method {name}: choose one of {', '.join(position_methods(stack))}, or name the folder that "
+                "registers it with --user-dir"
+            )
     if args.attention not in KERNEL_CHOICES:
         raise ValueError(f"--attention {args.attention}: choose one of {', '.join(KERNEL_CHOICES)}")
     if not 0 <= args.attention_epsilon < 1:

@@ -7,7 +7,7 @@ import logging
 
 import fairseq
 
-from . import compatibility, reading, restart, saving, termination
+from . import compatibility, help, reading, restart, saving, termination
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,14 @@ PATCHES = (
         why="fairseq ends with a traceback at a broken checkpoint_last.pt and skips one step of the learning rate.",
         source="fairseq/checkpoint_utils.py:188",
         removable="when fairseq restarts exactly",
+    ),
+    Patch(
+        target=help.TARGET,
+        replacement=help.show_model_options,
+        what="Adds the options of --arch to the help of fairseq's commands.",
+        why="fairseq-train --help shows no option of any model.",
+        source="fairseq/options.py:138",
+        removable="when fairseq parses --help after it has added the options of the model",
     ),
     Patch(
         target="fairseq_cli.train:train",
