@@ -67,9 +67,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
     argv = import_user_dir(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
-    parser.add_argument(
-        "--user-dir", metavar="DIR", help="also import this folder, which may register position methods"
-    )
+    parser.add_argument("--user-dir", metavar="DIR", help="folder to import, which may register position methods")
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     by_name = {name: subparsers.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}

@@ -110,8 +110,8 @@ def check_position_options(args: Any, *stacks: str) -> None:
     for stack in stacks:
         if name not in position_methods(stack):
             raise ValueError(
-                f"--position-method {name}: choose one of {', '.join(position_methods(stack))}, or name the folder that "
-                "registers it with --user-dir"
+                f"--position-method {name}: choose one of {', '.join(position_methods(stack))}, or name the folder "
+                "that registers it with --user-dir"
             )
     if args.attention not in KERNEL_CHOICES:
         raise ValueError(f"--attention {args.attention}: choose one of {', '.join(KERNEL_CHOICES)}")
