@@ -170,6 +170,11 @@ def configs(folder):
         "list": b"- 1\n- 2\n",
         "empty": b"",
         "binary": b"\xff\xfe\x00",
+        "aliases": b"a0: &a0 [1]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (n + 1, n + 1, b"*a%d, " % n * 9) for n in range(8)),
+        "circle": b"a: &a [*a]\n",
+        "nested": b"a: " + b"[" * 2000 + b"]" * 2000,
+        "large": b"# " + b"x" * 2**20,
         "unsafe": b"task: !!python/object/apply:os.system ['touch owned']\n",
     }.items():
         (folder / f"{name}.yaml").write_bytes(content)

@@ -26,6 +26,11 @@ TABLE = {
     f"plan unsafe.yaml {PLAN}": "unsafe.yaml: could not determine a constructor .*os.system",
     f"plan empty.yaml {PLAN}": "model._name is None: only alibi_lm can be planned",
     "plan tiny.yaml --gpu-memory 80": "tiny.yaml does not say how large its vocabulary is: pass",
+    f"plan aliases.yaml {PLAN}": "aliases.yaml expands to more than 100,000 values: remove its aliases",
+    f"plan circle.yaml {PLAN}": "circle.yaml expands to more than 100,000 values",
+    f"plan nested.yaml {PLAN}": "nested.yaml: .*recursion",
+    f"plan large.yaml {PLAN}": "large.yaml has more than 1,048,576 bytes",
+    f"plan /dev/zero {PLAN}": "there is no config /dev/zero: name",
     # Destinations that hold something, or can hold nothing
     "reproduce --data data --output file": "file/settings.json cannot be written",
     "reproduce --data data --output taken": "taken/settings.json is not ours .*: name another --output",
@@ -58,6 +63,16 @@ TABLE = {
     f"plan tiny.yaml dataset.required_batch_size_multiple=0 {PLAN}": "required_batch_size_multiple is 0: set it",
     f"plan tiny.yaml distributed_training.distributed_world_size=0 {PLAN}": "distributed_world_size is 0: set it",
     f"plan tiny.yaml optimizer._name=adafactor {PLAN}": "optimizer adafactor cannot be planned: use nag or adam",
+    f"plan tiny.yaml --gpu-memory 80 --types {10**25}": "--types 10+ is more than any vocabulary has: pass",
+    **{
+        f"plan tiny.yaml {option}={size} {PLAN}": f"{option.partition('[')[0]}.* is .*: at most [0-9,]+ can be planned"
+        for option, size in (
+            *(("model.decoder_layers", 10**25), ("model.decoder_attention_heads", 10**9)),
+            *(("model.decoder_embed_dim", 10**12), ("task.tokens_per_sample", 10**15)),
+        )
+    },
+    f"plan tiny.yaml dataset.max_tokens={10**30} {PLAN}": "an update has [0-9,]+ blocks: lower dataset.max_tokens",
+    f"plan tiny.yaml {PLAN} --gpus {10**30}": "GPUs cannot share .*: pass --gpus 1, 2, 4, 8, 16, 32",
     "reproduce --preset desk": (2, "invalid choice: 'desk'"),
     "reproduce --data data --updates 0": (2, "'0' is no such number"),
     "reproduce --data data --methods abacus": (2, "invalid choice: 'abacus'"),

@@ -1,5 +1,6 @@
 """The planner builds every config's model; its formulas say what PyTorch and fairseq really keep, step and multiply."""
 
+import shlex
 import sys
 from argparse import Namespace
 
@@ -13,7 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.experiments import plan
+from fairseq_alibi.experiments import plan, run_memory
+from fairseq_alibi.experiments.planned_run import PlannedRun
+from fairseq_alibi.experiments.run_config import MOMENTS, find_dictionary, read_config
 from fairseq_alibi.models.language_model import AlibiLanguageModel
 
 CONFIGS = ROOT / "configs"
@@ -33,8 +36,8 @@ ADAPTIVE += ["model.share_decoder_input_output_embed=false"]
 
 def planned(*overrides, name="tiny", types=300):
     """A planned run of a config with overrides."""
-    cfg = plan.read_config(CONFIGS / f"{name}.yaml", list(overrides))
-    return plan.Run(cfg, plan.find_dictionary(cfg, CONFIGS / f"{name}.yaml", types))
+    cfg = read_config(CONFIGS / f"{name}.yaml", list(overrides))
+    return PlannedRun(cfg, find_dictionary(cfg, CONFIGS / f"{name}.yaml", types))
 
 
 def loss_of(run, rows):
@@ -99,12 +102,14 @@ def test_activations_are_what_autograd_keeps(overrides):
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
-    mask = model.decoder.setup.kept_mask.get(torch.device("cpu")).untyped_storage()
-    assert (mask.nbytes() == run.mask() > 0) if run.masked else run.mask() == 0
+    mask = model.decoder.setup.kept_mask.get(torch.device("cpu"))
+    assert (mask is not None) == run.masked
+    mask = (torch.empty(0) if mask is None else mask).untyped_storage()
+    assert mask.nbytes() == run_memory.mask_memory(run)
     measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in parameters)
     measured -= mask.nbytes() if mask.data_ptr() in kept else 0
     tokens = rows * run.length
-    expected = run.activations(tokens) + run.logits(tokens) / 3
+    expected = run_memory.activation_memory(run, rows) + run_memory.logits_memory(run, tokens) / 3
     assert expected == pytest.approx(measured, rel=0.03 if run.bands else 0.005)
 
 
@@ -117,7 +122,7 @@ def test_flops_are_those_that_pytorch_counts(overrides):
         loss().backward()
     attention = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if "attention" in str(name))
     tokens = rows * run.length
-    causal = 6 * tokens * run.width * (run.length + 1) * len(run.decoder.layers)
+    causal = 6 * tokens * run.width * (run.length + 1) * run.layers
     products = counter.get_total_flops() - attention
     assert run.flops(tokens)["model"] - causal == pytest.approx(products, rel=0.02 if run.bands else 1e-3)
 
@@ -130,7 +135,7 @@ def test_attention_flops():
     assert run.flops(run.length)["model"] == 3 * 2 * (run.length * products + 2 * 2 * 128 * pairs)
 
 
-@pytest.mark.parametrize("name", plan.MOMENTS)
+@pytest.mark.parametrize("name", MOMENTS)
 def test_optimizer_states(name):
     run = planned(f"optimizer._name={name}")
     parameter = torch.nn.Parameter(torch.ones(1000))
@@ -138,13 +143,14 @@ def test_optimizer_states(name):
     optimizer = optim.build_optimizer(run.cfg.optimizer, [parameter])
     optimizer.step()
     tensors = [x for x in optimizer.optimizer.state[parameter].values() if torch.is_tensor(x) and x.numel() > 1]
-    assert sum(x.nbytes for x in tensors) == 4000 * plan.MOMENTS[name]
-    assert run.lasting_memory(1)["optimizer states"] == 4 * plan.MOMENTS[name] * sum(run.parameters.values())
+    assert sum(x.nbytes for x in tensors) == 4000 * MOMENTS[name]
+    assert run_memory.lasting_memory(run, 1)["optimizer states"] == 4 * MOMENTS[name] * sum(run.parameters.values())
 
 
 def test_peak_has_one_checkpointed_layer_or_the_logits():
     for types in (300, 30_000):
-        memory = planned("+model.checkpoint_activations=true", types=types).memory(1, 8)
+        run = planned("+model.checkpoint_activations=true", types=types)
+        memory = run_memory.memory_by_part(run, 1, 8)
         layer, logits = memory["one layer, computed again"], memory["logits and loss"]
         assert (layer > logits) == (types == 300)
         assert memory["peak"] == sum(memory.values()) - memory["peak"] - min(layer, logits)
@@ -170,13 +176,14 @@ SHARDED = [*HALF, "distributed_training.ddp_backend=fully_sharded"]
 def test_lasting_memory(overrides, gpus, bytes_per_parameter):
     run = planned(*overrides)
     count = sum(run.parameters.values())
-    assert list(run.lasting_memory(gpus).values()) == [part * count for part in bytes_per_parameter]
+    assert list(run_memory.lasting_memory(run, gpus).values()) == [part * count for part in bytes_per_parameter]
 
 
 def test_sharded_layers_are_whole_one_at_a_time():
     run = planned(*SHARDED, "+model.checkpoint_activations=true")
     one = sum(parameter.numel() for parameter in run.decoder.layers[0].parameters())
-    assert run.in_transit(4) == 2 * 2 * (sum(run.parameters.values()) - one)
+    assert len(run.decoder.layers) == 1 < run.layers == 2
+    assert run_memory.transit_memory(run, 4) == 2 * 2 * (sum(run.parameters.values()) - one)
 
 
 @pytest.mark.parametrize(("multiple", "max_tokens"), [(1, 9216), (8, 9216), (8, 2048), (8, 4096), (1, 1000), (8, 500)])
@@ -203,11 +210,11 @@ def test_batches_keep_the_update():
 
 def test_largest_batch_that_fits():
     run = planned()
-    memory = {rows: run.memory(1, rows)["peak"] / plan.GIB for rows, _ in run.batches(1)}
+    memory = {rows: run_memory.memory_by_part(run, 1, rows)["peak"] / plan.GIB for rows, _ in run.batches(1)}
     assert list(memory.values()) == sorted(memory.values(), reverse=True)
     for rows in (32, 8, 1):
-        assert plan.plan(run, 1, memory[rows] / plan.USABLE * 1.001)[1][0] == rows
-    assert plan.plan(run, 1, memory[1] * 0.99)[1] is None
+        assert plan.plan_tables(run, 1, memory[rows] / plan.USABLE * 1.001)[1][0] == rows
+    assert plan.plan_tables(run, 1, memory[1] * 0.99)[1] is None
 
 
 def test_command(capsys):
@@ -216,13 +223,52 @@ def test_command(capsys):
     )
     printed = capsys.readouterr().out
     assert "246,933,504" in printed
-    assert "--config-name wikitext103 dataset.max_tokens=3072 optimization.update_freq=[1]" in printed
+    command = (
+        "--config-name wikitext103 task.tokens_per_sample=1024 dataset.max_tokens=3072 optimization.update_freq=[1]"
+    )
+    assert command in printed
     assert printed.splitlines()[-1].endswith("distributed_training.distributed_world_size=3")
 
 
+def test_the_command_trains_what_was_planned():
+    """Other overrides are in it as they were given; what the plan decides takes the place of theirs."""
+    given = [
+        "task.data=my data",
+        "++dataset.max_tokens=512",
+        "+model.adaptive_input=true",
+        "optimization.update_freq=[9]",
+    ]
+    settings = {"dataset.max_tokens": 1024, "optimization.update_freq": "[2]"}
+    command = plan.training_command(CONFIGS / "tiny.yaml", given, settings)
+    words = ["--config-dir", str(CONFIGS), "--config-name", "tiny", "task.data=my data", "+model.adaptive_input=true"]
+    assert shlex.split(command) == [
+        *("fairseq-hydra-train", *words, "dataset.max_tokens=1024", "optimization.update_freq=[2]")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "factor"),
+    [
+        ("wikitext103", [], 2 * (9 * 1024 + 4096) + 2 * 1024 + 3 * 4096 + 4 * 8),
+        ("wikitext103", ["task.tokens_per_sample=3072", "model.attention=fused"], 38_960),
+        ("alibi_1_3b", ["task.tokens_per_sample=1024"], 2 * (9 * 2048 + 8192) + 4 * 8192 + 4 * 16),
+    ],
+)
+def test_a_layer_on_a_gpu(name, overrides, factor):
+    """Bytes per token by hand: e (9 C + F) + 4 H, 2 C and (1 + e) F for dropout, 4 F for gelu; 8 C with tiles."""
+    run = planned(*overrides, name=name, types=None)
+    assert run.cost.layer_bytes / run.length == pytest.approx(factor, rel=1e-3)
+
+
+def test_a_plan_of_many_layers_takes_no_longer():
+    run = planned("model.decoder_layers=1000000")
+    assert run.parameters["layers"] == 10**6 * run.layer_parameters + 2 * 128
+    assert plan.plan_tables(run, 1, 1e9)[1] is not None
+
+
 def test_vocabulary_is_that_of_the_data(corpus):
-    cfg = plan.read_config(CONFIGS / "tiny.yaml", [f"task.data={corpus}"])
-    dictionary = plan.find_dictionary(cfg, CONFIGS / "tiny.yaml")
+    cfg = read_config(CONFIGS / "tiny.yaml", [f"task.data={corpus}"])
+    dictionary = find_dictionary(cfg, CONFIGS / "tiny.yaml")
     assert dictionary.count == Dictionary.load(str(corpus / "dict.txt")).count
 
 

@@ -1,0 +1,128 @@
+"""Memory of a training run on one GPU, by part.
+
+Memory that stays: weights, gradients, states of the optimizer, and what is in transit between GPUs. Memory of a batch:
+what autograd keeps for the backward pass, which is measured (see `layer_measurement`), and the logits at their highest.
+When the optimizer steps, the memory of the batch is free again. The peak is that of the higher moment.
+
+Not included: CUDA's own memory (about 0.5 GiB), the workspace of kernels, fragmentation. `plan` leaves a tenth of the
+GPU free for them. The tests compare with what autograd keeps; on a CPU the whole was measured too; on a GPU it has not
+been measured.
+
+Letters: P parameters, n tokens in a batch of one GPU, C width, V types; e bytes of a number in activations (2 in half
+precision, else 4); d bytes of a number in a dropout mask (1 on a GPU, e on a CPU).
+"""
+
+from .planned_run import PlannedRun
+from .run_config import MOMENTS
+
+
+def lasting_memory(run: PlannedRun, gpus: int) -> dict[str, float]:
+    """Returns the bytes by part that one of `gpus` GPUs needs all the time.
+
+    Weights and gradients take 4 P bytes each. In half precision they take 2 P, and unless it is memory-efficient the
+    optimizer has a float32 copy of both, 4 P. fully_sharded divides all three parts by the number of GPUs, and in half
+    precision its gradients take 4 P; zero_sharding=os divides the states.
+    """
+    count, share = sum(run.parameters.values()), 1 / gpus if run.sharded else 1.0
+    copies = 2 + 4 if run.half and not run.efficient else run.element
+    states = 1 / gpus if run.cfg.distributed_training.zero_sharding == "os" else share
+    return {
+        "weights": copies * count * share,
+        "gradients": (4 if run.sharded and not run.efficient else copies) * count * share,
+        "optimizer states": 4 * MOMENTS[run.optimizer] * count * states,
+        "in transit between GPUs": transit_memory(run, gpus),
+    }
+
+
+def transit_memory(run: PlannedRun, gpus: int) -> int:
+    """Returns the bytes of weights and gradients on one GPU that are being gathered, summed or divided.
+
+    legacy_ddp sums at most 2^28 numbers at once, pytorch_ddp has a bucket for each gradient. fully_sharded has whole
+    weights and gradients of what is computed: one layer and everything outside of layers; or all layers, where they are
+    smaller than min_params_to_wrap and not checkpointed; and all weights with no_reshard_after_forward.
+    """
+    options, count = run.cfg.distributed_training, sum(run.parameters.values())
+    if run.sharded:
+        layer = run.layer_parameters
+        wrapped = run.cfg.model.checkpoint_activations or layer >= run.cfg.model.min_params_to_wrap
+        at_once = count - (run.layers - 1) * layer if wrapped else count
+        return run.element * (at_once + (count if options.no_reshard_after_forward else at_once))
+    if gpus == 1 or options.gradient_as_bucket_view:
+        return 0
+    return run.element * (min(count, 2**28) if options.ddp_backend in ("legacy_ddp", "no_c10d") else count)
+
+
+def step_memory(run: PlannedRun, gpus: int) -> float:
+    """Returns the bytes of temporaries while the optimizer steps.
+
+    adam makes a float32 temporary of its largest tensor; fp16 has all parameters in one tensor. A memory-efficient
+    optimizer makes two more.
+    """
+    largest: float = max(parameter.numel() for parameter in run.model.parameters())
+    if run.sharded:
+        largest = sum(run.parameters.values()) / gpus
+    elif run.half and not (run.efficient or run.cfg.common.bf16 or run.cfg.common.fp16_no_flatten_grads):
+        largest = sum(run.parameters.values())
+    return 4 * largest * ((run.optimizer == "adam") + 2 * run.efficient)
+
+
+def activation_memory(run: PlannedRun, rows: int) -> float:
+    """Returns the bytes that autograd keeps of a batch of `rows` blocks in the forward pass, without the logits.
+
+    A checkpointed layer keeps its input, e C bytes per token, or nothing with offload_activations. Adaptive parts are
+    not measured, because what they keep depends on the tokens: the input keeps the embeddings of each band, the softmax
+    the mask and the result of its dropout.
+    """
+    options, tokens = run.cfg.model, rows * run.length
+    layer = rows * run.cost.layer_bytes
+    if options.checkpoint_activations:
+        layer = 0 if options.offload_activations else run.element * run.width * tokens
+    other: float = rows * run.cost.other_bytes
+    if run.bands and options.adaptive_input:
+        other += tokens * run.element * sum(band.share * band.width for band in run.bands)
+    if run.bands and options.adaptive_softmax_dropout:
+        other += tokens * (run.dropout_element + run.element) * run.width
+    return run.layers * layer + other
+
+
+def logits_memory(run: PlannedRun, tokens: int) -> float:
+    """Returns the bytes of logits, log-probabilities and their gradients of `tokens` tokens at their highest.
+
+    A plain softmax takes (8 + e) V n bytes, because log-probabilities and their gradients are float32. An adaptive one
+    takes 3 e for each logit of the head and of the tails that tokens are in, and e for what enters the tails.
+    """
+    e = run.element
+    if not run.bands:
+        return (8 + e) * tokens * len(run.dictionary)
+    head, *tails = run.bands
+    count = head.types + len(tails) + sum(band.share * band.types for band in tails)
+    return tokens * (3 * e * count + e * sum(band.share * (run.width + 2 * band.width) for band in tails))
+
+
+def mask_memory(run: PlannedRun) -> int:
+    """Returns the bytes of the attention mask: e H L^2, in float32 on a CPU; 0 without a mask."""
+    if not run.masked:
+        return 0
+    mask = run.decoder.position_method.future_mask(run.length, run.length, device="meta")
+    return mask.numel() * (4 if run.device.type == "cpu" else run.element)
+
+
+def memory_by_part(run: PlannedRun, gpus: int, rows: int) -> dict[str, float]:
+    """Returns the bytes on one GPU by part, with their `peak`, for batches of `rows` blocks.
+
+    With activation checkpointing the logits are gone when the layers are computed again, so that the peak has the
+    larger one of the two.
+    """
+    lasting, mask = lasting_memory(run, gpus), mask_memory(run)
+    activations = activation_memory(run, rows)
+    layer = rows * run.cost.layer_bytes if run.cfg.model.checkpoint_activations else 0
+    logits = logits_memory(run, rows * run.length)
+    peak = sum(lasting.values()) + mask + max(activations + max(layer, logits), step_memory(run, gpus))
+    return {
+        **lasting,
+        "attention mask": mask,
+        "activations": activations,
+        "one layer, computed again": layer,
+        "logits and loss": logits,
+        "peak": peak,
+    }
