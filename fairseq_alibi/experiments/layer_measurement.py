@@ -62,7 +62,8 @@ class GpuKernels(TorchFunctionMode):
             x, p, training = (lambda input, p=0.5, training=True, inplace=False: (input, p, training))(*args, **kwargs)
             return torch.native_dropout(x, p, True)[0] if training and p else x
         if function is F.scaled_dot_product_attention:
-            out = attend_like_gpu(*args, mask=kwargs["attn_mask"])
+            q, k, v = args
+            out = attend_like_gpu(q, k, v, kwargs["attn_mask"])
             return out.clone(memory_format=torch.contiguous_format) if self.copies_output else out
         return function(*args, **kwargs)
 

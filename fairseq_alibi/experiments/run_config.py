@@ -93,7 +93,7 @@ def read_config(path: Path, overrides: Optional[list[str]] = None) -> DictConfig
             cfg = compose(path.stem, overrides or [])
         add_defaults(cfg)
         with omegaconf_no_object_check():
-            return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+            return DictConfig(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
