@@ -18,16 +18,17 @@ SITE_PACKAGES = Path(fairseq.__file__).parent.parent
 
 @pytest.mark.parametrize("patch", catalogue.PATCHES, ids=lambda patch: patch.target)
 def test_target_is_replaced_once_and_its_source_is_cited(patch):
+    import fairseq_cli.eval_lm
     import fairseq_cli.train  # noqa: F401
 
     for _ in range(2):
-        catalogue.apply(in_training=True)
+        catalogue.apply(in_command=True)
     assert pkgutil.resolve_name(patch.target) is patch.replacement
     assert original(patch.target) is not patch.replacement, "applied twice"
     file, line = patch.source.split(":")
     name = re.split(r"[:.]", patch.target)[-1]
     text = (SITE_PACKAGES / file).read_text().splitlines()[int(line) - 1]
-    assert re.search(rf"\bdef {name}\(|\b{name}\.", text), text
+    assert re.search(rf"\bdef {name}\(|\b{name}\.|self\.{name}\b|{name}\(self\.", text), text
     assert all((patch.what, patch.why, patch.removable))
 
 
@@ -62,8 +63,8 @@ def test_another_fairseq_is_named_in_one_line(monkeypatch, caplog):
 
 
 def test_a_script_that_defines_functions_of_the_same_names_keeps_them(monkeypatch):
-    """`python fairseq_cli/train.py` is recognized by its `validate_and_save`, not by `train`."""
+    """`python fairseq_cli/train.py` is recognized by its file, not by its functions."""
     main = sys.modules["__main__"]
     monkeypatch.setattr(main, "train", "mine", raising=False)
-    catalogue.apply(in_training=True)
+    catalogue.apply(in_command=True)
     assert main.train == "mine"

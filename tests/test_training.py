@@ -184,6 +184,41 @@ def test_a_run_killed_twenty_times_ends_like_one_never_killed(start, uninterrupt
     assert "is broken" not in (tmp_path / "output").read_text(), "no name ever stood for half a file"
 
 
+#: Epochs of 11 updates. The learning rate shrinks after 2 epochs without progress of half the loss; after 4 validations
+#: without progress the run ends.
+COUNTERS = ["--lr-scheduler=reduce_lr_on_plateau", "--lr-patience=1", "--lr-threshold=0.5", "--warmup-updates=0"]
+COUNTERS += ["--max-tokens=2048", "--patience=4", "--lr=0.03", "--max-update=400", "--save-interval-updates=7"]
+COUNTERS += ["--validate-interval-updates=7", "--store-ema", "--ema-update-freq=3", "--optimizer=nag"]
+
+
+def test_counters_that_fairseq_forgets_are_kept(start, tmp_path):
+    """Those of --patience, of the plateau of the learning rate and of the moving average of the parameters."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, output = start(whole, *COUNTERS)
+    assert status == 0, output
+    assert "early stop since valid performance hasn't improved for last 4 runs" in output
+    for after in (25, 16):
+        status, output = start(killed, *COUNTERS, after=after, do="die")
+        assert status == -signal.SIGKILL, output
+    status, output = start(killed, *COUNTERS)
+    assert status == 0, output
+    ours, theirs = state(killed), state(whole)
+    assert ours["optimizer_history"][-1] == theirs["optimizer_history"][-1]
+    assert ours["last_optimizer_state"]["param_groups"] == theirs["last_optimizer_state"]["param_groups"]
+    assert theirs["last_optimizer_state"]["param_groups"][0]["lr"] < 0.03
+    for tensors, expected in (
+        (ours["model"], theirs["model"]),
+        (ours["extra_state"]["ema"], theirs["extra_state"]["ema"]),
+    ):
+        for name, value in expected.items():
+            assert "_float_tensor" in name or torch.equal(tensors[name], value), name
+    assert ours["extra_state"]["fairseq_alibi"] == theirs["extra_state"]["fairseq_alibi"]
+    status, output = start(killed, *COUNTERS)
+    assert status == 0, output
+    assert "nothing to do: the last 4 validations brought no better loss, --patience is 4" in output
+    assert state(killed)["optimizer_history"] == ours["optimizer_history"], "no further update"
+
+
 def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path):
     """As one has to be that was killed after its last checkpoint."""
     copy = shutil.copytree(uninterrupted, tmp_path / "copy")

@@ -7,7 +7,7 @@ import logging
 
 import fairseq
 
-from . import compatibility, help, reading, restart, saving, termination
+from . import command_checks, compatibility, help, reading, restart, saving, termination, training_state, whole_words
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,55 @@ PATCHES = (
         removable="when fairseq parses --help after it has added the options of the model",
     ),
     Patch(
+        target="fairseq.distributed.utils:call_main",
+        replacement=command_checks.call_main,
+        what="Refuses --fp16, --bf16 and --tpu where they cannot run, and lets --bf16 run on a GPU.",
+        why="fairseq sets --tpu for --bf16, and ends with tracebacks after the model is built.",
+        source="fairseq/distributed/utils.py:334",
+        removable="when fairseq checks its options",
+    ),
+    Patch(
+        target="fairseq_cli.eval_lm:eval_lm",
+        replacement=command_checks.eval_lm,
+        what="Ends with an error if no token was scored.",
+        why="fairseq reports a perplexity of 1.00.",
+        source="fairseq_cli/eval_lm.py:37",
+        removable="when fairseq counts what it scored",
+        in_command=True,
+    ),
+    Patch(
+        target="fairseq.tasks.masked_lm:get_whole_word_mask",
+        replacement=whole_words.get_whole_word_mask,
+        what="Finds the words for --mask-whole-words by the marks of subwords in dict.txt.",
+        why="fairseq asks the BPE of the options, which has no such method for subword-nmt.",
+        source="fairseq/tasks/masked_lm.py:182",
+        removable="when fairseq's masked_lm knows the BPE",
+    ),
+    Patch(
+        target="fairseq.tasks.masked_lm:MaskedLMTask.args",
+        replacement=False,
+        what="Lets the task have the attribute `args`, which `get_whole_word_mask` no longer reads.",
+        why="--mask-whole-words ends with an AttributeError.",
+        source="fairseq/tasks/masked_lm.py:182",
+        removable="when fairseq's masked_lm no longer reads it",
+        only_if_missing=True,
+    ),
+    Patch(
+        target="fairseq.trainer:Trainer.save_checkpoint",
+        replacement=training_state.save_checkpoint,
+        what="Saves the counters of --patience, reduce_lr_on_plateau, the loss scaler and --ema-update-freq too.",
+        why="They start from 0 at a restart, and the run ends with other parameters.",
+        source="fairseq/trainer.py:433",
+        removable="when fairseq saves them",
+    ),
+    Patch(
         target="fairseq_cli.train:train",
         replacement=restart.train,
-        what="Makes no update in a run that has them all.",
+        what="Makes no update in a run that has them all or was ended by --patience.",
         why="fairseq makes one more at each restart.",
         source="fairseq_cli/train.py:246",
         removable="when fairseq looks at --max-update before an update",
-        in_training=True,
+        in_command=True,
     ),
     Patch(
         target="fairseq_cli.train:validate_and_save",
@@ -89,18 +131,18 @@ PATCHES = (
         why="fairseq dies at once and loses the updates since the last checkpoint.",
         source="fairseq_cli/train.py:360",
         removable="when fairseq handles SIGTERM",
-        in_training=True,
+        in_command=True,
     ),
 )
 
 
-def apply(in_training: bool = False) -> None:
+def apply(in_command: bool = False) -> None:
     """Applies the patches; those that are applied already stay as they are.
 
     Args:
-        in_training: Applies also those that need a training run under way.
+        in_command: Applies also those that need one of fairseq's commands under way.
     """
-    if not in_training:
+    if not in_command:
         if fairseq.__version__ != FAIRSEQ_VERSION:
             logger.warning(
                 "fairseq %s is installed, but the patches of fairseq_alibi are made for %s and may not fit: "
@@ -110,5 +152,5 @@ def apply(in_training: bool = False) -> None:
         compatibility.silence_known_warnings()
         compatibility.allow_fairseq_checkpoints()
     for patch in PATCHES:
-        if in_training or not patch.in_training:
+        if in_command or not patch.in_command:
             patch.apply()

@@ -3,6 +3,7 @@
 import pkgutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 #: What stood at the target of each patch before, by target.
@@ -20,7 +21,8 @@ class Patch:
         why: What goes wrong without it.
         source: Where fairseq 0.12.2 defines the target, or uses the missing attribute: "file:line".
         removable: When the patch can go.
-        in_training: Whether it is applied only when a training run begins, as its module may be half imported before.
+        in_command: Whether it is applied only when one of fairseq's commands starts, as its module may be half imported
+            before. It is skipped if the module is not imported.
         only_if_missing: Whether a target that exists stays as it is.
     """
 
@@ -30,17 +32,22 @@ class Patch:
     why: str
     source: str
     removable: str
-    in_training: bool = False
+    in_command: bool = False
     only_if_missing: bool = False
 
     def apply(self) -> None:
         """Replaces the target, once."""
         module, _, path = self.target.partition(":")
-        main = sys.modules["__main__"]
-        owner: Any = pkgutil.resolve_name(module)
-        if self.in_training and hasattr(main, "validate_and_save"):  # python fairseq_cli/train.py
-            owner = main
         *parents, attribute = path.split(".")
+        owner: Any
+        if self.in_command:
+            main = sys.modules["__main__"]  # python fairseq_cli/train.py
+            as_script = Path(getattr(main, "__file__", None) or "").match(f"{module.replace('.', '/')}.py")
+            owner = main if as_script else sys.modules.get(module)
+            if owner is None:
+                return
+        else:
+            owner = pkgutil.resolve_name(module)
         for parent in parents:
             owner = getattr(owner, parent)
         current = getattr(owner, attribute, None)

@@ -17,6 +17,14 @@ from ..files.safe_reading import count_updates, find_damage
 from .patch import original
 from .saving import remove_temporary_files
 from .termination import handle_sigterm
+from .training_state import (
+    KEY,
+    forget_earlier_run,
+    has_lost_patience,
+    inexact_options,
+    restart_from_elsewhere,
+    restore_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +103,18 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
     """Replaces `fairseq.checkpoint_utils.load_checkpoint`, with which every training run begins."""
     from .catalogue import apply  # the catalogue imports this file
 
-    apply(in_training=True)
+    apply(in_command=True)
+    forget_earlier_run()
     restore_for_all_processes(cfg, trainer)
     handle_sigterm()
+    elsewhere = restart_from_elsewhere(cfg)
     load = original("fairseq.checkpoint_utils:load_checkpoint")
     extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
+    if extra_state is not None:
+        restore_state(trainer, extra_state.get(KEY, {}))
+        notes = [elsewhere] if elsewhere else inexact_options(trainer.cfg)
+        for note in notes if trainer.data_parallel_rank == 0 else ():
+            logger.warning(note)
     position = (extra_state or {}).get("train_iterator", {})
     if position.get("iterations_in_epoch") == 0 and position["epoch"] == epoch_itr.epoch and not cfg.reset_meters:
         # The last checkpoint of an epoch is written before its validation loss reaches the learning rate.
@@ -111,9 +126,12 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
 
 
 def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[Optional[float]], bool]:
-    """Replaces `fairseq_cli.train.train`, one epoch. fairseq makes one more update in a run that has them all."""
-    updates, limit = trainer.get_num_updates(), cfg.optimization.max_update
+    """Replaces `fairseq_cli.train.train`, one epoch. fairseq makes one more update in a run that has ended."""
+    updates, limit, patience = trainer.get_num_updates(), cfg.optimization.max_update, cfg.checkpoint.patience
     if limit and updates >= limit:
         logger.info("nothing to do: the checkpoint has %s updates, --max-update is %s", updates, limit)
+        return [None], True
+    if has_lost_patience(cfg):
+        logger.info("nothing to do: the last %s validations brought no better loss, --patience is %s", *[patience] * 2)
         return [None], True
     return original("fairseq_cli.train:train")(cfg, trainer, task, epoch_itr)

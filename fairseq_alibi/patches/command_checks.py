@@ -1,0 +1,69 @@
+"""Options that cannot work: fairseq's commands end with one line before any work, or are repaired."""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
+
+from .patch import CommandError, original
+
+logger = logging.getLogger(__name__)
+
+
+def check_precision(cfg: FairseqConfig, training: bool) -> None:
+    """Checks --fp16, --bf16, --amp and --tpu against the hardware. fairseq sets --tpu for --bf16; a GPU runs it too.
+
+    Args:
+        cfg: The configuration of the command; `tpu` is corrected in it.
+        training: Whether the command trains.
+
+    Raises:
+        CommandError: The options cannot work here.
+    """
+    common = cfg.common
+    gpu = torch.cuda.is_available() and not common.cpu
+    if common.tpu and importlib.util.find_spec("torch_xla") is None:
+        if not common.bf16:
+            raise CommandError("--tpu: torch_xla is not installed; drop --tpu, or install it")
+        for group in filter(OmegaConf.is_dict, cfg.values()):  # several copy it
+            if "tpu" in group:
+                group.tpu = False
+    if not training:
+        if common.bf16:
+            logger.warning("--bf16 is ignored by this command, which computes in float32: drop it, or pass --fp16")
+        return
+    if common.bf16 and not (gpu or common.tpu):
+        raise CommandError("--bf16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
+    if common.fp16 and common.amp:
+        raise CommandError("--fp16 and --amp exclude each other: drop one of them")
+    if common.fp16 and not gpu and (common.memory_efficient_fp16 or not common.fp16_no_flatten_grads):
+        raise CommandError("--fp16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
+
+
+def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
+    """Replaces `fairseq.distributed.utils.call_main`, through which every command calls its `main`."""
+    from .catalogue import apply  # the catalogue imports this file
+
+    apply(in_command=True)
+    check_precision(cfg, training=hasattr(sys.modules[main.__module__], "validate_and_save"))
+    original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+
+
+def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Replaces `fairseq_cli.eval_lm.eval_lm`, which reports a perplexity of 1.00 where no token was scored.
+
+    Raises:
+        CommandError: No token was scored.
+    """
+    results = original("fairseq_cli.eval_lm:eval_lm")(*args, **kwargs)
+    if not results["loss"]:
+        raise CommandError(
+            "no token was scored: all samples are longer than the model's longest sequence, or the subset is empty; "
+            "pass a smaller --tokens-per-sample, or --model-overrides \"{'max_target_positions': N}\" with a larger N"
+        )
+    return results

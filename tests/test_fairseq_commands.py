@@ -1,0 +1,171 @@
+"""fairseq's own commands with the plugin: what cannot work ends with one line before the work; repairs work."""
+
+import shutil
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT
+from fairseq.data import Dictionary
+from fairseq_cli import eval_lm, generate, interactive, train
+
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.patches.whole_words import get_whole_word_mask
+
+COMMANDS = {"train": train, "eval-lm": eval_lm, "generate": generate, "interactive": interactive}
+TRAINING = [
+    "--task",
+    "language_modeling",
+    "--arch",
+    "alibi_lm_tiny",
+    "--tokens-per-sample",
+    "32",
+    "--max-tokens",
+    "256",
+]
+TRAINING += ["--optimizer", "adam", "--max-update", "1", "--no-save"]
+GENERATION = ["--task", "language_modeling", "--sample-break-mode", "eos", "--max-tokens", "256"]
+
+
+def refusal(monkeypatch, command, corpus, *arguments):
+    """Runs one of fairseq's commands in this process, which has to end with one line and status 1; returns the line."""
+    monkeypatch.setattr(
+        "sys.argv", ["fairseq", str(corpus), "--user-dir", str(ROOT / "fairseq_alibi"), *map(str, arguments)]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        COMMANDS[command].cli_main()
+    assert isinstance(stopped.value.code, str), "printed by Python as the only line, with status 1"
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bf16"], "--bf16 needs a GPU: drop it, or pass --cpu-bf16"),
+        (["--memory-efficient-bf16"], "--bf16 needs a GPU"),
+        (["--fp16"], "--fp16 needs a GPU: drop it, or pass --cpu-bf16"),
+        (["--memory-efficient-fp16"], "--fp16 needs a GPU"),
+        (["--fp16", "--amp"], "--fp16 and --amp exclude each other: drop one of them"),
+        (["--tpu"], "--tpu: torch_xla is not installed; drop --tpu"),
+    ],
+    ids=str,
+)
+def test_a_precision_that_cannot_run_is_named_before_the_model_is_built(monkeypatch, corpus, options, message):
+    monkeypatch.setattr(train, "main", lambda *_: pytest.fail("that is the work"))
+    train.main.__module__ = "fairseq_cli.train"
+    assert message in refusal(monkeypatch, "train", corpus, *TRAINING, *options, "--cpu")
+
+
+def test_bf16_of_an_evaluation_is_said_to_be_ignored(monkeypatch, corpus, checkpoint, caplog):
+    arguments = ["--user-dir", str(ROOT / "fairseq_alibi"), "--path", str(checkpoint), "--bf16", "--cpu"]
+    arguments += ["--tokens-per-sample", "32", "--gen-subset", "valid"]
+    monkeypatch.setattr("sys.argv", ["fairseq-eval-lm", str(corpus), *arguments])
+    eval_lm.cli_main()
+    assert any("--bf16 is ignored by this command" in record.getMessage() for record in caplog.records)
+
+
+def test_an_evaluation_that_scores_nothing_fails(monkeypatch, corpus, train):
+    path = train("--position-method", "learned", "--max-target-positions", "32")
+    message = refusal(monkeypatch, "eval-lm", corpus, "--path", path, "--tokens-per-sample", "9999", "--cpu")
+    assert "no token was scored: all samples are longer than the model's longest sequence" in message
+
+
+class Malicious:
+    """Pickled it is a call that makes a file."""
+
+    def __reduce__(self):
+        return __import__("os").system, ("touch owned",)
+
+
+def flip_a_byte(path, target):
+    """Damages the largest record of a checkpoint, in its middle."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda info: info.file_size)
+    content[content.index(record.filename.encode()) + len(record.filename) + record.file_size // 2] ^= 0xFF
+    target.write_bytes(content)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.testzip() == record.filename
+    return record.filename
+
+
+READERS = {
+    "train --restore-file": ("train", [*TRAINING, "--restore-file"]),
+    "train --finetune-from-model": ("train", [*TRAINING, "--finetune-from-model"]),
+    "eval-lm": ("eval-lm", ["--path"]),
+    "generate": ("generate", [*GENERATION, "--path"]),
+    "interactive": ("interactive", [*GENERATION[:2], "--path"]),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["damaged", "malicious"])
+def test_fairseqs_readers_refuse_in_one_line(monkeypatch, corpus, checkpoint, tmp_path, reader, kind):
+    """Whatever the environment says, no code of a checkpoint is run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "file.pt"
+    if kind == "damaged":
+        message = f"its record {flip_a_byte(checkpoint, path)} is damaged"
+    else:
+        state = torch.load(checkpoint, weights_only=True)
+        torch.save({**state, "extra_state": Malicious()}, path)
+        message = "it calls posix.system"
+    command, arguments = READERS[reader]
+    line = refusal(
+        monkeypatch, command, corpus, *arguments, path, "--cpu", *["--save-dir", "new"] * (command == "train")
+    )
+    assert message in line
+    assert str(path) in line
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate", "DATA", "PATH"], ["generate", "DATA", "PATH", "x"], ["export-hf", "PATH", "out"]]
+)
+def test_our_readers_name_the_damaged_record(monkeypatch, corpus, checkpoint, tmp_path, command):
+    record = flip_a_byte(checkpoint, tmp_path / "file.pt")
+    monkeypatch.chdir(tmp_path)
+    arguments = [{"DATA": str(corpus), "PATH": "file.pt"}.get(word, word) for word in command]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, *["--cpu"] * (command[0] != "export-hf")])
+    assert f"file.pt is damaged (its record {record} is damaged): get it again" in str(stopped.value.code)
+
+
+def test_words_are_masked_whole_by_the_marks_of_subwords():
+    """Each row: tokens of a line, with 1 where a word begins."""
+    for symbols, expected in (
+        (["lo@@", "we@@", "st", "man"], [1, 1, 0, 0, 1]),
+        (["\u2581lo", "west", "\u2581man"], [1, 1, 0, 1]),
+        (["low", "est", "man"], [1, 1, 1, 1]),
+    ):
+        dictionary = Dictionary()
+        numbers = [dictionary.bos(), *map(dictionary.add_symbol, symbols)]
+        dictionary.add_symbol("<mask>")
+        mask = get_whole_word_mask(None, dictionary)
+        assert mask.gather(0, torch.tensor(numbers)).tolist() == expected
+
+
+def test_whole_words_of_numbers_are_refused():
+    dictionary = Dictionary()
+    for number in range(20):
+        dictionary.add_symbol(str(number))
+    with pytest.raises(SystemExit, match="numbers of GPT-2's BPE"):
+        get_whole_word_mask(None, dictionary)
+
+
+@pytest.mark.parametrize("arch", ["alibi_masked_lm_tiny", "roberta_base"])
+def test_mask_whole_words_trains(monkeypatch, corpus, tmp_path, arch):
+    arguments = ["--task", "masked_lm", "--criterion", "masked_lm", "--arch", arch, "--tokens-per-sample", "32"]
+    arguments += ["--max-tokens", "256", "--optimizer", "adam", "--max-update", "1", "--no-save", "--cpu"]
+    arguments += ["--mask-whole-words", "--save-dir", str(tmp_path)]
+    if arch == "roberta_base":
+        arguments += ["--encoder-layers", "1", "--encoder-embed-dim", "8", "--encoder-ffn-embed-dim", "8"]
+        arguments += ["--encoder-attention-heads", "2"]
+    monkeypatch.setattr(
+        sys, "argv", ["fairseq-train", str(corpus), "--user-dir", str(ROOT / "fairseq_alibi"), *arguments]
+    )
+    train.cli_main()
+    shutil.rmtree(tmp_path)
