@@ -40,7 +40,7 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Tensor:
         return [2.0 ** (-max_bias * h / count) for h in range(1, count + 1)]
 
     slopes = geometric(power) + geometric(2 * power)[::2]
-    return torch.tensor(slopes[:num_heads], dtype=torch.float64)
+    return torch.tensor(slopes[:num_heads], dtype=torch.float64, device="cpu")  # on the meta device they would be lost
 
 
 class ScaledSlopes:
@@ -222,7 +222,9 @@ class EncoderALiBi(PositionMethod):
         self.fixed = ScaledSlopes(alibi_slopes(heads, max_bias), length_scale, training_length)
         self.slope_logits: Optional[nn.Parameter] = None
         if learned:
-            self.slope_logits = nn.Parameter(pairs(self.fixed.unscaled).logit().float())
+            self.slope_logits = nn.Parameter(torch.empty(2, num_heads))
+            with torch.no_grad():
+                self.slope_logits.copy_(pairs(self.fixed.unscaled).logit())
             self.bias_kind = "distance"  # a linear bias is given as numbers, through which no gradient flows
 
     @classmethod

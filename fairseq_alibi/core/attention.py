@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import flex_attention, tiled_attention
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias
+from .kept import in_functional_transform
 from .tiled_attention import merge_padding_into_mask
 
 
@@ -64,6 +65,26 @@ def folded_mask_of(q: Tensor, inputs: AttentionInputs) -> Tensor:
     return merge_padding_into_mask(inputs.bias.mask[None, :, -q.size(2) :], inputs.padding)
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """`masked_attention` written out, for torch.func, whose transforms PyTorch's fused kernels do not all support."""
+    return F.dropout(attention_weights(q, k, inputs), dropout).to(v.dtype) @ v
+
+
+def is_transformed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
+    """Where `explicit_attention` is needed."""
+    return isinstance(inputs.bias, FoldedMask) and in_functional_transform()
+
+
+def no_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """Attention of an empty batch or of no queries: nothing."""
+    return q * 1
+
+
+def is_empty(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
+    """Where `no_attention` is right."""
+    return 0 in q.shape
+
+
 def has_folded_mask(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `masked_attention` supports: a bias that is folded into a mask."""
     return isinstance(inputs.bias, FoldedMask)
@@ -88,6 +109,8 @@ def is_plainly_causal(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: fl
 
 #: In the order in which `attend` asks them; the last one supports whatever has no mask.
 KERNELS = (
+    Kernel("empty", is_empty, no_attention),
+    Kernel("explicit", is_transformed, explicit_attention),
     Kernel("mask", has_folded_mask, masked_attention),
     Kernel("causal", is_plainly_causal, causal_attention),
     Kernel("flex", flex_attention.supports, flex_attention.block_attention),

@@ -201,9 +201,12 @@ class AttentionSetup:
         """
         method = self.method
         seen_padding = self.visible_padding(x, padding)
-        # Kernels without a mask cannot be traced or transformed.
-        traced = self.settings.kernel == "auto" and in_transform(x)
-        if not traced and self.runs_without_mask(x.device, span, seen_padding, window, training):
+        # Kernels without a mask cannot be traced or transformed. Compiled code may leave the graph for them.
+        leaves_graph = self.settings.kernel == "fused" and torch.compiler.is_dynamo_compiling() and not is_exporting()
+        by_distance = leaves_graph or not in_transform(x)
+        if span.queries == 0:
+            bias: Bias = NoBias()
+        elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training):
             bias = self.bias_by_distance(span, x.device)
         else:
             bias = FoldedMask(self.folded_mask(x, span, window))
@@ -299,7 +302,14 @@ def fused_is_faster(device: torch.device, query_length: int, key_length: int) ->
     return device.type == "cpu" and query_length > 1 and key_length > LONGEST_MASK
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces the pass; a torch before 2.7 does not say."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which attention on this tensor runs: that of autocast where autocast is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)

@@ -8,15 +8,20 @@ from torch import Tensor, nn
 
 
 def in_transform(x: Tensor) -> bool:
-    """Whether torch traces, compiles, exports or transforms (torch.func) the pass that `x` belongs to.
+    """Whether torch traces, compiles, exports or transforms the pass that `x` belongs to, or only computes its shapes.
 
     Then no value of a tensor can be looked at, and no tensor of one pass can be used in another.
     """
-    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    # Private, as torch has no public question for it; a torch without it is taken to have no transform.
-    stack = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
-    return stack() is not None
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type != "meta"
+    return not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functional_transform()
+
+
+def in_functional_transform() -> bool:
+    """Whether a transform of torch.func is under way: vmap, grad, jvp, ...
+
+    It asks a private function, as torch has no public one; a torch without it is taken to have no transform.
+    """
+    return getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)() is not None
 
 
 class KeptTensor:

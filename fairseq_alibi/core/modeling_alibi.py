@@ -117,9 +117,7 @@ class ExportedDecoder(Transformer):
 
     def __init__(self, config: AlibiConfig):
         heads, width = config.decoder_attention_heads, config.decoder_embed_dim
-        # transformers makes models on the meta device, where a method's tensors that are no parameters would stay.
-        with torch.device("cpu"):
-            method = position_methods()[config.position_method].from_options(heads, width, config)
+        method = position_methods()[config.position_method].from_options(heads, width, config)
         super().__init__(
             config.decoder_layers,
             width,

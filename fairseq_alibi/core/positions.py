@@ -165,6 +165,8 @@ class PositionMethod(nn.Module):
         if not self.has_distance_bias:
             return None
         by_distance = self.distance_bias(torch.arange(key_length - 1, -query_length, -1, device=device))
+        if torch.compiler.is_compiling():  # unfold fixes the length of a graph
+            return by_distance[:, key_length - 1 - distances(query_length, key_length, device)]
         # The values go from the longest distance down; row t of the bias is the part that ends at its own distance.
         return by_distance.unfold(1, key_length, 1).flip(1)
 

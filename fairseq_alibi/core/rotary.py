@@ -43,7 +43,8 @@ class Rotary(PositionMethod):
             raise ValueError(
                 f"--position-method {self.name} turns pairs of dimensions: head_dim must be even, not {head_dim}"
             )
-        self.frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        # On the CPU, because on the meta device, where a model may be built, they would be lost.
+        self.frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
 
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "Rotary":
@@ -53,5 +54,5 @@ class Rotary(PositionMethod):
     def rotation(self, first: int, last: int, device: Optional[torch.device] = None) -> Tensor:
         """See `PositionMethod.rotation`."""
         # In float64, because in float32 an angle near 100,000 is off by 0.004.
-        angles = torch.arange(first, last, dtype=torch.float64)[:, None] * self.frequencies
+        angles = torch.arange(first, last, dtype=torch.float64, device="cpu")[:, None] * self.frequencies
         return torch.stack([angles.cos(), angles.sin()]).float().to(device)
