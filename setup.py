@@ -44,6 +44,7 @@ setup(
         "omegaconf>=2.3,<2.4",
         "numpy>=2",
         "bitarray",
+        "filelock",
         "cffi",
         "regex",
         "filelock",
@@ -58,7 +59,7 @@ setup(
     extras_require={
         "transformers": ["transformers>=4.57", "safetensors"],
         "test": [
-            *("accelerate", "codespell", "filelock", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
+            *("accelerate", "codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
             *("safetensors", "transformers>=4.57"),
         ],
     },

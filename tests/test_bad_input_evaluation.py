@@ -31,7 +31,6 @@ TABLE = {
     "evaluate data shape.pt": "shape.pt cannot be loaded: .*fc1.bias",
     "evaluate data nan.pt": "length 32, stride 32: a loss is nan; the model has diverged",
     "evaluate data translation.pt": "was trained for 'translation', not for language_modeling",
-    "evaluate data bos.pt": "bos.pt was trained with --add-bos-token: use scripts/eval_nonoverlapping.sh",
     "generate data nowhere.pt x": "there is no checkpoint nowhere.pt",
     "generate data text.pt x": "text.pt is no fairseq checkpoint",
     "generate nowhere good.pt x": "there is no nowhere/dict.txt",

@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
+from fairseq_alibi.evaluation.curves import read_curves
 from fairseq_alibi.evaluation.measurement import position_bins
 from fairseq_alibi.evaluation.text import EvaluationText
 from fairseq_alibi.files.data_folders import read_subset
@@ -236,6 +237,28 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
     path.write_text("mine")
     assert "--overwrite" in fails(capsys, *sweep)
     assert path.read_text() == taken.read_text() == "mine"
+
+
+def test_results_name_the_model_as_it_was_evaluated(corpus, checkpoint, tmp_path, capsys):
+    """Method, options and training length after --model-overrides: in JSON, table, report and TensorBoard's folder."""
+    override = "{'position_method': 'none', 'decoder_layerdrop': 0.5, 'tokens_per_sample': 48}"
+    options = ("--lengths", 32, "--model-overrides", override)
+    command(corpus, checkpoint, *options, "--output", tmp_path / "a", "--tensorboard-logdir", tmp_path / "log")
+    assert "none, trained on 48 tokens, with decoder_layerdrop=0.5, evaluated on" in capsys.readouterr().out
+    command(corpus, checkpoint, "--lengths", 32, "--output", tmp_path / "b", "--tensorboard-logdir", tmp_path / "log")
+    (path,) = (tmp_path / "a").iterdir()
+    model = json.loads(path.read_text())["model"]
+    assert (model["position_method"], model["training_length"]) == ("none", 48)
+    arguments = ("eval-lm", "nonoverlapping", corpus, checkpoint, 32, "--output", tmp_path / "c" / "lm.json")
+    main([*map(str, arguments), "--", "--cpu", "--model-overrides", override])
+    assert "none, trained on 48 tokens, with decoder_layerdrop=0.5, evaluated on" in capsys.readouterr().out
+    model = json.loads((tmp_path / "c" / "lm.json").read_text())["model"]
+    assert (model["position_method"], model["training_length"]) == ("none", 48)
+    labels = [curve.label for curve in read_curves([path, *(tmp_path / "b").iterdir(), tmp_path / "c" / "lm.json"])]
+    assert labels[:2] == ["none, trained on 48, decoder_layerdrop=0.5", "alibi, trained on 32"]
+    runs = sorted(folder.name for folder in (tmp_path / "log").iterdir())
+    assert len(runs) == 2
+    assert any("position_method=none" in name for name in runs)
 
 
 def test_overrides_change_the_model(corpus, checkpoint, tmp_path):

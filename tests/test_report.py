@@ -120,3 +120,51 @@ def test_a_report_is_not_overwritten_silently(results, tmp_path):
     with pytest.raises(ValueError, match="--overwrite"):
         write_report(files, tmp_path)
     write_report(files, tmp_path, overwrite=True)
+
+
+def test_settings_of_one_checkpoint_are_curves_of_their_own(results, tmp_path):
+    """They are named by what differs; checksums that a file does not hold are not a difference."""
+
+    def change(path, name, subject=None, **values):
+        content = json.loads(path.read_text())
+        content.update(values)
+        if subject is not None:
+            content["subject"] = subject
+        (tmp_path / name).write_text(json.dumps(content))
+        return tmp_path / name
+
+    plain = results("alibi", {(32, 32): 5.0, (64, 64): 6.0})
+    same = {"weights": "1", "text": "2", "model_overrides": {}, "dtype": "float32"}
+    files = [
+        plain,
+        change(plain, "same.json", same),
+        change(plain, "scaled.json", {**same, "model_overrides": {"alibi_length_scale": 8.0}}),
+        change(plain, "half.json", {**same, "dtype": "float16"}),
+        change(plain, "other.json", {**same, "weights": "3"}),
+        change(plain, "none.json", same, model={**json.loads(plain.read_text())["model"], "position_method": "none"}),
+    ]
+    labels = [curve.label for curve in read_curves(files)]
+    assert labels[2] == "alibi, trained on 128, alibi_length_scale=8.0"
+    assert labels[3] == "alibi, trained on 128 (dtype float16) (weights 1)"
+    assert "none, trained on 128" in labels
+    assert len(set(labels)) == len(labels) == 6
+    assert [curve.label for curve in read_curves(files[:2])] == ["alibi, trained on 128"]
+    assert [curve.label for curve in read_curves(files[1:2] + files[3:4])] == [
+        "alibi, trained on 128 (dtype float32)",
+        "alibi, trained on 128 (dtype float16)",
+    ]
+    assert [curve.label for curve in read_curves(files[1:2] + files[4:5])] == [
+        "alibi, trained on 128 (weights 1)",
+        "alibi, trained on 128 (weights 3)",
+    ]
+    other_text = change(plain, "text.json", {**same, "text": "4"}, data="other")
+    assert [curve.label for curve in read_curves([files[1], other_text])] == [
+        "alibi, trained on 128 (data unknown)",
+        "alibi, trained on 128 (data other)",
+    ]
+    options = [change(plain, f"{option}.json", options=["--cpu", option]) for option in ("--cpu", "--x", "--y")]
+    assert [curve.label for curve in read_curves(options)] == [
+        "alibi, trained on 128 (options unknown)",
+        "alibi, trained on 128 (options --x)",
+        "alibi, trained on 128 (options --y)",
+    ]

@@ -87,7 +87,7 @@ def losses_of(scored, tokens):
 
 def expected_losses(model, stream, window=math.inf):
     """By the reference, all tokens in one window."""
-    source = scoring.source_of(stream, model.decoder.dictionary.eos())
+    source = scoring.source_of(stream, model.decoder.dictionary)
     log_probs = reference.logits(model, source, window).log_softmax(-1)
     return -log_probs.gather(1, stream[:, None])[:, 0]
 
@@ -96,7 +96,7 @@ def expected_losses(model, stream, window=math.inf):
 def test_windows_are_scored_as_the_reference_scores_each_block_with_its_context(build, method, length, stride):
     model = build("alibi_lm_tiny", "--position-method", method)
     stream = random_tokens(model, 90)
-    source = scoring.source_of(stream, model.decoder.dictionary.eos())
+    source = scoring.source_of(stream, model.decoder.dictionary)
     losses = losses_of(scoring.score_windows(model, stream, length, stride, 100), len(stream))
     for start in range(0, len(stream), stride):
         end = min(start + stride, len(stream))
@@ -166,7 +166,7 @@ def test_fairseqs_own_models_are_scored_too(build):
     model = build("transformer_lm", *SIZES)
     stream = random_tokens(model, 60)
     losses = losses_of(scoring.score_windows(model, stream, 20, 5, 100), 60)
-    source = scoring.source_of(stream, model.decoder.dictionary.eos())
+    source = scoring.source_of(stream, model.decoder.dictionary)
     with torch.no_grad():
         log_probs = model.get_normalized_probs(model(source[None, 5:25]), log_probs=True)[0, -5:]
     expected = -log_probs.gather(1, stream[20:25, None])[:, 0].double()

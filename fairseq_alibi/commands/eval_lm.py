@@ -9,6 +9,8 @@ from fairseq_cli import eval_lm
 from tabulate import tabulate
 
 from ..evaluation.fairseq_eval_lm import EvalLmSettings, evaluate_with_fairseq
+from ..evaluation.tables import model_title
+from ..files.locks import locked
 from .arguments import positive_integer
 
 #: What follows `--` goes to fairseq-eval-lm.
@@ -64,11 +66,11 @@ def run(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("fairseq-eval-lm under torchrun scores one process's share only: run one process")
     output = args.output or Path(args.checkpoint).parent / name
-    if output.exists() and not args.overwrite:
-        raise ValueError(f"{output} exists: pass --overwrite to replace it, or another --output")
-    content = evaluate_with_fairseq(settings, output)
-    model = content["model"]
-    print(f"\n{model['position_method']}, trained on {model['training_length']} tokens, evaluated on {args.subset}")
+    with locked(output):
+        if output.exists() and not args.overwrite:
+            raise ValueError(f"{output} exists: pass --overwrite to replace it, or another --output")
+        content = evaluate_with_fairseq(settings, output)
+    print(f"\n{model_title(content)}, evaluated on {args.subset}")
     rows = [[result[column] for column in COLUMNS] for result in content["results"]]
     formats = (",", ",", ",", ",", ".4f", ".2f", ".1f")
     print(tabulate(rows, [column.replace("_", " ") for column in COLUMNS], floatfmt=formats, intfmt=","))

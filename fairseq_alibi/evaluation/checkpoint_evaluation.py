@@ -4,6 +4,7 @@ A checkpoint is read once for all lengths. Its results are in one JSON file, wri
 in the file is not computed again. Under torchrun the processes share the batches and give the same results.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,12 +21,13 @@ from ..files.errors import one_line
 from ..files.model_loading import load_model
 from ..files.results import describe_environment
 from . import processes
+from .description import describe_evaluated
 from .measurement import Windowing, evaluate_model
 from .result_files import ResultFile, TokenLossFile, checksum
 from .text import EvaluationText
 
-#: Options of fairseq's task that change what a model reads or predicts.
-UNSUPPORTED_TASK_OPTIONS = ("add_bos_token", "future_target", "past_target", "self_target")
+#: The tasks of fairseq whose models can be evaluated.
+TASKS = ("language_modeling", "masked_lm")
 
 #: The default lengths are these multiples of the training length.
 LENGTH_MULTIPLES = (1, 2, 4, 8, 16)
@@ -109,6 +111,18 @@ class EvaluationSettings:
             return path.with_name(f"{path.stem}_{self.subset}.json")
         return self.output / f"{path.resolve().parent.name}_{path.stem}_{self.subset}.json"
 
+    def run_name(self, name: str) -> str:
+        """A name for a TensorBoard folder that differs for other options of the model and other dtypes.
+
+        Args:
+            name: of the checkpoint and the subset.
+        """
+        options = dict(self.model_overrides)
+        if self.dtype != "float32":
+            options["dtype"] = self.dtype
+        text = "_".join([name, *(f"{option}={value}" for option, value in options.items())])
+        return re.sub(r"[^\w.=+-]", "-", text)[:200]
+
     def check_checkpoints(self, checkpoints: Sequence[str]) -> None:
         """Checks that all checkpoints exist and that each has files of its own.
 
@@ -133,11 +147,13 @@ class LoadedCheckpoint(NamedTuple):
         model: in evaluation mode, with its dtype, on its device.
         description: architecture, position method, training length, updates, parameters.
         subject: checksums and settings that tell this evaluation from others.
+        text: what is evaluated, with the first token that the model expects.
     """
 
     model: BaseFairseqModel
     description: dict[str, Any]
     subject: dict[str, Any]
+    text: EvaluationText
 
 
 def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> LoadedCheckpoint:
@@ -148,16 +164,12 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
     """
     with processes.fail_together():
         state = read_checkpoint(checkpoint)
-        description = describe_model(checkpoint, state, ("language_modeling", "masked_lm"))
-        task = state["cfg"]["task"]
-        unsupported = [name for name in UNSUPPORTED_TASK_OPTIONS if task.get(name)]
-        if unsupported or task.get("output_dictionary_size", -1) > 0:
-            option = (unsupported or ["output_dictionary_size"])[0].replace("_", "-")
-            raise ValueError(
-                f"{checkpoint} was trained with --{option}: use scripts/eval_nonoverlapping.sh with -- --{option}"
-            )
+        describe_model(checkpoint, state, TASKS)  # raises an error for a model of another task
         model = load_model(checkpoint, state, settings.data, settings.model_overrides)
+        description = describe_evaluated(checkpoint, state, settings.model_overrides, TASKS)
         description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        if description.get("add_bos_token"):
+            text = text.with_first_token(model.decoder.dictionary.bos())
         subject = {
             "weights": checksum(model.parameters()),
             "text": checksum([text.stream]),
@@ -168,7 +180,7 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
         model = model.to(settings.device, getattr(torch, settings.dtype))
     if any(other != subject for other in processes.gather(subject)):
         raise ValueError(f"{checkpoint} or {settings.data} is not the same on all machines: copy one to all")
-    return LoadedCheckpoint(model, description, subject)
+    return LoadedCheckpoint(model, description, subject, text)
 
 
 class EvaluationFiles:
@@ -178,9 +190,7 @@ class EvaluationFiles:
         ValueError: see `ResultFile` and `TokenLossFile`.
     """
 
-    def __init__(
-        self, checkpoint: str, loaded: LoadedCheckpoint, text: EvaluationText, settings: EvaluationSettings
-    ) -> None:
+    def __init__(self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings) -> None:
         content = {
             "model": loaded.description,
             "data": settings.data,
@@ -195,7 +205,7 @@ class EvaluationFiles:
         }
         self.by_position = settings.by_position
         self.results = ResultFile(settings.result_path(checkpoint), content, settings.overwrite)
-        self.losses = TokenLossFile(settings.token_losses, text.stream, settings.overwrite)
+        self.losses = TokenLossFile(settings.token_losses, loaded.text.stream, settings.overwrite)
 
     def holds(self, windowing: Windowing) -> bool:
         """Whether everything that is wanted of a windowing is there."""
@@ -215,10 +225,16 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
     """
     loaded = load_for_evaluation(checkpoint, text, settings)
     windowings = settings.windowings(loaded.description["training_length"])
+    if break_mode := loaded.description.get("sample_break_mode"):
+        print(
+            f"{checkpoint} was trained with --sample-break-mode {break_mode}; here windows cross line ends. By lines: "
+            f"fairseq-alibi eval-lm nonoverlapping DATA CHECKPOINT LENGTH -- --sample-break-mode {break_mode}",
+            file=sys.stderr,
+        )
     files = None
     with processes.fail_together():
         if processes.is_first():
-            files = EvaluationFiles(checkpoint, loaded, text, settings)
+            files = EvaluationFiles(checkpoint, loaded, settings)
     done = processes.broadcast(files and [windowing for windowing in windowings if files.holds(windowing)])
     for windowing in windowings:
         title = f"{Path(checkpoint).resolve().parent.name}: {windowing.name}"
@@ -228,7 +244,7 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
             continue
         try:
             result, losses = evaluate_model(
-                loaded.model, text, windowing, settings.max_tokens, settings.by_position, title
+                loaded.model, loaded.text, windowing, settings.max_tokens, settings.by_position, title
             )
         except RuntimeError as error:
             raise ValueError(f"{title}: {one_line(error)}") from error

@@ -12,6 +12,12 @@ from typing import Any, Optional
 #: A bin of positions is shown if at least this many windows score its tokens.
 MINIMUM_WINDOWS = 10
 
+#: Details by which curves of one checkpoint are told apart.
+DETAILS = ("dtype", "options", "data", "text", "weights")
+
+#: Options of fairseq-eval-lm that change no result, or that are named elsewhere.
+UNIMPORTANT_OPTIONS = ("--cpu", "--fp16", "--no-progress-bar", "--add-bos-token")
+
 #: What a curve shows of a result; a result may lack the last two.
 MEASURES = ("perplexity", "tokens_per_second", "by_position")
 
@@ -27,6 +33,7 @@ class Curve:
         checkpoint: path of the checkpoint.
         subset: valid, test, ...
         training_length: tokens.
+        details: what else may tell two curves apart, such as the dtype, by name.
         perplexity: by evaluation length.
         tokens_per_second: by evaluation length; may be empty.
         by_position: bins of positions by evaluation length; may be empty.
@@ -38,6 +45,7 @@ class Curve:
     checkpoint: str
     subset: str
     training_length: int
+    details: dict[str, str] = field(default_factory=dict)
     perplexity: dict[int, float] = field(default_factory=dict)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
     by_position: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -136,42 +144,122 @@ def window_names(windowings: Sequence[tuple[int, Optional[int]]]) -> dict[tuple[
     return names
 
 
+def evaluation_details(content: dict[str, Any]) -> dict[str, str]:
+    """What a result file says of its evaluation beyond checkpoint, subset and windows; "" where it says nothing."""
+    subject = content.get("subject")
+    subject = subject if isinstance(subject, dict) else {}
+    options = content.get("options")
+    options = [str(option) for option in options] if isinstance(options, list) else []
+    return {
+        "overrides": override_text(subject.get("model_overrides")),
+        "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
+        "options": " ".join(option for option in options if option not in UNIMPORTANT_OPTIONS),
+        "data": str(content.get("data") or ""),
+        "text": str(subject.get("text") or ""),
+        "weights": str(subject.get("weights") or ""),
+    }
+
+
+def evaluation_key(content: dict[str, Any], details: dict[str, str]) -> tuple[str, ...]:
+    """What is equal for result files of one evaluation, except for checksums, which a file may not name.
+
+    Args:
+        content: of the result file.
+        details: see `evaluation_details`.
+    """
+    model = content["model"]
+    described = (model["checkpoint"], content["subset"], model["position_method"], str(model["training_length"]))
+    return (*described, details["overrides"], details["dtype"], details["options"])
+
+
+def override_text(overrides: Any) -> str:
+    """Options of a model that were overridden, as "name=value, name=value", without those that are named elsewhere."""
+    if not isinstance(overrides, dict):
+        return ""
+    names = [name for name in overrides if name not in ("position_method", "tokens_per_sample")]
+    return ", ".join(f"{name}={overrides[name]}" for name in names)
+
+
+def model_label(model: dict[str, Any], overrides: Any = None) -> str:
+    """A name for a model as it was evaluated: position method, training length, overridden options.
+
+    Args:
+        model: the description in a result file.
+        overrides: options of the model that were overridden, by name.
+    """
+    parts = (model["position_method"], f"trained on {model['training_length']}", override_text(overrides))
+    return ", ".join(filter(None, parts))
+
+
+def merge_unknown(files: Sequence[dict[str, str]]) -> None:
+    """Fills in a checksum that a file does not name, if all files that name it agree.
+
+    Args:
+        files: see `evaluation_details`; of the same checkpoint, subset, options and dtype.
+    """
+    for name in ("text", "weights"):
+        known = {details[name] for details in files} - {""}
+        if len(known) == 1:
+            for details in files:
+                details[name] = next(iter(known))
+
+
 def read_curves(files: Sequence[Path]) -> list[Curve]:
-    """Reads result files; one curve per model, subset and kind of window, in the order of the files.
+    """Reads result files; one curve per evaluated model, subset and kind of window, in the order of the files.
 
     Raises:
         ValueError: see `read_result_file`.
     """
-    results: dict[tuple[str, str], dict[tuple[int, Optional[int]], dict[str, Any]]] = {}
-    models = {}
-    for path in files:
-        content = read_result_file(path)
-        model = content["model"]
-        models[model["checkpoint"]] = model
-        points = results.setdefault((model["checkpoint"], content["subset"]), {})
-        points.update({(result["length"], result["stride"]): result for result in content["results"]})
-    curves: dict[tuple[str, str, str], Curve] = {}
-    for (checkpoint, subset), points in results.items():
-        model = models[checkpoint]
-        names = window_names(list(points))
-        for (length, stride), point in points.items():
-            windows = names[length, stride]
-            label = f"{model['position_method']}, trained on {model['training_length']}"
-            if windows != "non-overlapping":
-                label = f"{label}, {windows}"
-            method, training_length = model["position_method"], model["training_length"]
-            curve = curves.setdefault(
-                (checkpoint, subset, windows), Curve(label, method, windows, checkpoint, subset, training_length)
+    contents = [read_result_file(path) for path in files]
+    all_details = [evaluation_details(content) for content in contents]
+    keys = [evaluation_key(content, details) for content, details in zip(contents, all_details)]
+    for key in dict.fromkeys(keys):
+        merge_unknown([details for other, details in zip(keys, all_details) if other == key])
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, (key, details) in enumerate(zip(keys, all_details)):
+        groups.setdefault((*key, details["text"], details["weights"]), []).append(number)
+    curves = []
+    for numbers in groups.values():
+        curves += curves_of_model([contents[number] for number in numbers], all_details[numbers[-1]])
+    distinguish_labels(curves)
+    return curves
+
+
+def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str]) -> list[Curve]:
+    """The curves of one evaluated model, one per kind of window.
+
+    Args:
+        contents: of its result files. Of two results with equal windows the last is taken.
+        details: see `evaluation_details`.
+    """
+    content = contents[-1]
+    model = content["model"]
+    subject = content.get("subject")
+    overrides = subject.get("model_overrides") if isinstance(subject, dict) else None
+    points = {(result["length"], result["stride"]): result for file in contents for result in file["results"]}
+    names = window_names(list(points))
+    curves: dict[str, Curve] = {}
+    for (length, stride), point in points.items():
+        windows = names[length, stride]
+        if windows not in curves:
+            label = model_label(model, overrides)
+            curves[windows] = Curve(
+                label=label if windows == "non-overlapping" else f"{label}, {windows}",
+                position_method=model["position_method"],
+                windows=windows,
+                checkpoint=model["checkpoint"],
+                subset=content["subset"],
+                training_length=model["training_length"],
+                details=details,
             )
-            for measure in MEASURES:
-                if measure in point:
-                    getattr(curve, measure)[length] = point[measure]
-    distinguish_labels(list(curves.values()))
+        for measure in MEASURES:
+            if measure in point:
+                getattr(curves[windows], measure)[length] = point[measure]
     return list(curves.values())
 
 
 def distinguish_labels(curves: Sequence[Curve]) -> None:
-    """Adds to equal labels what differs: the checkpoint's path, the subset."""
+    """Adds to equal labels what differs: the checkpoint's path, the subset, and other details."""
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve.label, []).append(curve)
@@ -184,6 +272,11 @@ def distinguish_labels(curves: Sequence[Curve]) -> None:
                 curve.label += f" ({os.path.relpath(curve.checkpoint, common)})"
             if len(subsets) > 1:
                 curve.label += f" ({curve.subset})"
+        for name in DETAILS:
+            equal = len({curve.label for curve in group}) < len(group)
+            if equal and len({curve.details[name] for curve in group}) > 1:
+                for curve in group:
+                    curve.label += f" ({name} {curve.details[name] or 'unknown'})"
 
 
 def pool_positions(curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:

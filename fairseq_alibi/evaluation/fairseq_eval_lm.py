@@ -10,6 +10,7 @@ Both score every token of the subset exactly once. fairseq-eval-lm does so only 
 does not report tokens that it leaves out. This module therefore runs it that way and counts the tokens.
 """
 
+import argparse
 import ast
 import logging
 import math
@@ -17,7 +18,7 @@ import re
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from fairseq_cli import eval_lm
 from ..files.checkpoints import describe_model, read_checkpoint
 from ..files.data_folders import read_dictionary, subset_tokens
 from ..files.errors import one_line
-from ..files.model_loading import check_dictionary
+from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
+from .description import describe_evaluated, reading_options
 
 #: These options decide which tokens are scored with which context. This module sets them.
 FIXED_OPTIONS = (
@@ -39,7 +41,7 @@ FIXED_OPTIONS = (
 
 
 class TokenCounter(logging.Handler):
-    """Reads from the log of fairseq-eval-lm how many tokens it scored.
+    """Reads from the log of fairseq-eval-lm how many blocks the text has and how many tokens it counted.
 
     Raises:
         ValueError: fairseq-eval-lm leaves out tokens with infinite scores.
@@ -47,7 +49,7 @@ class TokenCounter(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scored = 0
+        self.blocks = self.tokens = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
@@ -55,9 +57,10 @@ class TokenCounter(logging.Handler):
             raise ValueError(
                 "the model gives infinite scores: it has diverged, train it anew or use another checkpoint"
             )
-        evaluated = re.match(r"Evaluated ([\d,]+) tokens", str(record.msg))
-        if evaluated:
-            self.scored = int(evaluated.group(1).replace(",", ""))
+        if blocks := re.search(r" ([\d,]+) examples$", str(record.msg)):
+            self.blocks = int(blocks[1].replace(",", ""))
+        if tokens := re.match(r"Evaluated ([\d,]+) tokens", str(record.msg)):
+            self.tokens = int(tokens[1].replace(",", ""))
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ class EvalLmSettings:
         windowings: (length, stride) in tokens; stride = length is non-overlapping.
         subset: train, valid, test, ...
         positions: tokens in a batch, context included.
-        passed_on: more arguments for fairseq-eval-lm.
+        passed_on: more arguments for fairseq-eval-lm. Options of the task with which the checkpoint was trained are
+            added by `as_trained`.
 
     Raises:
         ValueError: a stride is longer than its length, or `passed_on` holds one of `FIXED_OPTIONS`.
@@ -92,6 +96,35 @@ class EvalLmSettings:
         if fixed:
             raise ValueError(f"{fixed[0]} decides what is scored and is set by this command: drop it")
 
+    def as_trained(self, state: dict[str, Any]) -> "EvalLmSettings":
+        """The same settings, with the task options of a checkpoint that change what it reads or predicts.
+
+        Args:
+            state: of the checkpoint.
+
+        Raises:
+            ValueError: `passed_on` holds other task options, or fairseq-eval-lm cannot evaluate the windows so.
+        """
+        trained = reading_options(state)
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument("--add-bos-token", action="store_true")
+        parser.add_argument("--output-dictionary-size", type=int, default=0)
+        given = vars(parser.parse_known_args(list(self.passed_on))[0])
+        added = []
+        for name, value in given.items():
+            expected = trained.get(name, type(value)())
+            option = f"--{name.replace('_', '-')}"
+            if value and value != expected:
+                raise ValueError(f"{self.checkpoint} was not trained with {option}: drop it")
+            if expected and not value:
+                added += [option] if expected is True else [f"{option}={expected}"]
+        if trained.get("add_bos_token") and any(stride < length for length, stride in self.windowings):
+            raise ValueError(
+                f"{self.checkpoint} was trained with --add-bos-token: fairseq-eval-lm puts <s> into the middle of "
+                "sliding windows; use fairseq-alibi evaluate with --stride"
+            )
+        return replace(self, passed_on=[*self.passed_on, *added])
+
     def arguments(self, length: int, stride: int) -> list[str]:
         """The arguments of fairseq-eval-lm for one windowing.
 
@@ -107,18 +140,22 @@ class EvalLmSettings:
         return [str(argument) for argument in arguments]
 
 
-def check_overrides(text: str) -> None:
-    """Checks --model-overrides, which fairseq-eval-lm evaluates as Python code.
+def passed_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """The value of --model-overrides among arguments, which fairseq-eval-lm evaluates as Python code.
 
     Raises:
-        ValueError: the text is not a dictionary of literals.
+        ValueError: the value is not a dictionary of literals.
     """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model-overrides", default="{}")
+    text = parser.parse_known_args(list(arguments))[0].model_overrides
     try:
-        is_dictionary = isinstance(ast.literal_eval(text), dict)
+        overrides = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        is_dictionary = False
-    if not is_dictionary:
+        overrides = None
+    if not isinstance(overrides, dict):
         raise ValueError(f"--model-overrides '{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+    return overrides
 
 
 def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
@@ -128,18 +165,19 @@ def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
         The loss per scored token in bits, and the number of scored tokens.
 
     Raises:
-        ValueError: see `check_overrides`.
+        ValueError: see `passed_overrides`.
     """
     counter = TokenCounter()
     logger = logging.getLogger("fairseq_cli.eval_lm")
     logger.addHandler(counter)
     try:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
-        check_overrides(args.model_overrides)
+        passed_overrides(["--model-overrides", args.model_overrides])
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
     finally:
         logger.removeHandler(counter)
-    return float(results["loss"]), counter.scored
+    # fairseq counts the <s> in front of each block, though it does not score it.
+    return float(results["loss"]), counter.tokens - (counter.blocks if args.add_bos_token else 0)
 
 
 def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expected: int) -> dict[str, Any]:
@@ -196,11 +234,18 @@ def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, A
     """
     expected, state = subset_tokens(settings.data, settings.subset), read_checkpoint(settings.checkpoint)
     check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
+    settings, overrides = settings.as_trained(state), passed_overrides(settings.passed_on)
+    describe_model(settings.checkpoint, state)  # raises an error for a model of another task
+    override_options(state, overrides)
     results: list[dict[str, Any]] = []
     content = {
-        "model": describe_model(settings.checkpoint, state),
+        "model": describe_evaluated(settings.checkpoint, state, overrides),
         "data": settings.data,
         "subset": settings.subset,
+        "subject": {
+            "model_overrides": overrides,
+            "dtype": "float16" if "--fp16" in settings.passed_on else "float32",
+        },
         "options": list(settings.passed_on),
         "environment": describe_environment(),
         "results": results,

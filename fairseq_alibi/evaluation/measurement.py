@@ -86,8 +86,8 @@ def score_share(
     if isinstance(model, RobertaModel):
         return score_masked(model, text.stream, windowing.length, positions, share)
     if windowing.stride is None:
-        return score_stream(model, text.stream, windowing.length)
-    return score_windows(model, text.stream, windowing.length, windowing.stride, positions, share)
+        return score_stream(model, text.stream, windowing.length, text.first_token)
+    return score_windows(model, text.stream, windowing.length, windowing.stride, positions, share, text.first_token)
 
 
 def score_text(

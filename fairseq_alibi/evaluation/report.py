@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files.locks import locked
 from ..files.results import write_text, written_whole
-from .curves import pool_positions, read_curves
+from .curves import Curve, pool_positions, read_curves
 from .plots import plot_lengths, plot_positions
+from .result_files import WAIT
 from .tables import length_table, position_table
 
 #: The files of a report; the last two are written only if results have what they show.
@@ -27,12 +29,19 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -
         ValueError: a file is no result, no file holds a result, or the folder holds a report already.
         OSError: a file cannot be written.
     """
-    existing = [output / name for name in REPORT_FILES if (output / name).exists()]
-    if existing and not overwrite:
-        raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
     curves = read_curves(files)
     if not curves:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
+    with locked(output, WAIT):
+        existing = [output / name for name in REPORT_FILES if (output / name).exists()]
+        if existing and not overwrite:
+            raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
+        write_report_files(curves, output)
+    return length_table(curves, "simple")
+
+
+def write_report_files(curves: Sequence[Curve], output: Path) -> None:
+    """Writes the files of a report, see `write_report`."""
     timed = [curve for curve in curves if curve.tokens_per_second]
     pooled = pool_positions(curves)
     text = "Perplexity.\n\n" + length_table(curves, "github") + "\n"
@@ -47,4 +56,3 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -
         with written_whole(output / "positions.png") as partial:
             plot_positions(pooled, partial)
     write_text(output / "report.md", text)
-    return length_table(curves, "simple")

@@ -1,6 +1,11 @@
-"""Files of evaluation results: JSON, losses of single tokens, TensorBoard. Earlier results are read and kept."""
+"""Files of evaluation results: JSON, losses of single tokens, TensorBoard.
+
+Earlier results are read and kept. Several processes of the user may write one file at the same time: under a lock each
+reads what the others have written and adds its own.
+"""
 
 import json
+import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +15,12 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..files.locks import locked
 from ..files.results import check_writable, naming, write_json, written_whole
 from .measurement import Windowing
+
+#: Seconds to wait for another process that is writing the same file.
+WAIT = 60.0
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
@@ -36,15 +45,16 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, content: dict[str, Any], overwrite: bool) -> None:
-        self.path = path
-        earlier = [] if overwrite else self.read_earlier_results(content["subject"])
-        self.content: dict[str, Any] = {**content, "results": earlier}
+        self.path, self.overwrite = path, overwrite
+        self.content: dict[str, Any] = {**content, "results": []}
+        self.content["results"] = self.read_earlier_results()
         check_writable(path)
 
-    def read_earlier_results(self, subject: dict[str, Any]) -> list[dict[str, Any]]:
-        """The results in the file; none if there is no file."""
-        if not self.path.exists():
+    def read_earlier_results(self) -> list[dict[str, Any]]:
+        """The results in the file; none if there is no file or it is to be overwritten."""
+        if self.overwrite or not self.path.exists():
             return []
+        subject = self.content["subject"]
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             different = [name for name in subject if content["subject"].get(name) != subject[name]]
@@ -64,12 +74,19 @@ class ResultFile:
         return next(matches, None)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Adds a result, in place of an earlier one of the same windowing, and writes the file."""
-        windowing = (result["length"], result["stride"])
-        results = self.content["results"]
-        results[:] = [other for other in results if (other["length"], other["stride"]) != windowing]
-        results.append(result)
-        write_json(self.path, self.content)
+        """Adds a result, in place of an earlier one of the same windowing, and writes the file.
+
+        Raises:
+            ValueError: another evaluation has written the file in the meantime, or is writing it.
+        """
+        with locked(self.path, WAIT):
+            results = {}
+            for other in [*self.content["results"], *self.read_earlier_results()]:
+                results[other["length"], other["stride"]] = other
+            results.pop((result["length"], result["stride"]), None)
+            self.content["results"] = [*results.values(), result]
+            write_json(self.path, self.content)
+        self.overwrite = False
 
 
 class TokenLossFile:
@@ -86,31 +103,44 @@ class TokenLossFile:
     """
 
     def __init__(self, path: Optional[Path], stream: Tensor, overwrite: bool) -> None:
-        self.path = path
+        self.path, self.overwrite = path, overwrite
         self.arrays = {"tokens": stream.numpy()}
-        if path is None:
-            return
-        if path.exists() and not overwrite:
-            try:
-                with numpy.load(path) as stored:
-                    same = numpy.array_equal(stored["tokens"], self.arrays["tokens"])
-                    self.arrays = dict(stored)
-            except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
-                same = False
-            if not same:
-                raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
-        check_writable(path)
+        if path is not None:
+            self.arrays.update(self.read_earlier_losses(path))
+            check_writable(path)
+
+    def read_earlier_losses(self, path: Path) -> dict[str, Any]:
+        """The arrays in the file; none if there is no file or it is to be overwritten."""
+        if self.overwrite or not path.exists():
+            return {}
+        try:
+            with numpy.load(path) as stored:
+                arrays = dict(stored)
+            same = numpy.array_equal(arrays["tokens"], self.arrays["tokens"])
+        except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
+            same = False
+        if not same:
+            raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
+        return arrays
 
     def lacks(self, windowing: Windowing) -> bool:
         """Whether the losses of a windowing are wanted and missing."""
         return self.path is not None and windowing.name not in self.arrays
 
     def add(self, windowing: Windowing, losses: Tensor) -> None:
-        """Adds the (N,) losses of a windowing, in bits, and writes the file."""
-        if self.path is not None:
+        """Adds the (N,) losses of a windowing, in bits, and writes the file.
+
+        Raises:
+            ValueError: the file holds something else by now, or another process is writing it.
+        """
+        if self.path is None:
+            return
+        with locked(self.path, WAIT):
+            self.arrays.update(self.read_earlier_losses(self.path))
             self.arrays[windowing.name] = losses.numpy()
             with written_whole(self.path) as partial:
                 numpy.savez(partial, **self.arrays)  # type: ignore[arg-type]
+        self.overwrite = False
 
 
 def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
@@ -125,7 +155,8 @@ def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
     """
     from tensorboardX import SummaryWriter
 
-    with naming(folder), SummaryWriter(str(folder)) as writer:
+    # tensorboardX names a file by the second and the host, so two processes need a suffix.
+    with naming(folder), SummaryWriter(str(folder), filename_suffix=f".{os.getpid()}") as writer:
         for result in content["results"]:
             curve = "streaming" if result["stride"] is None else "non-overlapping"
             if result["stride"] not in (None, result["length"]):

@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional, TypeVar
 
 import torch
 import torch.nn.functional as F
+from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel, FairseqDecoder
 from fairseq.models.roberta import RobertaModel
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
@@ -61,9 +62,35 @@ def output_losses(decoder: FairseqDecoder, features: Tensor, targets: Tensor) ->
     return target_losses(softmax, features, targets)
 
 
-def source_of(stream: Tensor, end_of_sentence: int) -> Tensor:
-    """The (N,) inputs from which a model predicts a stream: an end of sentence, and the stream but its last token."""
-    return torch.cat([stream.new_tensor([end_of_sentence]), stream[:-1]])
+def replace_unknown(tokens: Tensor, dictionary: Dictionary) -> Tensor:
+    """Tokens, int64, in which types beyond a model's output dictionary (--output-dictionary-size) are <unk>."""
+    return tokens.long().masked_fill(tokens >= len(dictionary), dictionary.unk())
+
+
+def source_of(stream: Tensor, dictionary: Dictionary, stride: Optional[int] = None) -> Tensor:
+    """The inputs from which a model predicts a stream: an end of sentence, then the stream without its last token.
+
+    With --output-dictionary-size fairseq 0.12.2 replaces targets by <unk> in place (monolingual_dataset.py,
+    `_filter_vocab`). A block's inputs share their memory, so they are replaced too: all but the first of a block, and
+    none in a block at the beginning of a line. A model was trained so, and is evaluated so.
+
+    Args:
+        stream: (N,) tokens.
+        dictionary: the output dictionary of the model.
+        stride: tokens in a block of fairseq's, None for a stream without blocks.
+
+    Returns:
+        (N,) int64.
+    """
+    source = torch.cat([stream.new_tensor([dictionary.eos()]), stream[:-1]]).long()
+    if not (source >= len(dictionary)).any():
+        return source
+    replaced = replace_unknown(source, dictionary)
+    if stride is None:
+        return replaced
+    places = torch.arange(len(source))
+    starts = places // stride * stride
+    return torch.where((places == starts) | (source[starts] == dictionary.eos()), source, replaced)
 
 
 def select_share(items: Iterator[Item], share: tuple[int, int]) -> Iterator[Item]:
@@ -86,6 +113,7 @@ def score_windows(
     stride: int,
     positions: int,
     share: tuple[int, int] = (0, 1),
+    first_token: Optional[int] = None,
 ) -> Iterator[ScoredTokens]:
     """Scores a text by windows, see `windows`; the losses equal those of fairseq-eval-lm.
 
@@ -96,22 +124,28 @@ def score_windows(
         length, stride: L and stride, in tokens.
         positions: tokens in a batch, context included; a batch has at least one window.
         share: k and n: only the batches k, k + n, k + 2n, ... are scored.
+        first_token: a token in front of the inputs of each window, as --add-bos-token puts <s> in front of each block;
+            None for none.
     """
     device = next(model.parameters()).device
-    source = source_of(stream, model.decoder.dictionary.eos())
-    prepare_model(model, length)
+    source = source_of(stream, model.decoder.dictionary, stride)
+    prepare_model(model, length, extra=0 if first_token is None else 1)
     for batch in select_share(batches(windows(len(stream), length, stride), positions), share):
         scored = batch[0].scored
         _, last = batch[0].shape
-        inputs = torch.stack([source[window.begin : window.end] for window in batch]).to(device).long()
-        targets = stream[scored : batch[-1].end].to(device).long()
+        inputs = torch.stack([source[window.begin : window.end] for window in batch]).to(device)
+        if first_token is not None:
+            inputs = F.pad(inputs, (1, 0), value=first_token)
+        targets = replace_unknown(stream[scored : batch[-1].end], model.decoder.dictionary).to(device)
         features = last_features(model, inputs, last)
         losses = output_losses(model.decoder, features.reshape(len(targets), -1), targets)
         yield ScoredTokens(scored, losses.view(len(batch), last).cpu())
 
 
 @torch.no_grad()
-def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterator[ScoredTokens]:
+def score_stream(
+    model: BaseFairseqModel, stream: Tensor, window: int, first_token: Optional[int] = None
+) -> Iterator[ScoredTokens]:
     """Scores a text as one stream: a token attends, in every layer, to the last `window` tokens, itself included.
 
     Let x(0, i) be the embedding of input i; input 0 is the end of sentence in front of the text. Layer l computes
@@ -123,6 +157,7 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
         model: of this plugin, in evaluation mode, with a position method that depends on distances only.
         stream: (N,) tokens of the text.
         window: W, tokens.
+        first_token: a token in front of all inputs, as --add-bos-token puts <s> there; None for none.
 
     Raises:
         ValueError: the model has absolute positions or does not belong to this plugin.
@@ -135,14 +170,16 @@ def score_stream(model: BaseFairseqModel, stream: Tensor, window: int) -> Iterat
             "streaming: the model adds a position to each token, and a stream has no first one; use windows"
         )
     device = next(model.parameters()).device
-    source = source_of(stream, decoder.dictionary.eos())
+    source = source_of(stream, decoder.dictionary)
+    shift = 0 if first_token is None else 1  # token n of the text is predicted at input n + shift
+    source = F.pad(source, (shift, 0), value=first_token)
     prepare_model(model, window)
     state: dict[str, dict[str, Optional[Tensor]]] = {}
     chunk = min(max(window, CHUNK[0]), CHUNK[1])
     for first in range(0, len(stream), chunk):
         end = min(first + chunk, len(stream))
-        inputs = source[max(0, first - (window - 1)) : end].to(device).long()[None]
-        targets = stream[first:end].to(device).long()
+        inputs = source[max(0, first + shift - (window - 1)) : end + shift].to(device)[None]
+        targets = replace_unknown(stream[first:end], decoder.dictionary).to(device)
         features = decoder.extract_features_scriptable(inputs, None, state, last=end - first, window=window)[0]
         yield ScoredTokens(first, output_losses(decoder, features[0], targets)[None].cpu())
 
@@ -193,8 +230,13 @@ def score_masked(
         yield ScoredTokens(scored.start, losses)
 
 
-def prepare_model(model: BaseFairseqModel, length: int) -> None:
+def prepare_model(model: BaseFairseqModel, length: int, extra: int = 0) -> None:
     """Sets the length at which a model is evaluated.
+
+    Args:
+        model: language model, causal or masked.
+        length: tokens in a window.
+        extra: number of inputs that are not tokens of the window.
 
     Raises:
         ValueError: the length is longer than the model's longest sequence, or the model is not a transformer.
@@ -204,7 +246,7 @@ def prepare_model(model: BaseFairseqModel, length: int) -> None:
     if not isinstance(stack, (TransformerDecoderBase, TransformerEncoderBase)):
         raise ValueError(f"{type(model).__name__} is no transformer: evaluate it with scripts/eval_nonoverlapping.sh")
     longest, option = model.max_positions(), "max_positions" if masked else "max_target_positions"
-    if length > longest:
+    if length + extra > longest:
         raise ValueError(
             f"length {length:,} is longer than the model's longest sequence, {longest:,}: evaluate it at up to that "
             f"or, where its positions go on, pass --model-overrides \"{{'{option}': N}}\""

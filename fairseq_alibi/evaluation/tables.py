@@ -5,7 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .curves import Curve
+from .curves import Curve, override_text
 from .measurement import Windowing
 
 #: Columns of the table of one checkpoint: name in the result, heading, number format.
@@ -19,6 +19,17 @@ COLUMNS = (
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("seconds", "seconds", ",.1f"),
 )
+
+
+def model_title(content: dict[str, Any]) -> str:
+    """A line that names a model as it was evaluated.
+
+    Args:
+        content: of a result file.
+    """
+    model, overrides = content["model"], override_text(content["subject"]["model_overrides"])
+    title = f"{model['position_method']}, trained on {model['training_length']} tokens"
+    return f"{title}, with {overrides}" if overrides else title
 
 
 def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -> str:
@@ -36,10 +47,7 @@ def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -
     rows = [["streaming" if result.get(name) is None else result[name] for name, _, _ in columns] for result in results]
     tokens, whole = results[0]["tokens"], results[0].get("of_tokens")
     scored = f"{tokens:,}" if whole is None else f"{tokens:,} masked ones of the {whole:,}"
-    text = (
-        f"{model['position_method']}, trained on {model['training_length']} tokens, evaluated on the "
-        f"{scored} tokens of {content['subset']}: {model['checkpoint']}\n"
-    )
+    text = f"{model_title(content)}, evaluated on the {scored} tokens of {content['subset']}: {model['checkpoint']}\n"
     headers = [heading for _, heading, _ in columns]
     formats = [number_format for _, _, number_format in columns]
     return text + tabulate(rows, headers, floatfmt=formats, intfmt=",", maxheadercolwidths=10, numalign="right")

@@ -1,5 +1,6 @@
 """The text that is evaluated, and the numbers its loss is divided by: tokens, words, characters."""
 
+import copy
 import math
 from typing import Any, Optional
 
@@ -22,6 +23,8 @@ class EvaluationText:
 
     def __init__(self, stream: Tensor, dictionary: Dictionary, marker: Optional[str]) -> None:
         self.stream = stream
+        #: A token in front of each window, or of the stream; None for none.
+        self.first_token: Optional[int] = None
         self.has_subwords = marker is not None
         symbols = [dictionary[n] for n in range(len(dictionary))]
         eos = stream == dictionary.eos()
@@ -41,6 +44,12 @@ class EvaluationText:
         empty_lines = eos & torch.cat([eos.new_tensor([True]), eos[:-1]])
         in_words = torch.tensor(lengths)[stream[~eos]].sum()
         self.characters = int(in_words) + self.words - int(eos.sum()) + int(empty_lines.sum())
+
+    def with_first_token(self, token: Optional[int]) -> "EvaluationText":
+        """The same text, whose windows, or stream, begin with a token: <s> for models with --add-bos-token."""
+        text = copy.copy(self)
+        text.first_token = token
+        return text
 
     def words_of_fairseq(self, stride: int) -> int:
         """The number of words by which fairseq-eval-lm --remove-bpe divides.

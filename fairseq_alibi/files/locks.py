@@ -23,11 +23,12 @@ def lock_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """A context in which no other process can lock the same file or folder. It does not wait.
+def locked(path: Path, wait: float = 0) -> Iterator[None]:
+    """A context in which no other process can lock the same file or folder.
 
     Args:
         path: The output; it need not exist. The folder that holds it is made if it is missing.
+        wait: Seconds to wait for another process that holds the lock.
 
     Raises:
         ValueError: Another process holds the lock; its number is named.
@@ -36,21 +37,43 @@ def locked(path: Path) -> Iterator[None]:
     file = lock_path(path)
     with naming(path):
         file.parent.mkdir(parents=True, exist_ok=True)
-    owner = ""
-    with contextlib.suppress(OSError):
-        owner = file.read_text()  # before the attempt, as some releases of filelock empty the file
+    process = owner(file)  # before the attempt, as some releases of filelock empty the file
     lock = filelock.FileLock(file)
     try:
         with naming(path):
-            lock.acquire(blocking=False)
+            acquire(lock, file, wait)
     except OSError as error:
         if not isinstance(error.__cause__, filelock.Timeout):
             raise
-        process = f"process {owner}" if owner.isdecimal() else "another process"
         raise ValueError(f"{path} is being written by {process}: wait for it, or name another place") from error
     try:
-        file.write_text(str(os.getpid()))
         yield
     finally:
         file.unlink(missing_ok=True)
         lock.release()
+
+
+def acquire(lock: filelock.BaseFileLock, file: Path, wait: float) -> None:
+    """Acquires a lock and writes this process' number into its file.
+
+    An owner removes the file before it releases the lock. A process that opened the file just before that acquires a
+    lock that nobody else can see, so it tries again.
+
+    Raises:
+        filelock.Timeout: Another process holds the lock.
+    """
+    while True:
+        lock.acquire(timeout=wait)
+        if file.exists():
+            file.write_text(str(os.getpid()))
+            return
+        lock.release()
+
+
+def owner(file: Path) -> str:
+    """Returns the process that wrote its number into the file of a lock."""
+    with contextlib.suppress(OSError):
+        number = file.read_text()
+        if number.isdecimal():
+            return f"process {number}"
+    return "another process"

@@ -102,9 +102,10 @@ class AlibiLanguageModel(TransformerLanguageModel):
         """See `BaseFairseqModel.prepare_for_inference_`; fairseq's commands call it once they know the windows."""
         check_whole_text(cfg)
         super().prepare_for_inference_(cfg)
-        # fairseq-eval-lm has taken the context window off the tokens per sample by now.
-        length = cfg.task.tokens_per_sample + cfg.eval_lm.context_window
-        self.decoder.set_evaluation_length(length)
+        # The config of another task has no tokens per sample, for example in fairseq-generate --lm-path.
+        if (tokens := getattr(cfg.task, "tokens_per_sample", None)) is not None:
+            # fairseq-eval-lm has taken the context window off the tokens per sample by now.
+            self.decoder.set_evaluation_length(tokens + cfg.eval_lm.context_window)
 
     @classmethod
     def embed_tokens(cls, args: Any, task: FairseqTask) -> nn.Module:
