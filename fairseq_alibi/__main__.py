@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import io
 import logging
+import os
 import sys
+import warnings
 from typing import Any, Optional
 
 from . import __version__
@@ -24,6 +27,9 @@ COMMANDS = {
     "doctor": "What this environment has, what of it works, and the first thing to fix.",
 }
 
+
+#: The modules whose warnings are not about what a command is given.
+LIBRARIES = r"(?!fairseq_alibi)"
 
 #: The command that installs fairseq, whose own requirements no current pip accepts.
 GET_FAIRSEQ = "pip install --no-deps fairseq==0.12.2"
@@ -58,13 +64,30 @@ def import_user_dir(argv: list[str]) -> list[str]:
     return [*others, *argv[end:]]
 
 
+def prepare_streams_and_warnings() -> None:
+    """Lets every command run with any standard output and any warning filter.
+
+    A closed output becomes the null device, so that no file of the command takes its number. Characters that the
+    terminal's encoding lacks are written as escapes. With PYTHONWARNINGS=error the warnings of libraries are printed
+    and do not end the command.
+    """
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.filterwarnings("default", module=LIBRARIES)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the process ends
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Optional[list[str]] = None) -> None:
     """Runs a subcommand; bad input ends it with one line and status 1.
 
     Args:
         argv: The arguments; by default those of the command line.
     """
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs its whole configuration
+    prepare_streams_and_warnings()
     argv = import_user_dir(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
     parser.add_argument("--user-dir", metavar="DIR", help="folder to import, which may register position methods")
@@ -75,6 +98,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     passed_on: list[str] = []
     if argv and argv[0] in COMMANDS:  # only this command is imported: doctor has to run where the others cannot
         command = import_command(argv[0])
+        logging.getLogger().setLevel(logging.WARNING)  # when imported, fairseq sets it to log its whole configuration
         command.add_arguments(by_name[argv[0]])
     if getattr(command, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
         end = argv.index("--")
@@ -85,6 +109,10 @@ def main(argv: Optional[list[str]] = None) -> None:
     args.passed_on = passed_on
     try:
         command.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, as `head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain of the rest when it ends
+        sys.exit(f"fairseq-alibi {args.command}: standard output is closed")
     except (ValueError, OSError) as error:
         sys.exit(f"fairseq-alibi {args.command}: {error}")
     except KeyboardInterrupt:

@@ -133,6 +133,7 @@ def results(folder):
     (folder / "empty.npz").touch()
     numpy.savez(folder / "malicious.npz", tokens=numpy.array([Malicious()], dtype=object))
     (folder / "file").write_text("mine")
+    os.mkfifo(folder / "pipe.npz")
 
 
 def texts(folder):

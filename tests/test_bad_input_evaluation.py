@@ -101,7 +101,37 @@ TABLE = {
     "evaluate data good.pt --lengths 64,0": (2, "'0' is no such number: pass a whole number of at least 1"),
     "evaluate data good.pt --lengths many": (2, "'many' is no such number"),
     "evaluate data good.pt --lengths ''": (2, "'' is no such number"),
-    "evaluate data good.pt --lengths 99999999999999999999": "is longer than the model's longest sequence",
+    "evaluate data short.pt --lengths 999999999999": "is longer than the model's longest sequence",
+    "evaluate data good.pt --lengths 9999999999999": (2, "'9999999999999' is too large: pass a number of at most 12"),
+    f"evaluate data good.pt --lengths {'9' * 6000}": (2, "9\\.\\.\\.' is too large"),
+    "evaluate data good.pt --stride 10000000000000000000000000": (2, "is too large"),
+    "evaluate data good.pt --stride-fraction 1e-99999999": (2, "'1e-99999999' is no share of the length"),
+    "evaluate data good.pt --stride-fraction 1e99999999": (2, "is no share of the length"),
+    f"evaluate data good.pt --stride-fraction 1/{'9' * 6000}": (2, "9\\.\\.\\.' is no share of the length"),
+    "evaluate data good.pt --max-tokens 10000000000000000000000000": (2, "is too large"),
+    """evaluate data good.pt --model-overrides "{'decoder_layers': 1000000}" """: "decoder_layers 1000000 does not fit",
+    """evaluate data good.pt --model-overrides "{'decoder_embed_dim': 10000000000}" """: "does not fit the weights",
+    """evaluate data good.pt --model-overrides "{'decoder_attention_heads': 999999999}" """: "does not fit the weights",
+    """evaluate data good.pt --model-overrides "{'tokens_per_sample': 'x'}" """: "tokens_per_sample 'x': pass a whole",
+    """evaluate data good.pt --model-overrides "{5: 1}" """: (2, "is no dictionary: pass one as"),
+    """evaluate data good.pt --model-overrides "{[]: 1}" """: (2, "is no dictionary: pass one as"),
+    f"evaluate data good.pt --model-overrides {'[' * 100_000}": (2, "is no dictionary: pass one as"),
+    "evaluate data /dev/zero": "there is no checkpoint /dev/zero",
+    "evaluate data good.pt --save-token-losses pipe.npz": "pipe.npz cannot be written .it is a device or a pipe",
+    "evaluate data good.pt --tensorboard-logdir file/log": "file/log/.* cannot be written",
+    "eval-lm nonoverlapping data good.pt 10000000000000000000000000": (2, "is too large"),
+    "eval-lm nonoverlapping data good.pt 32 --output /dev/null --overwrite": "/dev/null cannot be written .it is a dev",
+    "eval-lm nonoverlapping data good.pt 32 -- --model-overrides [[[": "is no dictionary: pass one as",
+    "report pipe.npz": "pipe.npz cannot be read .it is no file.: name JSON files",
+    "report /dev/zero": "/dev/zero cannot be read .it is no file.",
+    "generate data good.pt x --tokens 10000000000000000000000000": "--tokens 1.*: pass a whole number of at most",
+    "generate data good.pt x --beam 10000000000000000000000000": "--beam 1.*: pass a whole number of at most",
+    "generate data good.pt x --beam 2 --lenpen 1e308 --tokens 3": "generation failed: ",
+    "show-bias --heads 1000000000 --output x.png": "1,000,000,000 heads of 32 tokens take too much memory",
+    "show-bias --heads 10000000000000000000000000 --output x.png": (2, "is too large"),
+    "show-bias --max-bias nan --output x.png": "--max-bias nan: pass a number above 0",
+    "show-bias --output x": "--output x: give the picture's name a suffix, as in x.png",
+    "show-bias --output /dev/null --overwrite": "/dev/null: give",
     "evaluate data good.pt --stride-fraction 1.5": (2, "'1.5' is no share of the length: pass"),
     "evaluate data good.pt --stride-fraction 1/0": (2, "'1/0' is no share of the length"),
     "evaluate data good.pt --max-tokens 0": (2, "'0' is no such number"),
@@ -112,7 +142,7 @@ TABLE = {
     "evaluate data good.pt --save-token-losses l.txt": "l.txt: the file's name has to end in .npz",
     """evaluate data good.pt --model-overrides "{'atention': 'mask'}" """: "has no option 'atention' to override",
     """evaluate data good.pt --model-overrides "{'attention': 'fast'}" """: "--attention fast: choose one of auto",
-    """evaluate data good.pt --model-overrides "{'decoder_layers': 9}" """: "good.pt cannot be loaded: .*Missing key",
+    """evaluate data good.pt --model-overrides "{'decoder_layers': 9}" """: "decoder_layers 9 does not fit the weights",
     "evaluate data good.pt --model-overrides [1]": (2, "'\\[1\\]' is no dictionary: pass one as"),
     "generate data good.pt x --tokens 0": "--tokens 0: pass a whole number of at least 1",
     "generate data good.pt x --beam 0": "--beam 0: pass a whole number",
@@ -193,3 +223,17 @@ def test_the_environment_cannot_make_our_commands_run_code(given, command, capsy
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     check(capsys, given, command, TABLE[command])
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1", "for what else runs in this process"
+
+
+def test_results_that_are_too_deep_are_something_else(given, capsys, tmp_path):
+    output = tmp_path / f"{given.name}_good_valid.json"
+    output.write_text("[" * 100_000)
+    line = failure(capsys, main, "evaluate", "data", "good.pt", "--output", tmp_path, "--cpu", status=1)
+    assert "is of another evaluation" in line
+
+
+def test_text_without_an_end_is_refused(given, capsys, monkeypatch):
+    with open("/dev/zero") as zeros:
+        monkeypatch.setattr("sys.stdin", zeros)
+        line = failure(capsys, main, "generate", "data", "good.pt", "--cpu", status=1)
+    assert "has more than 67,108,864 bytes: pass its end only" in line

@@ -158,3 +158,14 @@ def test_a_model_of_lines_is_evaluated_by_lines_as_the_note_says(corpus, train, 
     result, _ = result_of(tmp_path / "lines")
     assert result["loss"] == pytest.approx(loss, abs=1e-4)
     assert math.isfinite(result["loss"])
+
+
+def test_of_sharded_data_the_first_folder_is_evaluated_as_fairseq_does(corpus, checkpoint, tmp_path):
+    data = f"{corpus}:{tmp_path / 'other'}"
+    loss, _ = fairseqs_own(data, checkpoint, "--tokens-per-sample", 32)
+    evaluate(data, checkpoint, "--lengths", 32, "--output", tmp_path)
+    assert result_of(tmp_path)[0]["loss"] == pytest.approx(loss, abs=1e-4)
+    main(
+        ["eval-lm", "nonoverlapping", data, str(checkpoint), "32", "--output", str(tmp_path / "x" / "r"), "--", "--cpu"]
+    )
+    assert json.loads((tmp_path / "x" / "r").read_text())["results"][0]["loss"] == pytest.approx(loss, abs=1e-4)

@@ -5,14 +5,21 @@ import ast
 from typing import Any
 
 
+def shorten(text: str) -> str:
+    """A text of the user's for a message, of at most 100 characters."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def positive_integer(text: str) -> int:
-    """Reads a whole number of at least 1.
+    """Reads a whole number of at least 1, of at most 12 digits.
 
     Raises:
         argparse.ArgumentTypeError: The text is no such number.
     """
+    if text.isdecimal() and len(text) > 12:
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is too large: pass a number of at most 12 digits")
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no such number: pass a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no such number: pass a whole number of at least 1")
     return int(text)
 
 
@@ -24,8 +31,8 @@ def model_options(text: str) -> dict[str, Any]:
     """
     try:
         options = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         options = None
-    if not isinstance(options, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
     return options

@@ -1,6 +1,8 @@
 """`fairseq-alibi evaluate`: perplexity of checkpoints at many lengths."""
 
 import argparse
+import contextlib
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +14,12 @@ from ..evaluation.checkpoint_evaluation import EvaluationSettings, evaluate_chec
 from ..evaluation.result_files import log_to_tensorboard
 from ..evaluation.tables import checkpoint_table
 from ..evaluation.text import read_evaluation_text
-from ..files.data_folders import text_options
-from .arguments import model_options, positive_integer
+from ..files.data_folders import first_folder, text_options
+from ..files.results import check_writable
+from .arguments import model_options, positive_integer, shorten
+
+#: A share of the length that is written as a fraction.
+SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")
 
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
 join_processes = processes.join
@@ -34,12 +40,13 @@ def share_of_length(text: str) -> Fraction:
     Raises:
         argparse.ArgumentTypeError: the text is not a number above 0 and up to 1.
     """
-    try:
-        share = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(0)
+    share = Fraction(0)
+    with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
+        # Not Fraction(text): a text such as 1e-99999999 would take all memory.
+        share = Fraction(text) if SHORT_FRACTION.fullmatch(text) else Fraction(repr(float(text)))
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no share of the length: pass one above 0 and up to 1, as 1/4")
+        shown = shorten(text)
+        raise argparse.ArgumentTypeError(f"'{shown}' is no share of the length: pass one above 0 and up to 1, as 1/4")
     return share
 
 
@@ -98,7 +105,7 @@ def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
         ValueError: two arguments contradict each other.
     """
     marker = args.remove_bpe
-    if marker is None and text_options(Path(args.data))["bpe"] == "subword_nmt":
+    if marker is None and text_options(first_folder(args.data))["bpe"] == "subword_nmt":
         marker = "@@ "
     return EvaluationSettings(
         data=args.data,
@@ -129,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         settings = evaluation_settings(args)
         settings.check_checkpoints(args.checkpoints)
         text = read_evaluation_text(settings.data, settings.subset, settings.marker)
+        if args.tensorboard_logdir is not None and processes.is_first():
+            check_writable(args.tensorboard_logdir / "events")
     tables = []
     try:
         for checkpoint in args.checkpoints:

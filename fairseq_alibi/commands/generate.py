@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from fairseq import utils
 
 from ..evaluation.generation import continue_prompts, decode_tokens, encode_text, load_text_model
-from ..files.data_folders import text_options
+from ..files.data_folders import first_folder, text_options
+
+#: The longest prompt on standard input, in bytes.
+LONGEST_PROMPT = 2**26
+
+#: The largest number of tokens, beams, ...
+LARGEST_NUMBER = 10**7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +55,11 @@ def check_numbers(args: argparse.Namespace) -> None:
     """
     for name, least in (("tokens", 1), ("beam", 1), ("sampling_topk", 1), ("no_repeat_ngram_size", 0), ("seed", 0)):
         value = getattr(args, name)
+        option = f"--{name.replace('_', '-')}"
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: pass a whole number of at least {least}")
+            raise ValueError(f"{option} {value}: pass a whole number of at least {least}")
+        if value is not None and value > LARGEST_NUMBER and name != "seed":
+            raise ValueError(f"{option} {value}: pass a whole number of at most {LARGEST_NUMBER:,}")
     if args.no_repeat_ngram_size == 1:
         raise ValueError("--no-repeat-ngram-size 1: no token would come twice; pass 0 for no limit, or 2 and more")
     if args.seed >= 2**63:
@@ -95,8 +105,10 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
         ValueError: there is no prompt, or it is not UTF-8.
     """
     if arguments:
-        return list(arguments)
-    text = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+        return [decode_argument(text) for text in arguments]
+    text = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+    if len(text) > LONGEST_PROMPT:
+        raise ValueError(f"the prompt on standard input has more than {LONGEST_PROMPT:,} bytes: pass its end only")
     if not text:
         raise ValueError('no prompt: pass one, or text on standard input, or "" for text from nothing')
     try:
@@ -106,18 +118,32 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
     return [lines[:-1] if lines.endswith("\n") else lines]
 
 
+def decode_argument(text: str) -> str:
+    """An argument; what Python could not decode in the encoding of the locale is decoded as UTF-8.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a prompt is not UTF-8 ({error.reason}): convert it") from error
+
+
 def chosen_text_options(args: argparse.Namespace) -> dict[str, Optional[str]]:
     """Tokenizer and BPE: as the arguments say, else as the data folder was prepared.
 
     Raises:
         ValueError: the BPE codes are missing.
     """
-    chosen = text_options(Path(args.data))
+    chosen = text_options(first_folder(args.data))
     for name in ("tokenizer", "bpe", "bpe_codes"):
         value = getattr(args, name)
         if value is not None:
             chosen[name] = None if value == "none" else value
-    codes = chosen["bpe_codes"] or str(Path(args.data) / "bpe.codes")
+    codes = chosen["bpe_codes"] or str(first_folder(args.data) / "bpe.codes")
     if chosen["bpe"] and not Path(codes).is_file():
         raise ValueError(f"--bpe {chosen['bpe']}: there are no codes {codes}, name them with --bpe-codes")
     return chosen

@@ -1,6 +1,7 @@
 """`fairseq-alibi show-bias`: a picture of the ALiBi bias."""
 
 import argparse
+import math
 from pathlib import Path
 
 from ..evaluation.bias_picture import FORMS, alibi_bias, draw_biases
@@ -9,6 +10,10 @@ from .arguments import positive_integer
 
 #: The longest text of which a picture has a point for each cell of the bias.
 LONGEST_PICTURE = 4096
+#: The largest number of heads.
+MOST_HEADS = 4096
+#: The largest bias, heads x queries x keys.
+LARGEST_BIAS = 2**29
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,12 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} exists: pass --overwrite to replace it, or another --output")
     if args.length > LONGEST_PICTURE:
         raise ValueError(f"--length {args.length:,} has more cells than a picture has points: pass at most 4,096")
+    if args.heads > MOST_HEADS or args.heads * args.length**2 > LARGEST_BIAS:
+        raise ValueError(f"{args.heads:,} heads of {args.length:,} tokens take too much memory: pass fewer")
+    if not 0 < args.max_bias < math.inf:
+        raise ValueError(f"--max-bias {args.max_bias}: pass a number above 0, the paper's is 8")
+    if not args.output.suffix:
+        raise ValueError(f"--output {args.output}: give the picture's name a suffix, as in {args.output}.png")
     forms = args.form or [form for form in FORMS if form != "one_sided" or args.heads % 2 == 0]
     biases = {form: alibi_bias(form, args.heads, args.length, args.max_bias) for form in forms}
     with written_whole(args.output) as partial:

@@ -15,8 +15,9 @@ MINIMUM_WINDOWS = 10
 #: Details by which curves of one checkpoint are told apart.
 DETAILS = ("dtype", "options", "data", "text", "weights")
 
-#: Options of fairseq-eval-lm that change no result, or that are named elsewhere.
-UNIMPORTANT_OPTIONS = ("--cpu", "--fp16", "--no-progress-bar", "--add-bos-token")
+#: Options of fairseq-eval-lm that change no result or are named elsewhere: flags, and options with a value.
+IGNORED_FLAGS = ("--cpu", "--fp16", "--no-progress-bar", "--add-bos-token")
+IGNORED_OPTIONS = ("--model-overrides", "--output-dictionary-size", "--softmax-batch", "--log-format")
 
 #: What a curve shows of a result; a result may lack the last two.
 MEASURES = ("perplexity", "tokens_per_second", "by_position")
@@ -109,6 +110,8 @@ def read_result_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or holds something else.
     """
+    if path.exists() and not path.is_file():  # a folder, a device or a pipe, of which some never end
+        raise ValueError(f"{path} cannot be read (it is no file): name JSON files of evaluate or the eval scripts")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_content(content)
@@ -150,14 +153,26 @@ def evaluation_details(content: dict[str, Any]) -> dict[str, str]:
     subject = subject if isinstance(subject, dict) else {}
     options = content.get("options")
     options = [str(option) for option in options] if isinstance(options, list) else []
+    ignored = IGNORED_OPTIONS if "model_overrides" in subject else IGNORED_OPTIONS[1:]
     return {
         "overrides": override_text(subject.get("model_overrides")),
         "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
-        "options": " ".join(option for option in options if option not in UNIMPORTANT_OPTIONS),
+        "options": " ".join(other_options(options, ignored)),
         "data": str(content.get("data") or ""),
         "text": str(subject.get("text") or ""),
         "weights": str(subject.get("weights") or ""),
     }
+
+
+def other_options(options: Sequence[str], ignored: Sequence[str]) -> list[str]:
+    """The options of fairseq-eval-lm but `IGNORED_FLAGS` and `ignored`, which have a value."""
+    others: list[str] = []
+    before = ""
+    for option in options:
+        if before not in ignored and option not in (*IGNORED_FLAGS, *ignored) and option.split("=")[0] not in ignored:
+            others.append(option)
+        before = option
+    return others
 
 
 def evaluation_key(content: dict[str, Any], details: dict[str, str]) -> tuple[str, ...]:

@@ -36,9 +36,11 @@ def describe_evaluated(
         tasks: see `describe_model`.
 
     Raises:
-        ValueError: the checkpoint was trained for another task.
+        ValueError: the checkpoint was trained for another task, or the training length is no number.
     """
     description = describe_model(checkpoint, state, tasks)
-    if "tokens_per_sample" in overrides:
-        description["training_length"] = overrides["tokens_per_sample"]
+    if (length := overrides.get("tokens_per_sample")) is not None:
+        if type(length) is not int or length < 1:
+            raise ValueError(f"--model-overrides: tokens_per_sample {length!r}: pass a whole number of at least 1")
+        description["training_length"] = length
     return {**description, **reading_options(state)}

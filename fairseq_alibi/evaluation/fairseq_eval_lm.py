@@ -151,10 +151,10 @@ def passed_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     text = parser.parse_known_args(list(arguments))[0].model_overrides
     try:
         overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         overrides = None
-    if not isinstance(overrides, dict):
-        raise ValueError(f"--model-overrides '{text}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
+        raise ValueError(f"--model-overrides '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
     return overrides
 
 

@@ -149,7 +149,7 @@ def continue_prompts(
             continued = continue_batch(
                 model, [prompts[number] for number in batch], tokens, stop_at_line_end, **options
             )
-        except RuntimeError as error:  # out of memory, or no token is left to draw
+        except (RuntimeError, OverflowError) as error:  # out of memory, no token is left to draw, an absurd penalty
             raise ValueError(f"generation failed: {one_line(error)}") from error
         texts.update(zip(batch, continued))
     return [texts[number] for number in range(len(prompts))]

@@ -47,8 +47,8 @@ class ResultFile:
     def __init__(self, path: Path, content: dict[str, Any], overwrite: bool) -> None:
         self.path, self.overwrite = path, overwrite
         self.content: dict[str, Any] = {**content, "results": []}
-        self.content["results"] = self.read_earlier_results()
         check_writable(path)
+        self.content["results"] = self.read_earlier_results()
 
     def read_earlier_results(self) -> list[dict[str, Any]]:
         """The results in the file; none if there is no file or it is to be overwritten."""
@@ -59,7 +59,7 @@ class ResultFile:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             different = [name for name in subject if content["subject"].get(name) != subject[name]]
             results = content["results"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             different, results = ["content"], []
         if different:
             raise ValueError(
@@ -106,8 +106,8 @@ class TokenLossFile:
         self.path, self.overwrite = path, overwrite
         self.arrays = {"tokens": stream.numpy()}
         if path is not None:
-            self.arrays.update(self.read_earlier_losses(path))
             check_writable(path)
+            self.arrays.update(self.read_earlier_losses(path))
 
     def read_earlier_losses(self, path: Path) -> dict[str, Any]:
         """The arrays in the file; none if there is no file or it is to be overwritten."""

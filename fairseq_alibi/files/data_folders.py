@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Optional
 
 import torch
+from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.data.data_utils import load_indexed_dataset
 from fairseq.data.indexed_dataset import MMapIndexedDataset
@@ -13,13 +14,21 @@ from torch import Tensor
 from .errors import one_line
 
 
+def first_folder(data: str) -> Path:
+    """Returns the first of data folders with colons between them.
+
+    As in fairseq, whose training reads one folder per epoch, it holds the dictionary and the subsets for evaluation.
+    """
+    return Path(utils.split_paths(data)[0] if data else "")
+
+
 def read_dictionary(data: str) -> Dictionary:
     """Reads the dictionary of a fairseq data folder.
 
     Raises:
         ValueError: There is none, or it is no dictionary.
     """
-    path = Path(data) / "dict.txt"
+    path = first_folder(data) / "dict.txt"
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the data folder the model was trained on")
     return load_dictionary(path)
@@ -99,14 +108,14 @@ def open_subset(data: str, subset: str) -> FairseqDataset:
     Raises:
         ValueError: The folder has no such subset, or the files are broken or hold nothing.
     """
-    path = Path(data) / subset
+    path = first_folder(data) / subset
     check_index(path)
     try:
         dataset = load_indexed_dataset(str(path)) if subset else None
     except Exception as error:  # such as an .idx that is cut short
         raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
     if dataset is None:
-        present = sorted(path.stem for path in Path(data).glob("*.idx"))
+        present = sorted(path.stem for path in first_folder(data).glob("*.idx"))
         raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(present) or 'none'}): pass --subset")
     if not len(dataset):
         raise ValueError(f"{path}.bin holds no text: prepare the folder anew")

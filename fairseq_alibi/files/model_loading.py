@@ -1,7 +1,7 @@
 """Models of checkpoints, built for evaluation."""
 
 import contextlib
-from pathlib import Path
+import re
 from typing import Any, Optional
 
 from fairseq import checkpoint_utils
@@ -11,8 +11,11 @@ from omegaconf import OmegaConf, open_dict
 
 from ..models.language_model import language_model_config
 from .checkpoints import count_types
-from .data_folders import load_dictionary, read_dictionary
+from .data_folders import first_folder, load_dictionary, read_dictionary
 from .errors import one_line
+
+#: Options that decide the shapes of weights, which no override can change.
+SIZE = re.compile(r"(encoder|decoder)_(layers|attention_heads|(embed|ffn_embed|input|output)_dim)")
 
 
 def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[str, Any]) -> None:
@@ -35,8 +38,8 @@ def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[s
             f"{path} was trained with {types:,} types, but {data}/dict.txt has {len(dictionary):,}: name the data "
             "folder it was trained on"
         )
-    trained_on = Path(str(state["cfg"]["task"].data)) / "dict.txt"
-    if trained_on.is_file() and not trained_on.samefile(Path(data) / "dict.txt"):
+    trained_on = first_folder(str(state["cfg"]["task"].data)) / "dict.txt"
+    if trained_on.is_file() and not trained_on.samefile(first_folder(data) / "dict.txt"):
         other = load_dictionary(trained_on)
         pairs = enumerate(zip(dictionary.symbols, other.symbols))
         number = next((number for number, (ours, theirs) in pairs if ours != theirs), None)
@@ -57,6 +60,8 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     for name, value in overrides.items():
         if name not in language_model_config().__dataclass_fields__ and not hasattr(model, name):
             raise ValueError(f"a language model has no option '{name}' to override")
+        if SIZE.fullmatch(str(name)) and value != getattr(model, name, value):
+            raise ValueError(f"--model-overrides: {name} {value} does not fit the weights, drop it")
         with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
             setattr(model, name, value)
     state["args"] = None  # the options of an old checkpoint; fairseq made `cfg` of them

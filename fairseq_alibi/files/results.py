@@ -81,6 +81,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         OSError: See `naming`.
     """
     with naming(path):
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = temporary_path(path)
         try:
@@ -90,6 +91,18 @@ def written_whole(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Checks that a path is a regular file or nothing: a device or a pipe would be lost if a file took its name.
+
+    Raises:
+        OSError: It is something else.
+    """
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError("it is a device or a pipe, not a file")
+
+
 def check_writable(path: Path) -> None:
     """Checks that a file can be written, before the work whose result it will hold; makes its folder.
 
@@ -97,8 +110,7 @@ def check_writable(path: Path) -> None:
         OSError: See `naming`.
     """
     with naming(path):
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
 

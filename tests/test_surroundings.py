@@ -1,0 +1,69 @@
+"""Commands where standard output, locale, warnings or optimization are other than usual: they work, or say one line."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import BIN
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.fixture
+def shell(corpus, checkpoint, tmp_path):
+    """Runs a shell command in an empty folder, with $DATA and $CK; returns status and lines of its standard error."""
+
+    def execute(command, **environment):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {command}"],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DATA": corpus, "CK": checkpoint, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode().splitlines()
+
+    return execute
+
+
+EVALUATE = "fairseq-alibi evaluate $DATA $CK --cpu --lengths 32,64 --output out"
+
+
+def test_a_reader_that_ends_is_one_line(shell, tmp_path):
+    status, output, errors = shell(f"{EVALUATE} | head -1")
+    assert (status, len(output.splitlines())) == (1, 1)
+    assert errors == ["fairseq-alibi evaluate: standard output is closed"]
+    assert list((tmp_path / "out").glob("*.json")), "what was done is kept"
+
+
+def test_without_standard_output_results_are_written(shell, tmp_path):
+    assert shell(f"{EVALUATE} >&-")[::2] == (0, [])
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_without_standard_input_a_prompt_is_missing(shell):
+    status, _, errors = shell("fairseq-alibi generate $DATA $CK --cpu <&-")
+    assert status == 1
+    assert len(errors) == 1
+    assert "no prompt" in errors[0]
+
+
+@pytest.mark.parametrize("command", [EVALUATE, "fairseq-alibi generate $DATA $CK --cpu word1 --tokens 3"])
+def test_warnings_of_libraries_end_no_command(shell, command):
+    assert shell(command, PYTHONWARNINGS="error")[0] == 0
+
+
+def test_assertions_and_docstrings_are_not_needed(shell):
+    status, output, _ = shell(EVALUATE.replace("fairseq-alibi", "python -OO -m fairseq_alibi"))
+    assert status == 0
+    assert "written to out/" in output
+
+
+def test_what_the_terminal_cannot_encode_is_escaped(shell):
+    status, output, errors = shell(
+        "fairseq-alibi generate $DATA $CK --cpu 'word1 na\u00efve' word2 --tokens 3", **ASCII
+    )
+    assert status == 0
+    assert output.startswith("word1 <unk>"), "the prompt is UTF-8 whatever the locale"
+    assert errors == ["1 of the prompt's 3 tokens are unknown, <unk>"]
