@@ -7,7 +7,20 @@ import logging
 
 import fairseq
 
-from . import command_checks, compatibility, help, reading, restart, saving, termination, training_state, whole_words
+from . import (
+    batching,
+    command_checks,
+    compatibility,
+    distributed_model,
+    help,
+    option_checks,
+    reading,
+    restart,
+    saving,
+    termination,
+    training_state,
+    whole_words,
+)
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
@@ -32,6 +45,30 @@ PATCHES = (
         why="fairseq sends it as a file of torch's, of which the safe loader refuses the configuration.",
         source="fairseq/distributed/utils.py:749",
         removable="when fairseq broadcasts objects through torch",
+    ),
+    Patch(
+        target="fairseq.data.data_utils:batch_by_size",
+        replacement=batching.batch_by_size,
+        what="Makes a batch of its own of a sample that is longer than --max-tokens.",
+        why="fairseq ends with an AssertionError, for validation after the first epoch, before anything is saved.",
+        source="fairseq/data/data_utils.py:282",
+        removable="when fairseq batches long samples, or refuses them before the first update",
+    ),
+    Patch(
+        target="fairseq.models:DistributedFairseqModel",
+        replacement=distributed_model.wrap_model,
+        what="Sets --find-unused-parameters for the models of this package.",
+        why="An unused band of an adaptive vocabulary ends training in several processes with an error.",
+        source="fairseq/models/distributed_fairseq_model.py:35",
+        removable="when DistributedDataParallel finds unused parameters by itself",
+    ),
+    Patch(
+        target="fairseq.checkpoint_utils:overwrite_args_by_name",
+        replacement=option_checks.overwrite_args_by_name,
+        what="Sets options of --model-overrides that an older checkpoint lacks.",
+        why="fairseq ignores them silently.",
+        source="fairseq/dataclass/utils.py:453",
+        removable="when fairseq sets or refuses every override",
     ),
     Patch(
         target="fairseq.checkpoint_utils:load_checkpoint_to_cpu",
@@ -76,7 +113,7 @@ PATCHES = (
     Patch(
         target="fairseq.distributed.utils:call_main",
         replacement=command_checks.call_main,
-        what="Refuses --fp16, --bf16 and --tpu where they cannot run, and lets --bf16 run on a GPU.",
+        what="Refuses options that cannot work, and lets --bf16 run on a GPU.",
         why="fairseq sets --tpu for --bf16, and ends with tracebacks after the model is built.",
         source="fairseq/distributed/utils.py:334",
         removable="when fairseq checks its options",

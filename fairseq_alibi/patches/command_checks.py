@@ -10,6 +10,7 @@ import torch
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
+from .option_checks import check_criterion, check_overrides, is_message_for_user
 from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,17 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
     from .catalogue import apply  # the catalogue imports this file
 
     apply(in_command=True)
-    check_precision(cfg, training=hasattr(sys.modules[main.__module__], "validate_and_save"))
-    original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+    training = hasattr(sys.modules[main.__module__], "validate_and_save")
+    check_precision(cfg, training)
+    check_overrides(cfg)
+    if training:
+        check_criterion(cfg)
+    try:
+        original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+    except ValueError as error:
+        if is_message_for_user(error):
+            raise CommandError(str(error)) from None
+        raise
 
 
 def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
