@@ -125,8 +125,8 @@ class AlibiLanguageModel(TransformerLanguageModel):
             return cls.build_embedding(args, dictionary, args.decoder_input_dim)
         if args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None:
             raise ValueError(
-                "--share-decoder-input-output-embed shares one table, and --adaptive-input has several: drop one of the "
-                "two, or pass --adaptive-softmax-cutoff and --tie-adaptive-weights"
+                "--share-decoder-input-output-embed shares one table, and --adaptive-input has several: drop one "
+                "of them, or pass --adaptive-softmax-cutoff and --tie-adaptive-weights"
             )
         if args.adaptive_input_cutoff is None:
             raise ValueError("--adaptive-input needs --adaptive-input-cutoff, for example 20000,60000")
