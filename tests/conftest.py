@@ -1,5 +1,7 @@
 """A tiny corpus in fairseq's format, and models built the way fairseq-train builds them."""
 
+import copy
+import functools
 import hashlib
 import io
 import os
@@ -77,6 +79,21 @@ def fairseqs_own(corpus, checkpoint, *arguments):
     return loss, int(output.split("Evaluated ")[1].split(" tokens")[0].replace(",", ""))
 
 
+@functools.cache
+def parsed_options(*arguments):
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    import fairseq_alibi  # noqa: F401
+
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), list(arguments)))
+
+
+def training_config(*arguments):
+    """The fairseq config of fairseq-train's options, a new copy: making one takes longer than building a tiny model."""
+    return copy.deepcopy(parsed_options(*map(str, arguments)))
+
+
 def failure(capsys, call, *arguments, status=None):
     """Runs a command in this process, which has to fail with one line, and with this status; returns the line."""
     with pytest.raises(SystemExit) as stopped:
@@ -150,18 +167,13 @@ def corpus(make_once):
 @pytest.fixture(scope="session")
 def build(corpus):
     """Builds a model from fairseq-train's options: `build("alibi_lm_tiny", "--position-method", "none")`."""
-    from fairseq import options, tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    import fairseq_alibi  # noqa: F401
+    from fairseq import tasks
 
     def build_model(arch, *arguments, seed=1, task="language_modeling"):
         language_model = task == "language_modeling"
         if language_model and "learned" in arguments and "--max-target-positions" not in arguments:
             arguments = (*arguments, "--max-target-positions", 4096)
-        parser = options.get_training_parser()
-        arguments = [str(corpus), "--task", task, "--arch", arch, *map(str, arguments)]
-        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        cfg = training_config(corpus, "--task", task, "--arch", arch, *arguments)
         torch.manual_seed(seed)
         model = tasks.setup_task(cfg.task).build_model(cfg.model).eval()
         for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import reference
 import torch
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, run, training_config
 
 from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.alibi import ENCODER_FORMS
@@ -54,15 +54,10 @@ def pairs(strings, tmp_path_factory):
 @pytest.fixture(scope="module")
 def build(pairs):
     """Builds a model and its task from fairseq-train's options."""
-    from fairseq import options, tasks
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    import fairseq_alibi  # noqa: F401
+    from fairseq import tasks
 
     def build_model(*arguments, arch="alibi_transformer_tiny"):
-        arguments = [str(part) for part in (pairs, "--arch", arch, *SIZES, *arguments)]
-        parser = options.get_training_parser()
-        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        cfg = training_config(pairs, "--arch", arch, *SIZES, *arguments)
         task = tasks.setup_task(cfg.task)
         torch.manual_seed(1)
         model = task.build_model(cfg.model).eval()
