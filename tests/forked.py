@@ -47,10 +47,16 @@ def run_script(command, output, environment, cwd):
     sys.exit(getattr(importlib.import_module(module), function)())
 
 
+def start_forked(command, output, cwd, **environment):
+    """Starts a console script; returns its process. Output and errors go to the file `output`."""
+    process = CONTEXT.Process(target=run_script, args=(command, output, {**os.environ, **environment}, cwd))
+    process.start()
+    return process
+
+
 def run_forked(command, output, cwd, timeout=600):
     """Runs a console script to its end; returns its exit status. Output and errors go to the file `output`."""
-    process = CONTEXT.Process(target=run_script, args=(command, output, dict(os.environ), cwd))
-    process.start()
+    process = start_forked(command, output, cwd)
     process.join(timeout)
     if process.exitcode is None:
         process.kill()

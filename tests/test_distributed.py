@@ -1,4 +1,8 @@
-"""Several processes give what one gives, and when one dies the others end; torchrun on this machine's CPU."""
+"""Several processes give what one gives, and when one dies the others end; on this machine's CPU.
+
+torchrun starts the processes of the training script. Those of other commands are forked, with the environment variables
+that torchrun sets: torchrun and each of its processes import torch and fairseq, which takes ten seconds.
+"""
 
 import contextlib
 import json
@@ -16,6 +20,7 @@ import numpy
 import pytest
 import torch
 from conftest import BIN, ROOT, failure, run
+from forked import start_forked
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import processes
@@ -23,7 +28,6 @@ from fairseq_alibi.evaluation.scoring import score_masked, score_windows
 
 #: Seconds after which a run is ended: on a busy machine the slowest takes a tenth of it.
 LIMIT = 600
-TWO = (BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "--no-python")
 
 #: A small model and small batches for the training script. Without dropout, the one thing in which processes differ.
 SMALL = (
@@ -116,11 +120,10 @@ def test_two_processes_train_as_one_with_twice_the_update_frequency(corpus, alon
     )
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_one_process_and_a_worker_that_dies_ends_both(corpus, alone, tmp_path):
     """Two torchruns that know of each other by address and port alone; the second one's worker is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     stand_in = tmp_path / "bin" / "fairseq-train"  # notes which process a worker is
     stand_in.parent.mkdir()
     stand_in.write_text(f'#!/bin/bash\necho $$ > {tmp_path}/pid-$RANK\nexec {BIN}/fairseq-train "$@"\n')
@@ -191,11 +194,24 @@ def test_script_keeps_the_tokens_of_an_update_or_says_that_it_cannot(tmp_path):
         assert named in line
 
 
-def evaluation(tmp_path, *command):
-    """`fairseq-alibi evaluate` in two processes: its status, and its output without what torchrun says of it."""
-    with Running(tmp_path / "log", *TWO, *command) as two:
-        status = two.ended()
-    return status, two.output.split("torch/distributed/elastic")[0].splitlines()[: None if status == 0 else -1]
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def in_two_processes(folder, *command, second_cwd=ROOT):
+    """Runs a console script in two processes, the second one from another folder: their statuses and their output."""
+    command, output = [str(part) for part in command], str(folder / "output")
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    running = [
+        start_forked(command, output, str(cwd), RANK=rank, LOCAL_RANK=rank, **group)
+        for rank, cwd in (("0", ROOT), ("1", second_cwd))
+    ]
+    for process in running:
+        process.join(LIMIT)
+        process.kill()  # without effect on one that has ended
+    return [process.exitcode for process in running], (folder / "output").read_text()
 
 
 def test_two_processes_evaluate_as_one(corpus, checkpoint, tmp_path):
@@ -203,9 +219,9 @@ def test_two_processes_evaluate_as_one(corpus, checkpoint, tmp_path):
     options = [str(part) for part in (*options, "--by-position", "--cpu", "--save-token-losses")]
     main(["evaluate", *options, str(tmp_path / "1.npz"), "--output", str(tmp_path / "one")])
     command = (BIN / "fairseq-alibi", "evaluate", *options, tmp_path / "2.npz", "--output", tmp_path / "two")
-    status, lines = evaluation(tmp_path, *command)
-    assert status == 0, lines
-    assert sum("perplexity" in line for line in lines) == 3, "two results and the table, each once"
+    statuses, output = in_two_processes(tmp_path, *command)
+    assert statuses == [0, 0], output
+    assert sum("perplexity" in line for line in output.splitlines()) == 3, "two results and the table, each once"
 
     def content(folder):
         (path,) = (tmp_path / folder).glob("*.json")
@@ -238,15 +254,12 @@ def test_each_process_scores_its_share_only(build, task):
 
 def test_what_fails_in_one_process_fails_in_all_with_one_line(corpus, checkpoint, tmp_path):
     """The second process does not find the data, as on a machine that they were not copied to."""
-    command = f'[ $RANK = 0 ] && cd {corpus.parent}; exec "$@"'
-    options = ("fairseq-alibi", "evaluate", corpus.name, checkpoint, "--cpu", "--output", tmp_path)
-    status, lines = evaluation(tmp_path, "bash", "-c", command, *("bash", BIN / options[0], *options[1:]))
-    assert status == 1
-    assert len(lines) == 1, lines
-    line = lines[0]
-    assert line.startswith(
-        f"fairseq-alibi evaluate: process 1: there is no {corpus.name}/dict.txt: name the data folder"
-    )
+    (tmp_path / "second").mkdir()
+    options = ("evaluate", os.path.relpath(corpus, ROOT), checkpoint, "--cpu", "--output", tmp_path)
+    statuses, output = in_two_processes(tmp_path, BIN / "fairseq-alibi", *options, second_cwd=tmp_path / "second")
+    assert statuses == [1, 1]
+    (line,) = output.splitlines()
+    assert line.startswith(f"fairseq-alibi evaluate: process 1: there is no {options[1]}/dict.txt: name the data folder")
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -268,10 +281,10 @@ def test_another_checkpoint_on_another_machine_is_refused(monkeypatch, capsys, c
 def test_fairseq_eval_lm_refuses_to_report_a_share(corpus, checkpoint, tmp_path):
     command = (BIN / "fairseq-eval-lm", corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--cpu")
     command += ("--gen-subset", "valid", "--tokens-per-sample", 64, "--distributed-backend", "gloo")
-    with Running(tmp_path / "log", *TWO, *command) as two:
-        assert two.ended() == 1
-    assert "use fairseq-alibi evaluate under torchrun" in two.output
-    assert "Perplexity" not in two.output
+    statuses, output = in_two_processes(tmp_path, *command)
+    assert 0 not in statuses
+    assert "use fairseq-alibi evaluate under torchrun" in output
+    assert "Perplexity" not in output
 
 
 @pytest.mark.parametrize("option", ["--num-shards", "--num-workers"])
