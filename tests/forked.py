@@ -4,6 +4,7 @@ The forked process imports `fairseq_alibi` itself, as a new one does. A test of 
 environment variables that Python or torch reads at its start, needs a new process.
 """
 
+import atexit
 import importlib.metadata
 import multiprocessing
 import os
@@ -40,11 +41,22 @@ def prepare(output, environment, cwd):
 
 
 def run_script(command, output, environment, cwd):
-    """In the forked process: calls the function behind a console script."""
+    """In the forked process: calls the function behind a console script, and ends as Python ends a process."""
     prepare(output, environment, cwd)
     module, _, function = SCRIPTS[Path(command[0]).name].partition(":")
     sys.argv = command
-    sys.exit(getattr(importlib.import_module(module), function)())
+    try:
+        status = getattr(importlib.import_module(module), function)()
+    except SystemExit as exit_:
+        status = exit_.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    atexit._run_exitfuncs()  # a process of multiprocessing does not call them
+    sys.exit(status)
 
 
 def start_forked(command, output, cwd, **environment):

@@ -204,6 +204,7 @@ def in_two_processes(folder, *command, second_cwd=ROOT):
     """Runs a console script in two processes, the second one from another folder: their statuses and their output."""
     command, output = [str(part) for part in command], str(folder / "output")
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group["TORCHELASTIC_RUN_ID"] = "tests"
     running = [
         start_forked(command, output, str(cwd), RANK=rank, LOCAL_RANK=rank, **group)
         for rank, cwd in (("0", ROOT), ("1", second_cwd))
@@ -259,7 +260,9 @@ def test_what_fails_in_one_process_fails_in_all_with_one_line(corpus, checkpoint
     statuses, output = in_two_processes(tmp_path, BIN / "fairseq-alibi", *options, second_cwd=tmp_path / "second")
     assert statuses == [1, 1]
     (line,) = output.splitlines()
-    assert line.startswith(f"fairseq-alibi evaluate: process 1: there is no {options[1]}/dict.txt: name the data folder")
+    assert line.startswith(
+        f"fairseq-alibi evaluate: process 1: there is no {options[1]}/dict.txt: name the data folder"
+    )
     assert not list(tmp_path.glob("*.json"))
 
 
