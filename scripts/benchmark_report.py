@@ -1,4 +1,4 @@
-"""What `fairseq_alibi.benchmark` measured, as Markdown tables and one plot."""
+"""Results of the benchmark as Markdown tables and one plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
