@@ -1,5 +1,6 @@
 """State of a training run that fairseq leaves out of its checkpoints: saved with them and restored at a restart."""
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,7 @@ INEXACT_OPTIONS = {
 def training_module() -> ModuleType:
     """Returns the module of fairseq's training loop: fairseq_cli.train, or that file run as a script."""
     main = sys.modules["__main__"]
-    return main if hasattr(main, "should_stop_early") else sys.modules["fairseq_cli.train"]
+    return main if hasattr(main, "should_stop_early") else importlib.import_module("fairseq_cli.train")
 
 
 def counters(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
