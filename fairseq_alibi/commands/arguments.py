@@ -23,6 +23,17 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def subset_name(text: str) -> str:
+    """Reads the name of a subset of a data folder.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is a path.
+    """
+    if "/" in text or "\\" in text or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"'{text}' is a path: pass the name of a subset of the data folder, as valid")
+    return text
+
+
 def model_options(text: str) -> dict[str, Any]:
     """Reads options of a model by name, written as a Python dictionary of literals.
 

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from ..evaluation.fairseq_eval_lm import EvalLmSettings, evaluate_with_fairseq
 from ..evaluation.tables import model_title
 from ..files.locks import locked
-from .arguments import positive_integer
+from .arguments import positive_integer, subset_name
 
 #: What follows `--` goes to fairseq-eval-lm.
 PASSES_ARGUMENTS_ON = True
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = kind.add_argument
         add("data", metavar="DATA", help="fairseq data folder")
         add("checkpoint", metavar="CHECKPOINT")
-        add("--subset", default="valid", help="valid (default), test, ...")
+        add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
         add("--output", type=Path, help="JSON file; default: beside the checkpoint, named by what it holds")
         add("--overwrite", action="store_true", help="replace the JSON file if it exists")
         positions_help = "tokens in a batch, context included (default 4096)"

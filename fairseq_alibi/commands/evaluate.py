@@ -16,7 +16,7 @@ from ..evaluation.tables import checkpoint_table
 from ..evaluation.text import read_evaluation_text
 from ..files.data_folders import first_folder, text_options
 from ..files.results import check_writable
-from .arguments import model_options, positive_integer, shorten
+from .arguments import model_options, positive_integer, shorten, subset_name
 
 #: A share of the length that is written as a fraction.
 SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)",
     )
     add_window_arguments(parser)
-    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--by-position", action="store_true", help="also the loss by position in the window")
     add("--save-token-losses", type=Path, metavar="FILE", help="the loss of every token, in bits, as numpy's .npz")
     add(

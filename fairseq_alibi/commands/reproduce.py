@@ -11,7 +11,7 @@ from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
 from ..experiments.presets import BUILTIN, PRESETS
 from ..files.data_folders import read_dictionary, subset_tokens
-from .arguments import positive_integer
+from .arguments import positive_integer, subset_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     presets = "laptop (default), slice or paper: see the walk-through"
     add("--preset", choices=list(PRESETS), default="laptop", help=presets)
     add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
-    add("--subset", default="valid", help="valid (default), test, ...")
+    add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
     add("--methods", nargs="+", choices=list(position_methods()), default=list(position_methods()), metavar="METHOD")
     add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; finished steps there are kept")

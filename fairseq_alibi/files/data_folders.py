@@ -6,8 +6,7 @@ from typing import Optional
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary, FairseqDataset
-from fairseq.data.data_utils import load_indexed_dataset
+from fairseq.data import Dictionary, FairseqDataset, data_utils
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from torch import Tensor
 
@@ -108,14 +107,17 @@ def open_subset(data: str, subset: str) -> FairseqDataset:
     Raises:
         ValueError: The folder has no such subset, or the files are broken or hold nothing.
     """
-    path = first_folder(data) / subset
+    folder = first_folder(data)
+    path = folder / subset
     check_index(path)
+    raw = not path.with_name(f"{path.name}.idx").exists() and (folder / "dict.txt").is_file()
+    dictionary = read_dictionary(data) if raw else None  # raw text is read with it
     try:
-        dataset = load_indexed_dataset(str(path)) if subset else None
+        dataset = data_utils.load_indexed_dataset(str(path), dictionary) if subset else None
     except Exception as error:  # such as an .idx that is cut short
         raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
     if dataset is None:
-        present = sorted(path.stem for path in first_folder(data).glob("*.idx"))
+        present = sorted(path.stem for pattern in ("*.idx", "*.None-None") for path in folder.glob(pattern))
         raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(present) or 'none'}): pass --subset")
     if not len(dataset):
         raise ValueError(f"{path}.bin holds no text: prepare the folder anew")
@@ -148,4 +150,10 @@ def read_subset(data: str, subset: str) -> Tensor:
         ValueError: The folder has no such subset, or the files are broken or hold nothing.
     """
     dataset = open_subset(data, subset)
-    return torch.cat([dataset[n].int() for n in range(len(dataset))])
+    try:
+        return torch.cat([dataset[n].int() for n in range(len(dataset))])
+    except Exception as error:  # numpy raises it for an offset past the end
+        raise ValueError(
+            f"{first_folder(data) / subset}.idx points to places that its .bin does not have: prepare the folder anew "
+            f"({one_line(error)})"
+        ) from error
