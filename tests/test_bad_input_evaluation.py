@@ -95,7 +95,7 @@ TABLE = {
     "eval-lm nonoverlapping data good.pt 64 --output folder.pt --overwrite": "folder.pt cannot be written",
     "report good.json --output taken": "taken/report.md exists: pass --overwrite",
     "report good.json --output file": "file/report.png cannot be written",
-    "show-bias --output file": "--output file: the name has to end in the format",
+    "show-bias --output file": "file exists: pass --overwrite",
     "show-bias --output file/bias.png": "file/bias.png cannot be written",
     # Numbers and names that are wrong
     "evaluate data good.pt --lengths 64,0": (2, "'0' is no such number: pass a whole number of at least 1"),
@@ -165,8 +165,6 @@ TABLE = {
     "eval-lm nonoverlapping data good.pt 64 -- --nonsense": "it refuses its arguments",
     "evaluate data good.pt --subset ../data/valid": (2, "'../data/valid' is a path: pass the name of a subset"),
     "eval-lm nonoverlapping data good.pt 64 --subset ../x": (2, "'../x' is a path"),
-    "show-bias --output bias": "--output bias: the name has to end in the format",
-    "show-bias --output bias.doc": "--output bias.doc: the name has to end in the format",
     "show-bias --heads 0": (2, "'0' is no such number"),
     "show-bias --length 99999": "--length 99,999 has more cells",
     # Options that contradict each other

@@ -4,8 +4,6 @@ import argparse
 import math
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from ..evaluation.bias_picture import FORMS, alibi_bias, draw_biases
 from ..files.results import written_whole
 from .arguments import positive_integer
@@ -36,9 +34,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input, or the picture exists.
     """
-    formats = Figure().canvas.get_supported_filetypes()
-    if args.output.suffix[1:].lower() not in formats:
-        raise ValueError(f"--output {args.output}: the name has to end in the format, for example .png, .pdf or .svg")
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: pass --overwrite to replace it, or another --output")
     if args.length > LONGEST_PICTURE:
