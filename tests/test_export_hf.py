@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fairseq_alibi  # noqa: F401
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.core import position_methods
+from fairseq_alibi.core import position_methods, tokenization_alibi
 from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
 from fairseq_alibi.data.binarize import SPLITS
 from fairseq_alibi.evaluation import generation, scoring
@@ -29,6 +29,7 @@ from fairseq_alibi.files.checkpoints import read_checkpoint
 from fairseq_alibi.files.data_folders import text_options
 from fairseq_alibi.files.export_hf import export_tokenizer
 from fairseq_alibi.files.model_loading import load_model
+from fairseq_alibi.models.language_model import AlibiLanguageModel
 
 #: wiki103's form: adaptive input and softmax, tied with their projections, and heads that are no power of two.
 WIKI103 = ["--decoder-layers", 2, "--decoder-ffn-embed-dim", 64, "--decoder-attention-heads", 12]
@@ -294,6 +295,34 @@ def test_tokenizer_gives_fairseqs_ids_and_the_text_back(kind, data, tmp_path):
     batch = tokenizer([LINES[3], f"{LINES[3]} {LINES[3]}"], padding=True, return_tensors="pt")
     assert batch["attention_mask"].sum(1).tolist()[1] == batch["input_ids"].size(1)
     assert batch["input_ids"][0, 0] == 1, "padded on the left, for generation"
+
+
+@pytest.mark.parametrize("more", [[], ["--add-bos-token"]], ids=["line end", "bos"])
+def test_texts_begin_as_the_model_was_trained_to(corpus, train, tmp_path, more):
+    """Scores of fairseq's hub interface, from text to score, and greedy texts by full passes."""
+    checkpoint = train(*more, updates=3)
+    main(["export-hf", str(checkpoint), str(tmp_path / "out"), "--data", str(corpus)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    hub = AlibiLanguageModel.from_pretrained(
+        str(checkpoint.parent), checkpoint.name, data_name_or_path=str(corpus), user_dir="fairseq_alibi"
+    )
+    text = "word1 word2 word3 word3"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert ids[0, 0] == (0 if more else 2)
+    scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(scores, hub.score(text)["positional_scores"], rtol=1e-4, atol=1e-4)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == text
+    assert model.generation_config.bos_token_id == ids[0, 0]
+    empty = model.generate(max_new_tokens=2, do_sample=False, eos_token_id=None)
+    assert empty[0, 0] == ids[0, 0], "a text from nothing begins so too"
+
+
+def test_an_export_that_scores_texts_otherwise_is_not_written(corpus, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenization_alibi.AlibiTokenizer, "words", lambda self, line: line.split()[::-1])
+    with pytest.raises(SystemExit, match=r"score the text .* differently"):
+        main(["export-hf", str(train(updates=3)), str(tmp_path / "out"), "--data", str(corpus)])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

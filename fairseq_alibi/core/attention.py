@@ -20,10 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import flex_attention, tiled_attention
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias
+from .flex_attention import block_attention, supports_flex
 from .kept import in_functional_transform
-from .tiled_attention import merge_padding_into_mask
+from .tiled_attention import (
+    flash_tiles,
+    merge_padding_into_mask,
+    recomputed_tiles,
+    supports_flash,
+    supports_recomputed,
+)
 
 
 class Kernel(NamedTuple):
@@ -113,9 +119,9 @@ KERNELS = (
     Kernel("explicit", is_transformed, explicit_attention),
     Kernel("mask", has_folded_mask, masked_attention),
     Kernel("causal", is_plainly_causal, causal_attention),
-    Kernel("flex", flex_attention.supports, flex_attention.block_attention),
-    Kernel("tiled", tiled_attention.supports_flash, tiled_attention.flash_tiles),
-    Kernel("recomputed", tiled_attention.supports_recomputed, tiled_attention.recomputed_tiles),
+    Kernel("flex", supports_flex, block_attention),
+    Kernel("tiled", supports_flash, flash_tiles),
+    Kernel("recomputed", supports_recomputed, recomputed_tiles),
 )
 
 

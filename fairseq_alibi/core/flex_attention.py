@@ -27,7 +27,7 @@ def kind_of(q: Tensor) -> tuple[str, torch.dtype, int]:
     return q.device.type, q.dtype, q.size(-1)
 
 
-def supports(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
+def supports_flex(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `block_attention` supports: a causal linear bias on a GPU, without dropout."""
     return (
         q.device.type == "cuda"

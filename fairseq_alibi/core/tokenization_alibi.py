@@ -30,25 +30,33 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: the types, a line each, by id.
         codes_file: BPE codes of subword-nmt; None for whole words.
         moses: whether lines are split into words by the Moses tokenizer; else at white space.
+        begin: the token in front of a text; `<s>` for a model that was trained with --add-bos-token.
     """
 
     vocab_files_names = {"vocab_file": "vocab.txt", "codes_file": "bpe.codes"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, codes_file: Optional[str] = None, moses: bool = False, **kwargs: Any):
+    def __init__(
+        self,
+        vocab_file: str,
+        codes_file: Optional[str] = None,
+        moses: bool = False,
+        begin: str = END,
+        **kwargs: Any,
+    ):
         self.vocab_file, self.codes_file = vocab_file, codes_file
         self.types = Path(vocab_file).read_bytes().decode().split("\n")  # no other line break than this one
         self.ids = {word: number for number, word in enumerate(self.types)}
-        self.moses = moses  # transformers saves what has an argument's name
+        self.moses, self.begin = moses, begin  # transformers saves what has an argument's name
         self.tokenizer, self.detokenizer = MosesTokenizer("en"), MosesDetokenizer("en")
         self.bpe = None
         if codes_file:
             with open(codes_file, encoding="utf-8") as codes:
                 self.bpe = BPE(codes, separator=SEPARATOR)
-        names = {"bos_token": END, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
+        names = {"bos_token": begin, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
         # not split at what looks like special tokens: in fairseq a text has none
         options = {"padding_side": "left", "split_special_tokens": True, **names, **kwargs}
-        super().__init__(moses=moses, **options)
+        super().__init__(moses=moses, begin=begin, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -100,16 +108,17 @@ class AlibiTokenizer(PreTrainedTokenizer):
         # A line end inside the text is text, and special only in front of it.
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
         if skip_special_tokens:
-            tokens = [token for token in tokens if token not in (BEGIN, PADDING)]
-            tokens = tokens[tokens[:1] == [END] :]
+            tokens = [token for token in tokens if token != PADDING]
+            tokens = tokens[tokens[:1] == [self.begin] :]
+            tokens = [token for token in tokens if token != BEGIN]
         return self.convert_tokens_to_string(tokens)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None
     ) -> list[int]:
-        """`</s>` in front of a text, and in front of the second one."""
-        end = [self.ids[END]]
-        return end + token_ids_0 + ([] if token_ids_1 is None else end + token_ids_1)
+        """The first token in front of a text, and in front of the second one."""
+        begin = [self.ids[self.begin]]
+        return begin + token_ids_0 + ([] if token_ids_1 is None else begin + token_ids_1)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> tuple[str, ...]:
         """Copies dictionary and codes into a folder; returns their paths there."""

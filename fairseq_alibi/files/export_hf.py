@@ -12,10 +12,13 @@ is written under a temporary name, read again, and gets its name once its log-pr
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from fairseq import tasks
 from fairseq.data import Dictionary
+from fairseq.dataclass.utils import overwrite_args_by_name
+from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
 
@@ -115,7 +118,38 @@ def largest_difference(exported: torch.nn.Module, model: BaseFairseqModel) -> fl
     return (ours - theirs).abs().max().item()
 
 
-def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
+def check_texts(folder: Path, model: BaseFairseqModel, cfg: Any) -> None:
+    """Checks that the exported model gives texts the scores and the continuations that they have in fairseq.
+
+    Args:
+        folder: The exported model and tokenizer.
+        model: fairseq's model.
+        cfg: fairseq's configuration, with the tokenizer and BPE of the data.
+
+    Raises:
+        ValueError: The ids, the scores or the continuation of a text differ.
+    """
+    from ..core.modeling_alibi import AlibiForCausalLM
+    from ..core.tokenization_alibi import AlibiTokenizer
+
+    exported, tokenizer = AlibiForCausalLM.from_pretrained(folder).eval(), AlibiTokenizer.from_pretrained(folder)
+    hub = GeneratorHubInterface(cfg, tasks.setup_task(cfg.task), [model])
+    text = " ".join([word for word in hub.src_dict.symbols[4:] if word.isalnum()][:12] or ["a"])
+    scores = hub.score(text)["positional_scores"]
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        log_probs = exported(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    if len(log_probs) != len(scores) or not (log_probs - scores).abs().max() <= TOLERANCE:
+        raise ValueError(f"the exported model and fairseq score the text '{text}' differently, so nothing was written")
+    longest = min(len(ids[0]) + 8, model.max_positions())
+    continued = exported.generate(ids, max_length=longest, do_sample=False, eos_token_id=None)
+    theirs = model.get_normalized_probs(model(continued), log_probs=True)[0, len(ids[0]) - 1 : -1]
+    chosen = theirs.gather(1, continued[0, len(ids[0]) :, None])[:, 0]
+    if len(chosen) and not (theirs.amax(1) - chosen).max() <= 2 * TOLERANCE:
+        raise ValueError(f"the exported model continues the text '{text}' in another way, so nothing was written")
+
+
+def export_tokenizer(dictionary: Dictionary, data: Path, out: Path, begin: Optional[int] = None) -> str:
     """Writes the tokenizer of a data folder, and returns a description of how it splits a text."""
     from ..core.tokenization_alibi import AlibiTokenizer
 
@@ -124,7 +158,8 @@ def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
         types = Path(folder) / AlibiTokenizer.vocab_files_names["vocab_file"]
         types.write_bytes("\n".join(dictionary.symbols).encode())
         moses = options["tokenizer"] == "moses"
-        AlibiTokenizer(str(types), options["bpe_codes"], moses).save_pretrained(out)
+        first = dictionary[dictionary.eos() if begin is None else begin]
+        AlibiTokenizer(str(types), options["bpe_codes"], moses, first).save_pretrained(out)
     return f"{'Moses tokens' if moses else 'white space'}{', BPE' if options['bpe'] else ''}"
 
 
@@ -163,20 +198,23 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
         exported.load_state_dict(exported_weights(model))
     except RuntimeError as error:  # torch lists every name, a line each
         raise ValueError(f"{checkpoint} has weights that the exported model lacks: {one_line(error)}") from error
-    end = model.decoder.dictionary.eos()
+    dictionary = model.decoder.dictionary
+    begin = dictionary.bos() if task.get("add_bos_token") else dictionary.eos()
     exported.generation_config = GenerationConfig(
-        bos_token_id=end, eos_token_id=end, pad_token_id=model.decoder.dictionary.pad()
+        bos_token_id=begin, eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
         partial = Path(folder) / out.name
         exported.save_pretrained(partial)
-        splits = export_tokenizer(model.decoder.dictionary, Path(data), partial)
+        splits = export_tokenizer(dictionary, Path(data), partial, begin)
         difference = largest_difference(AlibiForCausalLM.from_pretrained(partial).eval(), model)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"{checkpoint}: the exported model's log-probabilities differ from fairseq's by up to "
                 f"{difference:.2g}, so nothing was written"
             )
+        overwrite_args_by_name(state["cfg"], text_options(Path(data)))
+        check_texts(partial, model, state["cfg"])
         partial.replace(out)
     return f"tokenizer: {splits}\nlog-probabilities: those of fairseq, with differences up to {difference:.2g}"
