@@ -22,7 +22,7 @@ TYPE_CHECKING = False  # as type checkers understand it; `typing` takes time to 
 if TYPE_CHECKING:
     from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def register() -> None:

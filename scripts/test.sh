@@ -12,4 +12,4 @@ for argument in "$@"; do
   if [ "$argument" = --slow ]; then selection=(); else arguments+=("$argument"); fi
 done
 bash scripts/setup.sh
-"${VENV:-.venv}/bin/python" -m pytest --numprocesses auto ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+"${VENV:-.venv}/bin/python" -m pytest --numprocesses auto --dist worksteal ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -18,6 +18,7 @@ import threading
 import pytest
 import torch
 from fairseq.dataclass.configs import CheckpointConfig
+from forked import CONTEXT
 
 from fairseq_alibi.patches import restart
 
@@ -84,13 +85,11 @@ def train(arguments, output, after=None, do=None, delay=0.0, environment=()):
 @pytest.fixture(scope="module")
 def launch(corpus):
     """Starts a training run in a folder, see `train`; returns its process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fairseq_alibi", "fairseq_cli.train"])
 
     def run(folder, *more, **event):
         folder.mkdir(exist_ok=True)
         arguments = [str(corpus), *OPTIONS, f"--save-dir={folder}", f"--log-file={folder}/log", *more]
-        process = context.Process(target=train, args=(arguments, folder / "output"), kwargs=event)
+        process = CONTEXT.Process(target=train, args=(arguments, folder / "output"), kwargs=event)
         process.start()
         return process
 
@@ -169,9 +168,12 @@ def uninterrupted(start, tmp_path_factory):
     return folder
 
 
-def test_a_run_killed_twenty_times_ends_like_one_never_killed(start, uninterrupted, tmp_path):
+@pytest.mark.parametrize("deaths", [(1, 1, 1), pytest.param((12, 4, 4), marks=pytest.mark.slow)])
+def test_a_killed_run_ends_like_one_never_killed(start, uninterrupted, tmp_path, deaths):
+    """Killed at any moment, while a file is copied, and while one is saved, so many times each."""
     rng = random.Random(1)
-    ways = ["die"] * 12 + ["die while copying"] * 4 + ["die while saving"] * 4
+    kinds = ("die", "die while copying", "die while saving")
+    ways = [kind for kind, number in zip(kinds, deaths) for _ in range(number)]
     rng.shuffle(ways)
     for way in ways:
         status, output = start(tmp_path, after=rng.randint(6, 10), do=way, delay=rng.uniform(0, 0.03))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run
 
+from fairseq_alibi import __version__
 from fairseq_alibi.__main__ import COMMANDS
 
 #: The documents that tests run as they are written, in this order.
@@ -146,3 +147,13 @@ def test_what_a_document_refers_to_exists(document):
             assert name.endswith("/NAME.py") or (ROOT / name).exists(), name
     for subcommand in re.findall(r"fairseq-alibi ([a-z][\w-]+)", text):
         assert subcommand in COMMANDS, subcommand
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == __version__
+
+
+@pytest.mark.parametrize(("document", "limit"), [("README.md", 130), ("examples/language_model/README.md", 300)])
+def test_the_main_documents_are_short(document, limit):
+    assert len((ROOT / document).read_text().splitlines()) <= limit
