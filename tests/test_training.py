@@ -8,19 +8,22 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from fractions import Fraction
 
 import pytest
 import torch
-from fairseq.dataclass.configs import CheckpointConfig
+from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from forked import CONTEXT
+from omegaconf import OmegaConf
 
-from fairseq_alibi.patches import restart
+from fairseq_alibi.patches import restart, training_state
 
 #: Epochs have 82 updates, which neither the log interval nor the save interval divides.
 OPTIONS = ["--task=language_modeling", "--arch=alibi_lm_tiny", "--tokens-per-sample=32", "--max-tokens=256"]
@@ -67,6 +70,7 @@ def train(arguments, output, after=None, do=None, delay=0.0, environment=()):
         "die while copying": lambda: setattr(shutil, "copyfile", die_while_copying),
         "die while saving": lambda: setattr(torch, "save", die_while_saving),
         # As torchrun does: to the data loader's workers too, and not from their parent, whom they obey.
+        "fill the disk": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, resource.RLIM_INFINITY)),
         "stop": lambda: subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"]),
     }
     step, done = Trainer.train_step, []
@@ -221,6 +225,23 @@ def test_counters_that_fairseq_forgets_are_kept(start, tmp_path):
     assert state(killed)["optimizer_history"] == ours["optimizer_history"], "no further update"
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_was_saved(start, uninterrupted, tmp_path):
+    """A limit of the system on the size of files stands in for it. With room again the run resumes."""
+    status, output = start(tmp_path, "--max-update=118", after=8, do="fill the disk")
+    assert status == 1, output
+    line = output.splitlines()[-1]
+    assert line.startswith(
+        f"{tmp_path}/checkpoint_1_10.pt cannot be written (File too large); earlier checkpoints are kept"
+    )
+    assert line.endswith(f": make room in {tmp_path} and start the same command again")
+    assert "Traceback" not in output
+    assert not list(tmp_path.glob("*.tmp"))
+    assert state(tmp_path)["optimizer_history"][-1]["num_updates"] == 5
+    status, output = start(tmp_path)
+    assert status == 0, output
+    assert_same(tmp_path, uninterrupted)
+
+
 def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path):
     """As one has to be that was killed after its last checkpoint."""
     copy = shutil.copytree(uninterrupted, tmp_path / "copy")
@@ -347,6 +368,47 @@ def test_sigterm_says_that_nothing_is_saved(start, tmp_path):
     status, output = start(tmp_path, "--no-save", after=3, do="stop")
     assert status == 0, output
     assert "stopped by SIGTERM after 3 updates, but not saved (--no-save)" in output
+
+
+def test_a_checkpoint_that_is_refused_is_not_called_damaged_or_missing(folder):
+    """Its whole file calls code, so it is named with the reason, and nothing is begun anew."""
+    for path in folder.glob("*.pt"):
+        torch.save({"cfg": Fraction(1)}, path)
+    truncate(folder / "checkpoint_last.pt")
+    with pytest.raises(ValueError, match=r"no other checkpoint .* can be resumed from \(.* is refused, as it could"):
+        restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (
+            {"checkpoint.no_save_optimizer_state": True},
+            "--no-save-optimizer-state: the state of the optimizer is",
+        ),
+        ({"common.fp16": True}, "--fp16: the float32 copies"),
+        ({"common.fp16": True, "common.memory_efficient_fp16": True}, None),
+        ({"optimization.use_bmuf": True}, "--use-bmuf: the block momentum"),
+        ({"checkpoint.reset_optimizer": True}, "--reset-optimizer: the state of the optimizer is dropped"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_a_restart_loses_is_said(options, note):
+    cfg = OmegaConf.structured(FairseqConfig)
+    for name, value in options.items():
+        OmegaConf.update(cfg, name, value)
+    notes = training_state.inexact_options(cfg)
+    assert len(notes) == (note is not None)
+    assert all(f"a restart is not exact with {note}" in line for line in notes)
+
+
+def test_a_restore_file_beside_an_own_checkpoint_is_said(folder):
+    cfg = CheckpointConfig(save_dir=str(folder), restore_file=str(folder / "checkpoint_best.pt"))
+    note = training_state.restart_from_elsewhere(cfg)
+    assert f"to resume from {folder}/checkpoint_last.pt (118 updates) drop --restore-file" in note
+    for name in ("checkpoint_last.pt", str(folder / "checkpoint_last.pt")):
+        assert training_state.restart_from_elsewhere(CheckpointConfig(save_dir=str(folder), restore_file=name)) is None
 
 
 def test_two_processes_stop_together_and_go_on_from_the_same_checkpoint(start_two, tmp_path):

@@ -25,8 +25,8 @@ SILENCED_WARNINGS = {
     r"overflow encountered in scalar subtract": "fairseq/data/token_block_dataset.py: blocks of one token",
 }
 
-#: Element types of the numpy arrays and scalars that fairseq's metrics and meters hold.
-ARRAY_TYPES = (np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.float16, np.float32, np.float64)
+#: numpy's codes for the element types of the arrays and scalars that metrics hold: all numbers, and text.
+ARRAY_TYPES = "?bhilqBHILQefdgFDGSU"
 
 
 def silence_known_warnings() -> None:
@@ -50,6 +50,7 @@ def allow_fairseq_checkpoints() -> None:
             *((multiarray.scalar, f"{module}.multiarray.scalar") for module in modules),
             *((multiarray._reconstruct, f"{module}.multiarray._reconstruct") for module in modules),
             np.ndarray,
+            bytes,  # of an empty array
             np.dtype,
             *(type(np.dtype(kind)) for kind in ARRAY_TYPES),
             AverageMeter,

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.file_io import PathManager
@@ -32,21 +32,25 @@ def replaced_when_whole(path: str) -> Iterator[str]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer at a full disk
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
+        reason = reason_of(error)
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         folder = Path(path).parent
-        reason = getattr(error, "strerror", None) or full_disk_or(one_line(error), folder)
-        earlier = (folder / "checkpoint_last.pt").is_file()
-        kept = "the earlier checkpoint_last.pt is kept" if earlier else "nothing was saved before"
+        kept = "earlier checkpoints are kept" if any(folder.glob("checkpoint*.pt")) else "nothing was saved before"
         raise CommandError(
             f"{path} cannot be written ({reason}); {kept}: make room in {folder} and start the same command again"
         ) from error
 
 
-def full_disk_or(reason: str, folder: Path) -> str:
-    """Returns "no space left on device" where that is so, as torch's writer does not say it; else the reason."""
-    return "no space left on device" if shutil.disk_usage(folder).free < 2**20 else reason
+def reason_of(error: BaseException) -> str:
+    """Returns the message of the system's error, in whose handling torch's writer raises errors of its own."""
+    current: Optional[BaseException] = error
+    while current is not None:
+        if isinstance(current, OSError) and current.strerror:
+            return current.strerror
+        current = current.__context__
+    return one_line(error)
 
 
 def torch_persistent_save(obj: Any, filename: Any, async_write: bool = False) -> None:
