@@ -34,7 +34,7 @@ def test_metrics_of_every_type_are_read_back(tmp_path, name):
     value = VALUES[name]
     average = meters.AverageMeter()
     average.val = value
-    with metrics.aggregate("contents", new_root=True) as aggregator:
+    with metrics.aggregate(new_root=True) as aggregator:
         metrics.log_scalar("value", 1.0)
         aggregator["value"].sum = value
         state = {
