@@ -57,8 +57,8 @@ def test_a_lock_that_was_removed_while_it_was_awaited_is_taken_anew(owner, tmp_p
         return result
 
     monkeypatch.setattr(FileLock, "acquire", unlucky)
-    with locked(path):
-        assert lock_path.exists()
+    with locked(path), pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        locked(path).__enter__()
 
 
 def test_waiting_for_a_lock(owner, tmp_path):

@@ -126,3 +126,31 @@ def test_results_so_far_are_kept(corpus, checkpoint, tmp_path, capsys, monkeypat
     message = fails(capsys, "nonoverlapping", corpus, checkpoint, 32, 64, "--output", output, "--", "--cpu")
     assert message.endswith("failed at length 64, stride 64: out of memory with details")
     assert [result["length"] for result in json.loads(output.read_text())["results"]] == [32]
+
+
+def test_a_loss_beyond_every_perplexity_is_reported(monkeypatch):
+    monkeypatch.setattr(fairseq_eval_lm, "run_eval_lm", lambda arguments: (5000.0, 10))
+    settings = EvalLmSettings("data", "checkpoint", [(4, 4)])
+    assert fairseq_eval_lm.evaluate_windowing(settings, 4, 4, 10)["perplexity"] == math.inf
+
+
+def test_the_remedies_for_a_longest_sequence_and_for_other_models_work(corpus, train, tmp_path, capsys):
+    """What evaluate and eval-lm name, run as it stands."""
+    limited = train("--max-target-positions", 32, updates=1)
+    arguments = ("evaluate", corpus, limited, "--lengths", 64, "--output", tmp_path / "ours", "--cpu")
+    remedy = failure(capsys, main, *arguments).split("pass ")[1]
+    option, _, overrides = remedy.replace('"', "").replace("N}", "64}").partition(" ")
+    main([*map(str, arguments), option, overrides])
+    arguments = ("eval-lm", "nonoverlapping", corpus, limited, 64, "--output", tmp_path / "r.json", "--", "--cpu")
+    remedy = fails(capsys, *arguments[1:]).split("pass -- ")[1].split(")")[0]
+    option, _, overrides = remedy.replace('"', "").replace("N}", "64}").partition(" ")
+    main([*map(str, arguments), option, overrides])
+    (path,) = (tmp_path / "ours").iterdir()
+    losses = [json.loads(file.read_text())["results"][0]["loss"] for file in (path, tmp_path / "r.json")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    lstm = train(arch="lstm_lm", updates=1)
+    message = failure(capsys, main, "evaluate", corpus, lstm, "--lengths", 32, "--cpu")
+    assert "is no transformer: evaluate it with fairseq-alibi eval-lm" in message
+    output = tmp_path / "lstm.json"
+    main(["eval-lm", "nonoverlapping", str(corpus), str(lstm), "32", "--output", str(output), "--", "--cpu"])
+    assert json.loads(output.read_text())["results"][0]["length"] == 32

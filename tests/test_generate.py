@@ -90,7 +90,7 @@ def assert_same(ours, theirs):
 def passes(monkeypatch):
     """Lengths of the passes that any decoder's first layer makes: (rows, tokens)."""
     made = []
-    real = prompts.Decoder.extract_features_scriptable
+    real = prompts.AlibiDecoder.extract_features_scriptable
 
     def counted(self, prev_output_tokens, *args, **kwargs):
         hook = self.layers[0].register_forward_hook(
@@ -101,7 +101,7 @@ def passes(monkeypatch):
         finally:
             hook.remove()
 
-    monkeypatch.setattr(prompts.Decoder, "extract_features_scriptable", counted)
+    monkeypatch.setattr(prompts.AlibiDecoder, "extract_features_scriptable", counted)
     return made
 
 
@@ -152,9 +152,9 @@ def test_ensembles_with_other_models_are_fairseqs(task, build, models):
 @pytest.mark.parametrize("model", ["plain", "sinusoidal"])
 def test_a_prompt_is_read_in_one_pass_and_once_for_all_beams(task, models, passes, monkeypatch, model):
     reorders = []
-    real = prompts.Decoder.reorder_incremental_state_scripting
+    real = prompts.AlibiDecoder.reorder_incremental_state_scripting
     monkeypatch.setattr(
-        prompts.Decoder,
+        prompts.AlibiDecoder,
         "reorder_incremental_state_scripting",
         lambda self, state, order: reorders.append(order.tolist()) or real(self, state, order),
     )

@@ -32,6 +32,7 @@ from ..files.errors import one_line
 from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
 from .description import describe_evaluated, reading_options
+from .text import perplexity
 
 #: These options decide which tokens are scored with which context. This module sets them.
 FIXED_OPTIONS = (
@@ -212,7 +213,7 @@ def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expec
         "context_window": length - stride,
         "tokens": scored,
         "loss": loss,
-        "perplexity": 2**loss,
+        "perplexity": perplexity(loss),
         "seconds": round(time.perf_counter() - started, 2),
         "command": shlex.join(["fairseq-eval-lm", *arguments]),
     }

@@ -244,7 +244,7 @@ def prepare_model(model: BaseFairseqModel, length: int, extra: int = 0) -> None:
     masked = isinstance(model, RobertaModel)
     stack = model.encoder.sentence_encoder if masked else model.decoder
     if not isinstance(stack, (TransformerDecoderBase, TransformerEncoderBase)):
-        raise ValueError(f"{type(model).__name__} is no transformer: evaluate it with scripts/eval_nonoverlapping.sh")
+        raise ValueError(f"{type(model).__name__} is no transformer: evaluate it with fairseq-alibi eval-lm")
     longest, option = model.max_positions(), "max_positions" if masked else "max_target_positions"
     if length + extra > longest:
         raise ValueError(

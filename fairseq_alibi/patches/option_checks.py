@@ -29,6 +29,9 @@ def check_criterion(cfg: FairseqConfig) -> None:
     criterion = safe_getattr(cfg.criterion, "_name")
     adaptive, cutoff = criterion == "adaptive_loss", safe_getattr(cfg.model, "adaptive_softmax_cutoff")
     backend = cfg.distributed_training.ddp_backend
+    architecture = safe_getattr(cfg.model, "_name", None) or safe_getattr(cfg.model, "arch", None)
+    if str(architecture).startswith(("fconv", "lstm")):
+        cutoff = cutoff if adaptive else None  # these models of fairseq ignore the option for other criteria
     if cutoff is not None and not adaptive:
         raise CommandError(
             f"--criterion {criterion} cannot train an adaptive softmax (--adaptive-softmax-cutoff {cutoff}): pass "
