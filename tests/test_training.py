@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,27 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_saved(start, uninterrupted,
     status, output = start(tmp_path)
     assert status == 0, output
     assert_same(tmp_path, uninterrupted)
+
+
+def test_counters_of_loss_scaler_and_moving_average_are_kept():
+    """Without a GPU no run has a loss scaler, so objects with the same attributes stand in."""
+    import fairseq_cli.train  # noqa: F401
+
+    def run(number):
+        scaler = SimpleNamespace(**dict.fromkeys(training_state.SCALER_COUNTERS, number), loss_scale=2.0)
+        cfg = OmegaConf.structured(FairseqConfig)
+        cfg.ema.store_ema = True
+        optimizer, ema = SimpleNamespace(scaler=scaler), SimpleNamespace(update_freq_counter=number, decay=0.5)
+        return SimpleNamespace(cfg=cfg, optimizer=optimizer, ema=ema, lr_scheduler=None)
+
+    saved, restarted, reset = run(3), run(0), run(0)
+    state = training_state.collect_state(saved)
+    training_state.restore_state(restarted, state)
+    assert vars(restarted.optimizer.scaler) == vars(saved.optimizer.scaler)
+    assert restarted.ema == saved.ema
+    reset.cfg.checkpoint.reset_optimizer = True
+    training_state.restore_state(reset, state)
+    assert (reset.ema.update_freq_counter, reset.optimizer.scaler._iter) == (0, 0)
 
 
 def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path):
