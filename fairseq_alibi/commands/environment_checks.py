@@ -140,7 +140,7 @@ def check_distributed() -> str:
     return "gloo" + (" and nccl" if distributed.is_nccl_available() else "; no nccl, which GPUs would use")
 
 
-def check_text() -> str:
+def check_text_tools() -> str:
     """Tokenizes and detokenizes a text with Moses, and imports BPE."""
     import subword_nmt.apply_bpe  # noqa: F401
     from sacremoses import MosesDetokenizer, MosesTokenizer
@@ -216,7 +216,7 @@ PARTS = (
     Part("CPU", check_cpu),
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),
     Part("processes", check_distributed, "training in several processes"),
-    Part("text", check_text, "scripts/prepare_text.sh"),
+    Part("text", check_text_tools, "scripts/prepare_text.sh"),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
     Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", "pip install --force-reinstall fairscale"),
