@@ -136,7 +136,7 @@ PADDINGS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("method", BIASES)
 @pytest.mark.parametrize("side", PADDINGS)
-@pytest.mark.parametrize("times", [1, 90])
+@pytest.mark.parametrize("times", [1, 45])
 def test_padded_keys_are_not_seen(kernel, method, side, times):
     padding = torch.tensor(PADDINGS[side]).bool().repeat_interleave(times, dim=1)
     qkv = inputs(2, 12, 7 * times, 7 * times, torch.float32)
@@ -294,12 +294,12 @@ def test_tiles_of_encoders_hold_the_keys_on_both_sides_once(reaches):
 @pytest.mark.parametrize("form", ENCODER_FORMS)
 @pytest.mark.parametrize("kernel", ["tiled", "recomputed"])
 def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, kernel):
-    method, (q, k, v) = EncoderALiBi(12, form), inputs(1, 12, 1500, 1500, torch.float32)
+    method, (q, k, v) = EncoderALiBi(12, form), inputs(1, 12, 1000, 1000, torch.float32)
     of_pass = AttentionInputs(bias=LinearBias(*method.slopes()), causal=False)
     run = {"tiled": tiled_attention.flash_tiles, "recomputed": tiled_attention.recomputed_tiles}[kernel]
     found = run(q, k, v, of_pass)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    scores = exact[0] @ exact[1].transpose(2, 3) / 4 + reference.encoder_bias(12, 1500, form)
+    scores = exact[0] @ exact[1].transpose(2, 3) / 4 + reference.encoder_bias(12, 1000, form)
     expected = scores.softmax(-1) @ exact[2]
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     cotangent = torch.randn_like(expected)
@@ -308,7 +308,7 @@ def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, kernel):
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-4)
     _, cut = tiled_attention.plan_tiles(q, k, of_pass)
     read = sum((h.stop - h.start) * (t.stop - t.start) * (s.stop - s.start) for h, t, s in cut)
-    assert read < 0.8 * 12 * 1500**2
+    assert read < 0.8 * 12 * 1000**2
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 300), (700, 700)])
