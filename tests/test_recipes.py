@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import BIN, ROOT, run
 
-from fairseq_alibi.experiments.plan import read_config
+from fairseq_alibi.experiments.run_config import read_config
 
 #: Groups of a config of which one of several is chosen by `_name`.
 CHOSEN = ("optimizer", "lr_scheduler", "criterion")
