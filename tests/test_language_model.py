@@ -231,7 +231,7 @@ REFUSED = {
     "alibi_length_scale must be .* not long": ["--alibi-length-scale", "long"],
     "--attention-epsilon": ["--attention-epsilon", 1.5],
     "--quant-noise-scalar": ["--quant-noise-scalar", 0.5],
-    "--adaptive-input-cutoff": ["--adaptive-input"],
+    "--adaptive-input has several": ["--adaptive-input"],
     "adaptive_input_factor": [*ADAPTIVE, "--adaptive-input-factor", 2, "--tie-adaptive-weights"],
     "--tie-adaptive-weights": ["--tie-adaptive-weights"],
 }
