@@ -223,7 +223,7 @@ def test_no_limit_of_lengths_unless_given(build):
     assert min(limits()) > 10**9
     assert limits("--max-source-positions", 1024, "--max-target-positions", 30) == (1024, 30)
     assert limits("--position-method", "learned", "--max-source-positions", 50) == (50, 1024)
-    assert min(limits("--position-method", "sinusoidal")) == 100_000, "fairseq's limit of that embedding"
+    assert min(limits("--position-method", "sinusoidal")) > 10**9, "its table grows with the length"
 
 
 @pytest.mark.parametrize("name", ["transformer", "transformer_iwslt_de_en", "transformer_wmt_en_de_big"])

@@ -41,9 +41,12 @@ class AlibiEncoder(TransformerEncoder):
         super().__init__(args, dictionary, embed_tokens)
         self.position_method = position_method
         self.setup = AttentionSetup(position_method, attention_settings(args, causal=False))
-        width = int(args.encoder_embed_dim)
-        # Made last, so that the other weights start as with any method.
+        # Made last, so that the other weights start as with any method, but registered behind the token embeddings,
+        # because RoBERTa draws the initial values of all modules in their order.
+        width, later = int(args.encoder_embed_dim), list(self._modules)[list(self._modules).index("embed_tokens") + 1 :]
         self.embed_positions = position_method.position_embedding(width, args.max_source_positions, self.padding_idx)
+        for name in later:
+            self._modules[name] = self._modules.pop(name)
 
     def build_encoder_layer(self, args: Any) -> nn.Module:
         """See `TransformerEncoder.build_encoder_layer`."""
