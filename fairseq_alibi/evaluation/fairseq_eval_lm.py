@@ -31,6 +31,7 @@ from ..files.data_folders import read_dictionary, subset_tokens
 from ..files.errors import one_line
 from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
+from ..patches.patch import CommandError
 from .description import describe_evaluated, reading_options
 from .text import perplexity
 
@@ -51,6 +52,7 @@ class TokenCounter(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = self.tokens = 0
+        self.finished = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
@@ -61,7 +63,7 @@ class TokenCounter(logging.Handler):
         if blocks := re.search(r" ([\d,]+) examples$", str(record.msg)):
             self.blocks = int(blocks[1].replace(",", ""))
         if tokens := re.match(r"Evaluated ([\d,]+) tokens", str(record.msg)):
-            self.tokens = int(tokens[1].replace(",", ""))
+            self.tokens, self.finished = int(tokens[1].replace(",", "")), True
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,10 @@ def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
         passed_overrides(["--model-overrides", args.model_overrides])
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
+    except CommandError:
+        if not counter.finished:
+            raise
+        return 0.0, 0  # no token was scored, which the caller explains
     finally:
         logger.removeHandler(counter)
     # fairseq counts the <s> in front of each block, though it does not score it.
@@ -197,7 +203,8 @@ def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expec
     try:
         loss, scored = run_eval_lm(arguments)
     except (Exception, SystemExit) as error:  # fairseq raises errors of any kind, often over many lines
-        reason = "it refuses its arguments, see above" if isinstance(error, SystemExit) else one_line(error)
+        said = isinstance(error, SystemExit) and not isinstance(error, CommandError)
+        reason = "it refuses its arguments, see above" if said else one_line(error)
         raise ValueError(f"fairseq-eval-lm failed at length {length}, stride {stride}: {reason}") from error
     if scored != expected:
         raise ValueError(
