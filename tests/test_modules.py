@@ -7,7 +7,7 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi.core import Attention, EncoderALiBi, Sinusoidal, Transformer, position_methods
+from fairseq_alibi.core import Attention, EncoderALiBi, LayerOptions, Sinusoidal, Transformer, position_methods
 from fairseq_alibi.core.alibi import ENCODER_FORMS
 from fairseq_alibi.core.layers import Cache
 
@@ -89,7 +89,7 @@ def test_learned_slopes_start_from_the_fixed_ones_and_learn():
 
 @pytest.mark.parametrize("normalize_before", [True, False])
 def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(normalize_before):
-    decoder = Transformer(2, 96, 12, normalize_before=normalize_before).eval()
+    decoder = Transformer(2, 96, 12, options=LayerOptions(normalize_before=normalize_before)).eval()
     x, cache = torch.randn(2, 400, 96), Cache()
     parts = [decoder(part, cache=cache) for part in x.split([300, 1, 99], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), decoder(x), rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ def test_a_decoder_with_a_cache_gives_what_it_gives_at_once(normalize_before):
 def test_fairseqs_decoder_and_the_plain_one_are_the_same(build, method):
     """With the same weights, under the names that fairseq has for them."""
     model = build("alibi_lm_tiny", "--position-method", method)
-    plain = Transformer(2, 128, 8, 512, position_method=model.decoder.position_method).eval()
+    plain = Transformer(2, 128, 8, position_method=model.decoder.position_method).eval()
     weights = {name: value for name, value in model.decoder.state_dict().items() if name in plain.state_dict()}
     assert plain.load_state_dict(weights)
     tokens = random_tokens(model, 2, 300)

@@ -3,6 +3,7 @@
 from fairseq_alibi.core import ALiBi, Attention, Transformer
 """
 
+from .layers import LayerOptions
 from .methods import T5, ALiBi, EncoderALiBi, Learned, NoPositions, Rotary, Sinusoidal
 from .positions import PositionMethod, position_methods, register_position_method
 from .transformer import Attention, Transformer
@@ -12,6 +13,7 @@ __all__ = [
     "ALiBi",
     "Attention",
     "EncoderALiBi",
+    "LayerOptions",
     "Learned",
     "NoPositions",
     "PositionMethod",

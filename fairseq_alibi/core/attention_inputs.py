@@ -251,7 +251,8 @@ class AttentionSetup:
             whole = method.future_mask(keys, keys, device=device) if self.settings.causal else None
             return (method.full_mask(keys, device) if whole is None else whole).to(dtype)
 
-        if method.has_parameters or not KeptTensor.usable_with(x):
+        trained = next(method.parameters(), None) is not None  # its bias is another one in each pass
+        if trained or not KeptTensor.usable_with(x):
             return make()
         kept = self.kept_mask.get(device, dtype)
         if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):

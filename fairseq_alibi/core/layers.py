@@ -6,6 +6,7 @@ The models of fairseq in this package attend through the same `AttentionCore`.
 """
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
@@ -126,6 +127,26 @@ class SelfAttention(AttentionCore, nn.Module):
         return cache.update(k, v, self.layer)
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """How the layers of a stack compute.
+
+    Args:
+        ffn_dim: width of the feed-forward parts; None for 4 C.
+        activation: a function of torch.nn.functional, "relu" or "gelu".
+        normalize_before: whether the norm is in front of each part (pre-norm), not behind it.
+        dropout, attention_dropout, activation_dropout: in training, of the output of each part, of the attention
+            weights, and of the hidden units of the feed-forward parts.
+    """
+
+    ffn_dim: Optional[int] = None
+    activation: str = "relu"
+    normalize_before: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+
+
 class Layer(nn.Module):
     """A transformer layer: attention and feed-forward, each with a residual connection and a norm.
 
@@ -133,32 +154,18 @@ class Layer(nn.Module):
 
     Args:
         embed_dim, num_heads, layer: see `SelfAttention`.
-        ffn_dim: width of the feed-forward part.
-        activation: a function of torch.nn.functional, "relu" or "gelu".
-        normalize_before: whether the norm is in front of each part (pre-norm), not behind it.
-        dropout, attention_dropout, activation_dropout: in training, of the output of each part, of the attention
-            weights, and of the hidden units of the feed-forward part.
+        options: how it computes.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        ffn_dim: int,
-        activation: str = "relu",
-        normalize_before: bool = True,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        activation_dropout: float = 0.0,
-        layer: int = 0,
-    ):
+    def __init__(self, embed_dim: int, num_heads: int, options: LayerOptions, layer: int = 0):
         super().__init__()
-        self.self_attn = SelfAttention(embed_dim, num_heads, attention_dropout, layer)
+        ffn_dim = options.ffn_dim or 4 * embed_dim
+        self.self_attn = SelfAttention(embed_dim, num_heads, options.attention_dropout, layer)
         self.self_attn_layer_norm = nn.LayerNorm(embed_dim)
         self.fc1, self.fc2 = nn.Linear(embed_dim, ffn_dim), nn.Linear(ffn_dim, embed_dim)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
-        self.activation, self.normalize_before = getattr(F, activation), normalize_before
-        self.dropout, self.activation_dropout = nn.Dropout(dropout), nn.Dropout(activation_dropout)
+        self.activation, self.normalize_before = getattr(F, options.activation), options.normalize_before
+        self.dropout, self.activation_dropout = nn.Dropout(options.dropout), nn.Dropout(options.activation_dropout)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""

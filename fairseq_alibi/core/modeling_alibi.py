@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, BorrowedLinear, cross_entropies
 from .attention_inputs import EPSILON, AttentionInputs
 from .embeddings import token_positions
-from .layers import Layer, checkpoint_activations
+from .layers import Layer, LayerOptions, checkpoint_activations
 from .methods import ALiBi
 from .positions import position_methods
 from .transformer import Transformer
@@ -118,21 +118,18 @@ class ExportedDecoder(Transformer):
     def __init__(self, config: AlibiConfig):
         heads, width = config.decoder_attention_heads, config.decoder_embed_dim
         method = position_methods()[config.position_method].from_options(heads, width, config)
-        super().__init__(
-            config.decoder_layers,
-            width,
-            heads,
-            config.decoder_ffn_embed_dim,
-            position_method=method,
+        options = LayerOptions(
+            ffn_dim=config.decoder_ffn_embed_dim,
             activation=config.activation_fn,
             normalize_before=config.decoder_normalize_before,
-            final_norm=config.decoder_normalize_before and not config.no_decoder_final_norm,
             dropout=config.dropout,
             attention_dropout=config.attention_dropout,
             activation_dropout=config.activation_dropout,
-            attention=config.attention,
-            epsilon=config.attention_epsilon,
         )
+        super().__init__(config.decoder_layers, width, heads, True, method, options, config.attention)
+        self.setup.settings = dataclasses.replace(self.setup.settings, epsilon=config.attention_epsilon)
+        if config.no_decoder_final_norm:
+            self.layer_norm = None
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
         adaptive, reads = config.adaptive_input_cutoff is not None, config.decoder_input_dim

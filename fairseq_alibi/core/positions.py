@@ -47,30 +47,22 @@ class PositionMethod(nn.Module):
 
     #: Name in `--position-method`; `register_position_method` sets it.
     name: ClassVar[str] = ""
-
     #: A dataclass with the method's own options, or None. `fairseq-train --help` shows them. A field's metadata has
     #: "help" and, where only some values are allowed, "choices".
     options: ClassVar[Optional[type]] = None
-
     #: Whether `position_embedding` is added to the token embeddings.
     adds_embedding: ClassVar[bool] = False
-
     #: Whether token embeddings need their usual factor sqrt(C) beside the position embedding, even in RoBERTa.
     needs_scaled_tokens: ClassVar[bool] = False
-
     #: Whether `rotation` turns queries and keys.
     rotates: ClassVar[bool] = False
-
     #: Whether `query_scale` multiplies queries, and so the scores.
     scales_queries: ClassVar[bool] = False
-
     #: What is added to the scores: "none"; "linear": a slope per head times the distance (`slopes`); "distance": any
     #: function of the distance (`distance_bias`); "pair": anything else, which needs a mask (`pair_bias`).
     bias_kind: str = "none"
-
     #: Whether sequences longer than those of the training have no positions.
     limited_to_training_length: ClassVar[bool] = False
-
     #: Place in the paper's comparison past the training length, the best first (Press et al. 2022, figures 1 and 4).
     paper_rank: ClassVar[Optional[int]] = None
 
@@ -93,11 +85,6 @@ class PositionMethod(nn.Module):
     def has_distance_bias(self) -> bool:
         """Whether there is a bias and it depends on the distance alone, so that attention needs no mask."""
         return self.bias_kind in ("linear", "distance")
-
-    @property
-    def has_parameters(self) -> bool:
-        """Whether the method is trained, so that its bias changes."""
-        return next(self.parameters(), None) is not None
 
     def set_evaluation_length(self, length: int) -> None:
         """Adapts the method to the length of the windows, in tokens, that are evaluated next."""

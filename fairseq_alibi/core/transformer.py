@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .alibi import ALiBi, EncoderALiBi
 from .attention_inputs import EPSILON, AttentionInputs, AttentionSettings, AttentionSetup, TokenSpan
-from .layers import Layer, SelfAttention
+from .layers import Layer, LayerOptions, SelfAttention
 from .positions import PositionMethod
 
 
@@ -68,12 +68,10 @@ class Transformer(nn.Module):
         layers: number of layers.
         embed_dim: C.
         num_heads: H, divides C.
-        ffn_dim: width of the feed-forward parts; default 4 C.
         causal: whether a token sees none after it: a decoder; else an encoder.
         position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
-        activation, normalize_before, dropout, attention_dropout, activation_dropout: see `Layer`.
-        final_norm: whether a norm follows the last layer; default with `normalize_before`.
-        attention, epsilon: `kernel` and `epsilon` of `AttentionSettings`.
+        options: how the layers compute. A norm follows the last layer if `normalize_before`.
+        attention: `kernel` of `AttentionSettings`.
 
     Raises:
         ValueError: see `Attention`.
@@ -90,29 +88,17 @@ class Transformer(nn.Module):
         layers: int,
         embed_dim: int,
         num_heads: int,
-        ffn_dim: Optional[int] = None,
         causal: bool = True,
         position_method: Optional[PositionMethod] = None,
-        activation: str = "relu",
-        normalize_before: bool = True,
-        final_norm: Optional[bool] = None,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        activation_dropout: float = 0.0,
+        options: LayerOptions = LayerOptions(),  # noqa: B008, it cannot change
         attention: str = "auto",
-        epsilon: float = EPSILON,
     ):
         super().__init__()
-        dropouts = (dropout, attention_dropout, activation_dropout)
-        sizes = (embed_dim, num_heads, ffn_dim or 4 * embed_dim)
-        self.layers = nn.ModuleList(
-            self.layer_type(*sizes, activation, normalize_before, *dropouts, n) for n in range(layers)
-        )
+        self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, options, n) for n in range(layers))
         self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
-        settings = AttentionSettings(attention, epsilon, attention_dropout, causal)
+        settings = AttentionSettings(attention, dropout=options.attention_dropout, causal=causal)
         self.setup = AttentionSetup(self.position_method, settings)
-        final_norm = normalize_before if final_norm is None else final_norm
-        self.layer_norm = nn.LayerNorm(embed_dim) if final_norm else None
+        self.layer_norm = nn.LayerNorm(embed_dim) if options.normalize_before else None
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:
         """(B, T, C) -> (B, T, C).
