@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The claim of ALiBi in a few minutes on two CPU cores: trains two equal models, ALiBi and sinusoidal, on short sequences,
-# evaluates both on longer ones, and draws perplexity against length.
+# Shows the claim of ALiBi in a few minutes on two CPU cores: trains two equal models, ALiBi and sinusoidal, on short
+# sequences, evaluates both on longer ones, and draws perplexity against length.
 #
 #   bash scripts/quickstart.sh
 #   bash scripts/quickstart.sh --data data-bin/mine --train-length 256 --lengths "256 1024 4096" --updates 1000
@@ -9,6 +9,7 @@
 # Without --data it takes a corpus that every machine has: the source text of Python's standard library.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+arguments=("$@")
 data='' train_length=128 lengths='128 256 512 1024 2048' updates=600 output=results/quickstart
 while [ $# -gt 0 ]; do
   case $1 in
@@ -35,13 +36,18 @@ done
   exit 1
 }
 
-bash "$here/setup.sh"
+if [ -z "${QUICKSTART_LOCKED-}" ]; then # a second quickstart into the same folder is refused
+  bash "$here/setup.sh"
+  source "$here/environment.sh"
+  export QUICKSTART_LOCKED=1
+  exec python "$here/with_lock.py" "$output" bash "$here/quickstart.sh" ${arguments[@]+"${arguments[@]}"}
+fi
 source "$here/environment.sh"
 if [ -z "$data" ]; then
   data=$root/data-bin/builtin
   bash "$here/prepare_text.sh" "$data" --builtin
 fi
-if [ -e "$output" ]; then # never overwritten: the last results get the time at which they were made
+if [ -e "$output" ]; then # earlier results are kept, under the time at which they were made
   kept=$output-$(date -r "$output" +%Y%m%d-%H%M%S)
   mv "$output" "$kept"
   echo "quickstart: the results that were in $output are now in $kept"
@@ -50,15 +56,16 @@ mkdir -p "$output"
 
 # Both models at once, one thread each: as fast as two threads for one after the other, and steady on a busy machine.
 export OMP_NUM_THREADS=1
-both() { # both COMMAND: for alibi, whose progress bar is shown, and sinusoidal; ends with the log of what fails
+both() { # both COMMAND: runs it for alibi, whose progress bar is shown, and sinusoidal; prints the log of one that fails
   "$1" sinusoidal >>"$output/sinusoidal.log" 2>&1 &
   local other=$!
   "$1" alibi >>"$output/alibi.log" &
   local one=$!
-  trap 'kill $one $other 2>/dev/null || true; wait' EXIT # however this ends, nothing goes on behind it
+  trap 'kill $one $other 2>/dev/null || true; wait' EXIT # however this ends, no training is left running
+  trap 'exit 143' TERM
   wait $one || { tail -n 20 "$output/alibi.log" >&2; exit 1; }
   wait $other || { tail -n 20 "$output/sinusoidal.log" >&2; exit 1; }
-  trap - EXIT
+  trap - EXIT TERM
 }
 train() {
   local warmup=$((updates < 100 ? updates / 2 : 50))

@@ -27,7 +27,6 @@ from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPECo
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.data import download, wikitext103
 from fairseq_alibi.data.builtin_corpus import LEFT_OUT, write_builtin_corpus
-from fairseq_alibi.data.destination import work_folder
 
 ROOT = Path(__file__).parent.parent
 SPLITS = ("train", "valid", "test")
@@ -444,17 +443,22 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("data")]
 
 
-def test_second_run_at_the_same_time_is_refused(tmp_path):
+def test_second_run_at_the_same_time_is_refused(corpus, tmp_path, capsys):
+    """By the number of the first one's process; of a killed one nothing is left that blocks."""
     dest = tmp_path / "data"
     code = (
-        "import pathlib; from fairseq_alibi.data import destination\n"
-        f"with destination.work_folder(pathlib.Path({str(dest)!r})): pass"
+        "import os, pathlib, signal; from fairseq_alibi.data import destination\n"
+        f"with destination.work_folder(pathlib.Path({str(dest)!r})): print(os.getpid(), flush=True); signal.pause()"
     )
-    with work_folder(dest) as work:
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-        assert "another run is preparing" in result.stderr
-        assert work.is_dir()
-    assert list(tmp_path.iterdir()) == []
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with first:
+        pid = int(first.stdout.readline())
+        message = failure(capsys, "prepare-text", dest, *text_arguments(corpus), "--word-level")
+        assert f"{dest} is being written by process {pid}: wait for it" in message
+        assert (tmp_path / "data.partial" / "work").is_dir()
+        first.kill()
+    run("prepare-text", dest, *text_arguments(corpus), "--word-level")
+    assert {path.name for path in tmp_path.iterdir()} == {"data", *(path.name for path in corpus.values())}
 
 
 # The built-in corpus

@@ -11,6 +11,7 @@ from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
 from ..experiments.presets import BUILTIN, PRESETS
 from ..files.data_folders import read_dictionary, subset_tokens
+from ..files.locks import locked
 from .arguments import positive_integer, subset_name
 
 
@@ -50,8 +51,9 @@ def run(args: argparse.Namespace) -> None:
     read_dictionary(data)
     subset_tokens(data, args.subset)
     try:
-        run_comparison(comparison)
+        with locked(output):
+            run_comparison(comparison)
+            write_page(comparison)
     except KeyboardInterrupt:
         sys.exit("fairseq-alibi reproduce: interrupted; start the same command again, and it continues")
-    write_page(comparison)
     print(f"written to {output / 'results.md'}")

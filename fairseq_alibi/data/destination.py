@@ -6,7 +6,6 @@ it was made from.
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,10 +21,13 @@ from typing import Any
 from tabulate import tabulate
 
 from .. import __version__
+from ..files.locks import locked
 from ..files.results import naming
 from .binarize import SPLITS
 
 MARKER = "prepared.json"
+#: What a killed preparation leaves in DEST.partial; earlier releases had a lock file there.
+OWN_NAMES = {"work", "prepare_data.lock"}
 
 
 def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
@@ -73,29 +75,20 @@ def work_folder(destination: Path) -> Iterator[Path]:
     What a killed preparation left there is removed first.
 
     Raises:
-        ValueError: Another preparation uses DEST.partial, or it was not made by this module.
+        ValueError: Another process prepares DEST, or DEST.partial was not made by this module.
         OSError: The disk is full, or the folder cannot be made; names the destination.
     """
     partial = destination.with_name(destination.name + ".partial")
-    lock_path = partial / "prepare_data.lock"
-    with naming(destination):
-        if partial.exists() and any(partial.iterdir()) and not lock_path.exists():
+    with locked(destination), naming(destination), sigterm_raises_exit():
+        if partial.exists() and {path.name for path in partial.iterdir()} - OWN_NAMES:
             raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
-        partial.mkdir(parents=True, exist_ok=True)
-        lock_path.touch()
-    with open(lock_path, "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another run is preparing {destination}: wait for it or choose another DEST") from None
+        shutil.rmtree(partial, ignore_errors=True)
         try:
             work = partial / "work"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            with naming(destination), sigterm_raises_exit():
-                yield work
+            work.mkdir(parents=True)
+            yield work
         finally:
-            shutil.rmtree(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(data: Path, destination: Path, description: dict[str, Any], next_command: str) -> None:

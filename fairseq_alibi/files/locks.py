@@ -37,6 +37,7 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
     file = lock_path(path)
     with naming(path):
         file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()  # filelock takes a file that it cannot make for a lock that another process holds
     process = owner(file)  # before the attempt, as some releases of filelock empty the file
     lock = filelock.FileLock(file)
     try:
