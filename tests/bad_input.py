@@ -159,6 +159,9 @@ def texts(folder):
     (folder / "wiki-one" / "wiki.train.tokens").write_text(text)
     with zipfile.ZipFile(folder / "raw.zip", "w") as archive:
         archive.writestr("wikitext-103-raw/wiki.train.raw", text)
+    with zipfile.ZipFile(folder / "folders.zip", "w") as archive:
+        for split in ("train", "valid", "test"):
+            archive.writestr(f"wikitext-103/wiki.{split}.tokens/", "")
     (folder / "cut.zip").write_bytes((folder / "raw.zip").read_bytes()[:99])
     (folder / "other.partial").mkdir()
     (folder / "other.partial" / "thesis.tex").write_text("mine")

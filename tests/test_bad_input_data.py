@@ -24,6 +24,9 @@ TABLE = {
     f"prepare-text out {TEXT} --train pairless.txt": "too small to learn BPE: .*--word-level",
     "prepare-wikitext103 out --from nowhere": "--from nowhere: no such file or folder: name",
     "prepare-wikitext103 out --from raw.zip": "raw.zip holds 0 files wiki.train.tokens instead of one: name",
+    "prepare-wikitext103 out --from folders.zip": "folders.zip holds 0 files wiki.train.tokens instead of one: name",
+    f"prepare-text out {TEXT} --train /dev/zero": "/dev/zero is not a file: name",
+    "prepare-wikitext103 out --url file:///dev/zero": "file:///dev/zero .not an http, https or ftp address",
     "prepare-wikitext103 out --from cut.zip": "cut.zip is no readable zip archive .*: get it again",
     "prepare-wikitext103 out --from empty.txt": "empty.txt is no readable zip archive .*: get it again",
     "prepare-wikitext103 out --from wiki-one": "wiki-one/wiki.valid.tokens is not a file: name",
@@ -42,6 +45,8 @@ TABLE = {
     "prepare-text out --builtin --workers x": (2, "'x' is no such number"),
     "prepare-text out --builtin --bpe-merges -5": (2, "'-5' is no such number"),
     "prepare-text out --builtin --max-bytes 1000": "with --max-bytes 1000: raise it",
+    f"prepare-text out {TEXT} --workers 1000000000": "--workers 1000000000: each is a process, pass at most 1,024",
+    "prepare-wikitext103 out --from wiki --workers 1025": "--workers 1025: each is a process",
     # Options that contradict each other
     "prepare-text out --train good.txt": "give all of --train, --valid and --test, or --builtin alone",
     "prepare-text out --builtin --train good.txt": "or --builtin alone",

@@ -277,3 +277,12 @@ def test_command_line_is_quiet():
     done = run(sys.executable, "-m", "fairseq_alibi", "plan", "configs/wikitext103.yaml", "--gpu-memory", "40")
     assert done.output.startswith("parameters of")
     assert "Warning" not in done.output
+
+
+@pytest.mark.parametrize(("option", "message"), [("model.decoder_attention_heads=7", "num_heads"), ("types", "vocab")])
+def test_sizes_that_fairseq_asserts_are_refused_without_assertions(option, message, monkeypatch):
+    """As under `python -O`: the refusal does not come from fairseq."""
+    monkeypatch.setattr("fairseq_alibi.experiments.planned_run.build_model", lambda *_, **__: pytest.fail("too late"))
+    overrides = [*ADAPTIVE] if option == "types" else [option]
+    with pytest.raises(ValueError, match=f"the options make no model: .*{message}"):
+        planned(*overrides, types=150)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..data import builtin_corpus
-from ..data.binarize import SPLITS
+from ..data.binarize import SPLITS, check_workers
 from ..data.plain_text import MERGES, prepare_text
 from .arguments import positive_integer
 
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The arguments contradict each other, or see `prepare_text`.
     """
+    check_workers(args.workers)
     files = [split for split in SPLITS if getattr(args, split)]
     if len(files) != (0 if args.builtin else len(SPLITS)):
         raise ValueError("give all of --train, --valid and --test, or --builtin alone")

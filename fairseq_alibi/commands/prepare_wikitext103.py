@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..data.binarize import check_workers
 from ..data.wikitext103 import prepare_wikitext103
 from .arguments import positive_integer
 
@@ -24,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The arguments contradict each other, or see `prepare_wikitext103`.
     """
+    check_workers(args.workers)
     if args.source and args.urls:
         raise ValueError(f"--from {args.source} and --url {args.urls[0]} exclude each other: give one of them")
     prepare_wikitext103(args.dest.resolve(), args.source, args.urls, args.md5, args.workers)

@@ -108,7 +108,7 @@ class AttentionInputs:
         """Checks the inputs against each other."""
         for name in ("window", "cache"):
             if getattr(self, name) is not None and not self.causal:
-                raise ValueError(f"{name} needs causal=True: without it earlier tokens would see the new ones")
+                raise ValueError(f"a {name} needs causal=True: without it earlier tokens would see the new ones")
         if isinstance(self.bias, LinearBias) and self.causal != (self.bias.after is None):
             kind = "has none" if self.causal else "needs one"
             raise ValueError(f"causal={self.causal}: a linear bias then {kind} for the keys after a query")

@@ -139,8 +139,6 @@ def attention_inputs(
     Raises:
         ValueError: a cache of attention that is not causal, or padding of another length than all tokens.
     """
-    if cache is not None and not setup.settings.causal:
-        raise ValueError("a cache needs causal=True: without it the tokens before would see the new ones")
     earlier = 0 if cache is None else cache.get_seq_length()
     keys = earlier + x.size(1)
     if padding is not None and padding.shape != (x.size(0), keys):

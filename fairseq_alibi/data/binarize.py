@@ -17,6 +17,20 @@ SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20  # bytes of text in memory at a time
 
 
+#: Each worker is a process.
+MOST_WORKERS = 1024
+
+
+def check_workers(workers: int) -> None:
+    """Checks a number of processes.
+
+    Raises:
+        ValueError: It is absurd.
+    """
+    if workers > MOST_WORKERS:
+        raise ValueError(f"--workers {workers}: each is a process, pass at most {MOST_WORKERS:,}")
+
+
 class TextSummary(NamedTuple):
     """A checked text file: its number of lines and its SHA-256, hexadecimal."""
 

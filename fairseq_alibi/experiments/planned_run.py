@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.attention_inputs import TokenSpan
 from .layer_measurement import GpuKernels, SequenceCost, build_model, measure_sequence
-from .run_config import check_plannable
+from .run_config import check_plannable, check_sizes
 
 #: Blocks in an update; more cannot be planned.
 MOST_BLOCKS = 10**9
@@ -44,6 +44,7 @@ class PlannedRun:
 
     def __init__(self, cfg: DictConfig, dictionary: Dictionary):
         check_plannable(cfg)
+        check_sizes(cfg.model, len(dictionary))
         self.cfg, self.dictionary, self.layers = cfg, dictionary, int(cfg.model.decoder_layers)
         with torch.device("meta"):
             models = [build_model(cfg.model, dictionary, decoder_layers=layers) for layers in (1, 2)]

@@ -122,6 +122,25 @@ def find_dictionary(cfg: DictConfig, path: Path, types: Optional[int] = None) ->
     return made_up_dictionary(known)
 
 
+def check_sizes(model: DictConfig, types: int) -> None:
+    """Checks what fairseq only asserts, for `python -O` drops assertions.
+
+    Args:
+        model: Options of the model.
+        types: Of the vocabulary.
+
+    Raises:
+        ValueError: Names the option and its value.
+    """
+    width, heads = model.decoder_embed_dim, model.decoder_attention_heads
+    if width % heads:
+        raise ValueError(f"the options make no model: num_heads={heads} does not divide decoder_embed_dim={width}")
+    for option in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
+        cutoffs = str(model.get(option) or "")
+        if any(cutoff.isdecimal() and int(cutoff) > types for cutoff in cutoffs.split(",")):
+            raise ValueError(f"the options make no model: model.{option}={cutoffs} needs a vocabulary of more types")
+
+
 def check_plannable(cfg: DictConfig) -> None:
     """Checks that the planner knows the model and the options of a run.
 

@@ -56,9 +56,9 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     Raises:
         ValueError: A model has no such option.
     """
-    model = state["cfg"]["model"]
+    model, known = state["cfg"]["model"], language_model_config().__dataclass_fields__
     for name, value in overrides.items():
-        if name not in language_model_config().__dataclass_fields__ and not hasattr(model, name):
+        if name not in known and not hasattr(model, name):
             raise ValueError(f"a language model has no option '{name}' to override")
         if SIZE.fullmatch(str(name)) and value != getattr(model, name, value):
             raise ValueError(f"--model-overrides: {name} {value} does not fit the weights, drop it")
