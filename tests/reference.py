@@ -30,22 +30,44 @@ def turned(x):
     return x
 
 
-def attention(q, k, v, method="alibi", seen=None, window=math.inf, bucket_bias=None):
-    """softmax over the seen keys j <= i of q_i . k_j / sqrt(D) - m_h (i - j), and its product with v.
+def bias_by_distance(method, heads, distance, p=None):
+    """The bias of every head at distances (...) of at least 0: (H, ...); zeros for a method without one.
+
+    `p` has the parameters of a learned bias by name.
+    """
+    d = distance.double()
+
+    def of_heads(f):
+        return torch.stack([f(h).expand(d.shape) for h in range(heads)])
+
+    if method == "alibi":
+        m = p["log_slopes"].double().exp() if p and "log_slopes" in p else torch.tensor(slopes(heads)).double()
+        return of_heads(lambda h: -m[h] * d)
+    if method == "t5":
+        bucket = torch.tensor([t5_bucket(x) for x in range(int(d.max()) + 1)])[distance]
+        return of_heads(lambda h: p["bucket_bias"].double()[bucket, h])
+    if method == "sandwich":
+        cosines = sum((d / 10000 ** (2 * n / 128)).cos() for n in range(64))
+        return of_heads(lambda h: cosines / (8 * (h + 1) / heads))
+    if method in ("kerple", "kerple_power"):
+        first, second = p["parameters_of_heads"].double().clamp(min=0.01)
+        if method == "kerple":
+            return of_heads(lambda h: -first[h] * (1 + second[h] * d).log())
+        return of_heads(lambda h: -second[h] * d ** first[h].clamp(max=2))
+    return d.new_zeros(heads, *d.shape)
+
+
+def attention(q, k, v, method="alibi", seen=None, window=math.inf, parameters=None):
+    """softmax over the seen keys j <= i of q_i . k_j / sqrt(D) + bias, and its product with v.
 
     q (B, H, T, D); k, v (B, H, S, D); seen (B, S), False at padding; of the keys the last `window` ones alone. Rows
-    that see nothing are 0. `bucket_bias` is (32, H), of method t5.
+    that see nothing are 0. `parameters` are those of the method, see `bias_by_distance`.
     """
     q, k, v = q.double(), k.double(), v.double()
     heads, queries, keys = q.size(1), q.size(2), k.size(2)
-    i = torch.arange(keys - queries, keys)[:, None]
-    distance = i - torch.arange(keys)
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.size(-1))
-    if method == "alibi":
-        scores = scores - torch.tensor(slopes(heads), dtype=torch.float64)[:, None, None] * distance
-    if bucket_bias is not None:
-        bucket_of_distance = torch.tensor([t5_bucket(d) for d in range(keys)])
-        scores = scores + bucket_bias.double()[bucket_of_distance[distance.clamp(min=0)]].permute(2, 0, 1)
+    scores = scores + bias_by_distance(method, heads, distance.clamp(min=0), parameters)
     hidden = ((distance < 0) | (distance >= window)).expand(scores.shape)
     if seen is not None:
         hidden = hidden | ~seen[:, None, None, :]
@@ -72,7 +94,8 @@ def logits(model, tokens, window=math.inf):
     A token attends to the last `window` tokens, itself included.
     """
     p = {name.replace("decoder.", ""): value.double() for name, value in model.state_dict().items()}
-    method = type(model.decoder.position_method).__name__.lower()
+    method = model.decoder.position_method.name
+    parameters = {name.split(".")[1]: value for name, value in p.items() if name.startswith("position_method.")}
     heads, layers = model.decoder.layers[0].self_attn.num_heads, len(model.decoder.layers)
     width, length = p["embed_tokens.weight"].size(1), len(tokens)
 
@@ -92,11 +115,7 @@ def logits(model, tokens, window=math.inf):
         )
         if method == "rotary":
             q, k = turned(q), turned(k)
-        out = (
-            attention(q, k, v, method, window=window, bucket_bias=p.get("position_method.bucket_bias"))[0]
-            .transpose(0, 1)
-            .reshape(length, width)
-        )
+        out = attention(q, k, v, method, window=window, parameters=parameters)[0].transpose(0, 1).reshape(length, width)
         x = x + linear(out, f"{at}.self_attn.out_proj")
         h = norm(x, f"{at}.final_layer_norm")
         x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")

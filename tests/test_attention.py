@@ -22,7 +22,7 @@ from fairseq_alibi.core.attention_inputs import (
     NoBias,
     TokenSpan,
 )
-from fairseq_alibi.core.reach import reach
+from fairseq_alibi.core.reach import distance_reach, reach
 from fairseq_alibi.core.tiled_attention import tiles
 
 #: Those with a bias that needs no mask, and without one.
@@ -255,6 +255,30 @@ def test_what_is_skipped_depends_on_the_keys_around_their_mean():
     plain = reach(q, k, alibi_slopes(8))
     torch.testing.assert_close(reach(q, k + 50, alibi_slopes(8)), plain, rtol=1e-3, atol=1)
     assert (reach(q, k + 50 * torch.randn_like(k), alibi_slopes(8)) > 5 * plain).all()
+
+
+@pytest.mark.parametrize("name", ["kerple", "kerple_power", "sandwich", "t5", "alibi"])
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_keys_beyond_the_reach_of_any_bias_weigh_less_than_epsilon(name, scale):
+    """In float64, for each head; where nothing may be skipped the reach holds all keys."""
+    torch.manual_seed(2)
+    length, epsilon, method = 1500, 1e-5, position_methods()[name](4)
+    for parameter in method.parameters():
+        torch.nn.init.uniform_(parameter, 1, 6)
+    q, k = (scale * torch.randn(1, 4, length, 16) for _ in range(2))
+    bias = method.distance_bias(torch.arange(length)).detach()
+    reaches = distance_reach(q, k, bias[:, 1:], bias[:, 0], epsilon)
+    if name == "alibi":
+        torch.testing.assert_close(
+            reaches, reach(q, k, method.slopes()[0], epsilon).clamp(max=length - 1), rtol=1e-6, atol=1
+        )
+    distance = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
+    scores = (q.double() @ k.double().transpose(2, 3) / 4 + bias.double()[:, distance])[0]
+    weights = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf).softmax(-1)
+    for head, farthest in enumerate(reaches.tolist()):
+        beyond = weights[head].masked_fill(distance <= farthest, 0).sum(-1)
+        assert beyond.max() <= epsilon
+    assert reaches.min() < length / 2 or name in ("sandwich", "t5"), "something is skipped"
 
 
 def test_skipping_is_turned_off_by_an_epsilon_of_0():

@@ -227,7 +227,7 @@ def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, 
         "t5": ["--adaptive-softmax-cutoff", "10,20", "--activation-fn", "gelu"],
         "learned": ["--adaptive-input", *WIKI103[-4:], "--tie-adaptive-weights", "--max-target-positions", 400],
         "none": ["--adaptive-input", "--adaptive-input-cutoff", "10", "--decoder-normalize-before"],
-    }[method]
+    }.get(method, ["--share-decoder-input-output-embed"])
     sizes = ["--decoder-layers", 2, "--decoder-embed-dim", 64, "--decoder-ffn-embed-dim", 64]
     if "--decoder-input-dim" not in form:
         sizes += ["--decoder-input-dim", 64, "--decoder-output-dim", 64]

@@ -27,27 +27,27 @@ def registry():
 
 
 @pytest.fixture
-def kerple(registry, monkeypatch):
+def gaussian(registry, monkeypatch):
     """The example, imported as `--user-dir` imports it."""
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     import position_method
 
-    return position_method.Kerple
+    return position_method.Gaussian
 
 
-def test_the_example_has_the_bias_of_its_formula_and_learns(kerple):
-    method = kerple(3, start=0.5)
+def test_the_example_has_the_bias_of_its_formula_and_learns(gaussian):
+    method = gaussian(3, width=1.5)
     distance = torch.arange(-2, 5)
-    expected = [[-0.5 * math.log1p(0.5 * max(0, d)) for d in distance.tolist()]] * 3
+    expected = [[-d * d / 2 / 1.5**2 for d in distance.tolist()]] * 3
     torch.testing.assert_close(method.distance_bias(distance), torch.tensor(expected))
     method.distance_bias(distance).sum().backward()
-    assert (method.log_parameters.grad != 0).all()
+    assert (method.log_width.grad != 0).all()
 
 
 @pytest.mark.parametrize("attention", ["mask", "fused"])
-def test_the_example_is_an_option_of_the_model_decodes_and_is_checked(kerple, build, attention):
+def test_the_example_is_an_option_of_the_model_decodes_and_is_checked(gaussian, build, attention):
     """It is registered after the models of fairseq were."""
-    arguments = ["--position-method", "kerple", "--kerple-start", 2, "--attention", attention]
+    arguments = ["--position-method", "gaussian", "--gaussian-width", 9, "--attention", attention]
     model = build("alibi_lm_tiny", *arguments, "--tokens-per-sample", 16)
     assert model.decoder.position_method.num_heads == 8
     tokens, state = random_tokens(model, 2, 300), {}
@@ -56,12 +56,12 @@ def test_the_example_is_an_option_of_the_model_decodes_and_is_checked(kerple, bu
         steps = [model.decoder(tokens[:, :read], incremental_state=state)[0][:, -1] for read in (290, 291, 300)]
     for step, position in zip(steps, (289, 290, 299)):
         torch.testing.assert_close(step, expected[:, position], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="--kerple-start must be above 0, not -1"):
-        build("alibi_lm_tiny", "--position-method", "kerple", "--kerple-start", -1)
-    with pytest.raises(ValueError, match=r"--kerple-start 2.0 is for --position-method kerple, not alibi"):
-        build("alibi_lm_tiny", "--kerple-start", 2)
+    with pytest.raises(ValueError, match="--gaussian-width must be above 0, not -1"):
+        build("alibi_lm_tiny", "--position-method", "gaussian", "--gaussian-width", -1)
+    with pytest.raises(ValueError, match=r"--gaussian-width 2.0 is for --position-method gaussian, not alibi"):
+        build("alibi_lm_tiny", "--gaussian-width", 2)
     with pytest.raises(SystemExit):  # argparse: the encoder has no such method
-        build("alibi_masked_lm_tiny", "--position-method", "kerple", task="masked_lm")
+        build("alibi_masked_lm_tiny", "--position-method", "gaussian", task="masked_lm")
 
 
 def test_a_method_registered_before_fairseq_is_imported_is_there(tmp_path):
@@ -73,7 +73,7 @@ assert "fairseq" not in sys.modules
 import fairseq
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 option = MODEL_DATACLASS_REGISTRY["alibi_lm"].__dataclass_fields__["position_method"]
-assert "kerple" in [choice.value for choice in option.type]
+assert "gaussian" in [choice.value for choice in option.type]
 """
     run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=ROOT)
 
@@ -82,24 +82,24 @@ assert "kerple" in [choice.value for choice in option.type]
 def test_the_example_of_the_readme_trains_evaluates_decodes_and_is_not_exported(corpus, tmp_path):
     """Each command of fairseq and of ours, in processes of their own, as a reader types them."""
     here = ["--user-dir", "examples/position_method"]
-    model = ["--task", "language_modeling", "--arch", "alibi_lm_tiny", "--position-method", "kerple"]
+    model = ["--task", "language_modeling", "--arch", "alibi_lm_tiny", "--position-method", "gaussian"]
     sizes = ["--tokens-per-sample", 32, "--max-tokens", 256, "--max-update", 3, "--optimizer", "adam", "--cpu"]
     help_text = run(BIN / "fairseq-train", "--help", *here, *model).output
-    assert "--kerple-start" in help_text
-    run(BIN / "fairseq-train", corpus, *here, *model, *sizes, "--save-dir", tmp_path, "--kerple-start", 0.5)
+    assert "--gaussian-width" in help_text
+    run(BIN / "fairseq-train", corpus, *here, *model, *sizes, "--save-dir", tmp_path, "--gaussian-width", 20)
     checkpoint = tmp_path / "checkpoint_last.pt"
-    state = torch.load(checkpoint)["model"]["decoder.position_method.log_parameters"]
-    assert not torch.equal(state, torch.full_like(state, math.log(0.5))), "they are trained"
+    state = torch.load(checkpoint)["model"]["decoder.position_method.log_width"]
+    assert not torch.equal(state, torch.full_like(state, math.log(20))), "they are trained"
     evaluation = [corpus, *here, "--path", checkpoint, "--gen-subset", "valid", "--tokens-per-sample", 128, "--cpu"]
     assert "Perplexity" in run(BIN / "fairseq-eval-lm", *evaluation).output
     (tmp_path / "in").write_text("word1 word2\n")
     decoding = ["--task", "language_modeling", "--path", checkpoint, "--beam", 2, "--input", tmp_path / "in", "--cpu"]
     assert "H-0" in run(BIN / "fairseq-interactive", corpus, *here, *decoding).output
     ours = run(BIN / "fairseq-alibi", "evaluate", corpus, checkpoint, *here, "--lengths", "32,128", "--cpu").output
-    assert "kerple, trained on 32 tokens" in ours
+    assert "gaussian, trained on 32 tokens" in ours
     refused = run(BIN / "fairseq-alibi", "export-hf", checkpoint, tmp_path / "out", *here, check=False)
     assert refused.returncode == 1
-    assert "kerple" in refused.output.splitlines()[-1]
+    assert "gaussian" in refused.output.splitlines()[-1]
     unknown = run(BIN / "fairseq-alibi", "evaluate", corpus, checkpoint, "--cpu", check=False)
     assert unknown.returncode == 1
     assert "--user-dir" in unknown.output.splitlines()[-1]

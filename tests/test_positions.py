@@ -8,6 +8,7 @@ import torch
 
 from fairseq_alibi.core import T5, ALiBi, Rotary, position_methods
 from fairseq_alibi.core.alibi import alibi_slopes
+from fairseq_alibi.core.kerple import Kerple
 from fairseq_alibi.core.rotary import rotate
 
 HEADS = range(1, 65)
@@ -71,7 +72,7 @@ def test_last_rows_of_a_mask_are_the_mask_of_the_last_queries(method):
         torch.nn.init.normal_(parameter)
     whole = position_method.future_mask(50, 50)
     for queries in (1, 7, 50):
-        assert torch.equal(position_method.future_mask(queries, 50), whole[:, -queries:])
+        torch.testing.assert_close(position_method.future_mask(queries, 50), whole[:, -queries:], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("method", ["sinusoidal", "rotary", "learned", "none"])
@@ -90,7 +91,11 @@ def test_near_tokens_are_exact_in_half_precision_at_any_position(dtype):
 
 def test_only_learned_biases_are_in_a_checkpoint():
     found = {name: list(method(8).state_dict()) for name, method in position_methods().items()}
-    assert {name: keys for name, keys in found.items() if keys} == {"t5": ["bucket_bias"]}
+    assert {name: keys for name, keys in found.items() if keys} == {
+        "t5": ["bucket_bias"],
+        "kerple": ["parameters_of_heads"],
+        "kerple_power": ["parameters_of_heads"],
+    }
 
 
 def test_buckets_of_t5():
@@ -116,6 +121,52 @@ def test_bias_of_t5_and_its_gradient(queries, keys):
     cotangent = torch.randn_like(bias)
     ours, theirs = (torch.autograd.grad(x, method.bucket_bias, cotangent)[0] for x in (bias, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+BY_DISTANCE = {
+    **{name: method for name, method in position_methods().items() if method.bias_kind == "distance"},
+    "alibi": lambda heads: ALiBi(heads, learned=True),
+}
+
+
+@pytest.mark.parametrize("name", BY_DISTANCE)
+def test_bias_by_distance_and_its_gradient_follow_the_formula(name):
+    """Far distances too; parameters outside of their range count as its end, and have a gradient all the same."""
+    method = BY_DISTANCE[name](3)
+    if name.startswith("kerple"):
+        with torch.no_grad():
+            method.parameters_of_heads[:, 1] = torch.tensor([5.0, -1.0])
+    distance = torch.cat([torch.arange(300), torch.tensor([5_000, 70_000])])
+    bias = method.distance_bias(distance)
+    parameters = {key: value.detach().requires_grad_() for key, value in method.named_parameters()}
+    expected = reference.bias_by_distance(name, 3, distance, parameters)
+    torch.testing.assert_close(bias.double(), expected, rtol=1e-5, atol=1e-5)
+    for key, parameter in method.named_parameters():
+        (ours,) = torch.autograd.grad(bias[:, :300].sum(), parameter, retain_graph=True)
+        (theirs,) = torch.autograd.grad(expected[:, :300].sum(), parameters[key], retain_graph=True)
+        assert ours.isfinite().all()
+        assert (ours != 0).all()
+        inside = theirs != 0  # the formula's derivative ends with the range
+        torch.testing.assert_close(ours[inside], theirs[inside], rtol=1e-4, atol=1e-3)
+
+
+def test_parameters_of_kerple_start_uniform_by_the_seed_and_leave_the_generator_as_it_was():
+    torch.manual_seed(5)
+    first, drawn = Kerple(4000).parameters_of_heads, torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(Kerple(4000).parameters_of_heads, first)
+    torch.testing.assert_close(first.amax(1), torch.tensor([2.0, 1.0]), rtol=0.01, atol=0)
+    torch.testing.assert_close(first.mean(1), torch.tensor([1.0, 0.5]), rtol=0.05, atol=0)
+    torch.manual_seed(6)
+    assert not torch.equal(Kerple(4000).parameters_of_heads, first)
+
+
+def test_learned_slopes_of_a_decoder_start_from_the_fixed_ones():
+    for heads in (None, 5):
+        learned, fixed = ALiBi(8, heads=heads, learned=True), ALiBi(8, heads=heads)
+        torch.testing.assert_close(learned.slopes()[0], fixed.slopes()[0])
+    assert list(learned.state_dict()) == ["log_slopes"]
 
 
 def test_rotary_turns_pairs_of_dimensions_and_scores_depend_on_distance():

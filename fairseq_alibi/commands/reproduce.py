@@ -5,7 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..core import position_methods
+from ..core.methods import COMPARED
+from ..core.positions import position_methods
 from ..data.builtin_corpus import prepare_builtin
 from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
     add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
-    add("--methods", nargs="+", choices=list(position_methods()), default=list(position_methods()), metavar="METHOD")
+    add("--methods", nargs="+", choices=list(position_methods()), default=list(COMPARED), metavar="METHOD")
     add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; finished steps there are kept")
     add("--launch", action="store_true", help="run the commands of the preset paper, which are printed otherwise")
     add("--cpu", action="store_true", help="do not use the GPU")

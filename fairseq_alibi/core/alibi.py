@@ -98,13 +98,18 @@ class ALiBiOptions:
             "have one)"
         },
     )
+    alibi_learned_slopes: bool = field(
+        default=False,
+        metadata={"help": "learn the slopes: those of a language model, or of an encoder with the bias two_slopes"},
+    )
 
 
 @register_position_method("alibi", stacks=(DECODER,))
 class ALiBi(PositionMethod):
     """Attention with linear biases: -m_h * (i - j) is added to the score of query i against key j <= i.
 
-    No parameter, no buffer, no embedding, no longest length (Press et al. 2022, section 3). The bias is computed from
+    No buffer, no embedding, no longest length, and no parameter unless the slopes are learned (Press et al. 2022,
+    section 3; with learned slopes models extrapolate worse, as it says). The bias is computed from
     distances, not as one vector m_h * j per head: the two differ by a constant per row, which softmax ignores, but
     distances keep the numbers of near tokens small and so exact in half precision too.
 
@@ -114,6 +119,8 @@ class ALiBi(PositionMethod):
         length_scale, training_length: see `ScaledSlopes`.
         heads: number of heads with a bias, the first ones, with the slopes of a model of that many; None for all. The
             others have slope 0, which is no bias.
+        learned: whether the slopes are parameters, as logarithms, that start from the fixed ones. A slope stays above
+            0, so the bias falls without end and `reach` holds as it is.
 
     Raises:
         ValueError: see `alibi_slopes` and `ScaledSlopes`, or more heads than there are.
@@ -130,6 +137,7 @@ class ALiBi(PositionMethod):
         length_scale: Union[float, str] = 1.0,
         training_length: Optional[int] = None,
         heads: Optional[int] = None,
+        learned: bool = False,
     ):
         super().__init__(num_heads)
         heads = num_heads if heads is None else heads
@@ -137,12 +145,14 @@ class ALiBi(PositionMethod):
             raise ValueError(f"alibi_heads must be from 1 to the number of heads, {num_heads}, not {heads}")
         unscaled = F.pad(alibi_slopes(heads, max_bias), (0, num_heads - heads))
         self.fixed = ScaledSlopes(unscaled, length_scale, training_length)  # no buffer: not part of a checkpoint
+        self.log_slopes = nn.Parameter(alibi_slopes(heads, max_bias).log().float()) if learned else None
 
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "ALiBi":
         """See `PositionMethod.from_options`."""
         scale, length = options.alibi_length_scale, options.tokens_per_sample
-        return cls(num_heads, options.alibi_max_bias, scale, length, options.alibi_heads)
+        learned = getattr(options, "alibi_learned_slopes", False)  # exported models of before lack it
+        return cls(num_heads, options.alibi_max_bias, scale, length, options.alibi_heads, learned)
 
     def set_evaluation_length(self, length: int) -> None:
         """See `ScaledSlopes.set_evaluation_length`."""
@@ -150,7 +160,9 @@ class ALiBi(PositionMethod):
 
     def slopes(self, device: Optional[torch.device] = None) -> tuple[Tensor, Optional[Tensor]]:
         """See `PositionMethod.slopes`; keys after the query are not seen."""
-        return self.fixed.values(device), None
+        if self.log_slopes is None:
+            return self.fixed.values(device), None
+        return F.pad(self.log_slopes.float().exp() / self.fixed.scale, (0, self.num_heads - len(self.log_slopes))), None
 
 
 #: The three forms of the bias for keys on both sides, which the authors describe (their repository, issue 5).
@@ -173,7 +185,9 @@ class EncoderALiBiOptions:
             "see what is before, half what is after; two_slopes: each head has a slope for either side",
         },
     )
-    alibi_learned_slopes: bool = field(default=False, metadata={"help": "learn the slopes of two_slopes"})
+    alibi_learned_slopes: bool = field(
+        default=False, metadata=ALiBiOptions.__dataclass_fields__["alibi_learned_slopes"].metadata
+    )
 
 
 @register_position_method("alibi", stacks=(ENCODER,))
@@ -225,7 +239,6 @@ class EncoderALiBi(PositionMethod):
             self.slope_logits = nn.Parameter(torch.empty(2, num_heads))
             with torch.no_grad():
                 self.slope_logits.copy_(pairs(self.fixed.unscaled).logit())
-            self.bias_kind = "distance"  # a linear bias is given as numbers, through which no gradient flows
 
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "EncoderALiBi":

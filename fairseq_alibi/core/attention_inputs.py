@@ -234,7 +234,9 @@ class AttentionSetup:
         if self.method.bias_kind == "none":
             return NoBias()
         if self.method.bias_kind == "linear":
-            return LinearBias(*self.method.slopes(device))
+            before, after = self.method.slopes(device)
+            if not before.requires_grad:  # gradients of slopes flow through a bias by distance
+                return LinearBias(before, after)
         distance = torch.arange(1 - span.queries, span.keys, device=device)
         values = self.method.distance_bias(distance)
         return DistanceBias(values.masked_fill(distance < 0, -math.inf) if self.settings.causal else values)

@@ -5,7 +5,24 @@ transformers copies the files of an exported model that are imported by name, so
 
 from .alibi import ALiBi, EncoderALiBi
 from .embeddings import Learned, NoPositions, Sinusoidal
+from .kerple import Kerple, KerplePower
 from .rotary import Rotary
+from .sandwich import Sandwich
 from .t5 import T5
 
-__all__ = ["T5", "ALiBi", "EncoderALiBi", "Learned", "NoPositions", "Rotary", "Sinusoidal"]
+#: The methods that `fairseq-alibi reproduce` compares unless it is given others.
+COMPARED = ("alibi", "sinusoidal", "learned", "none", "rotary", "t5")
+
+__all__ = [
+    "COMPARED",
+    "T5",
+    "ALiBi",
+    "EncoderALiBi",
+    "Kerple",
+    "KerplePower",
+    "Learned",
+    "NoPositions",
+    "Rotary",
+    "Sandwich",
+    "Sinusoidal",
+]

@@ -1,4 +1,4 @@
-"""How far a head can see: the distance beyond which a linear bias leaves keys no weight.
+"""How far a head can see: the distance beyond which its bias leaves keys no weight.
 
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 """
@@ -40,11 +40,38 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     m = slopes.cpu().double()
     if epsilon <= 0:
         return torch.full_like(m, math.inf).masked_fill(m.isinf(), 0)
+    e = score_excess(q, k).amax((0, 2)).cpu().double()
+    x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
+    return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
+
+
+def distance_reach(q: Tensor, k: Tensor, bias: Tensor, own: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """`reach` for a bias that is any function b of the distance.
+
+    With e as in `reach`, key j at distance d weighs against key i itself w_j / w_i <= exp(e + b(d) - b(0)). So the keys
+    beyond x weigh together at most the sum of exp(e + b(d) - b(0)) over the given distances d > x. That sum is computed
+    as it stands: nothing is assumed of b, which need not fall.
+
+    Args:
+        q, k: see `reach`.
+        bias: (H, N), b at the distances 1, ..., N.
+        own: (H,), b at distance 0.
+        epsilon: see `reach`.
+
+    Returns:
+        (H,) float64 on the CPU: whole distances, N at most; infinite if nothing may be skipped.
+    """
+    if epsilon <= 0 or bias.size(1) == 0:
+        return torch.full(own.shape, math.inf, dtype=torch.float64, device="cpu")
+    e = score_excess(q, k).amax((0, 2)).cpu().double()
+    tails = (bias - own[:, None]).cpu().double().flip(1).logcumsumexp(1).flip(1)
+    return (~(e[:, None] + tails <= math.log(epsilon))).sum(1).double()
+
+
+def score_excess(q: Tensor, k: Tensor) -> Tensor:
+    """Most by which a query's score against any key exceeds that against its own: (B, H, T) float32, see `reach`."""
     q, k = q.float(), k.float()
     k = k - k.mean(dim=2, keepdim=True)
     largest = torch.linalg.vector_norm(k, dim=-1).amax(2, keepdim=True)
     bound = 1.001 * torch.linalg.vector_norm(q, dim=-1) * largest  # 0.1% for rounding
-    own = (q * k[:, :, -q.size(2) :]).sum(-1)
-    e = (bound - own).amax((0, 2)).cpu().double() * q.size(-1) ** -0.5
-    x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
-    return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
+    return (bound - (q * k[:, :, -q.size(2) :]).sum(-1)) * q.size(-1) ** -0.5

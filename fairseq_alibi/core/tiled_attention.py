@@ -2,8 +2,8 @@
 
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 
-Queries go in chunks, and one vector, with a number for each distance, serves as the bias of all chunks. Where the bias
-is linear, each head reads only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash
+Queries go in chunks, and one vector, with a number for each distance, serves as the bias of all chunks. Each head reads
+only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash
 kernel, which is a private function. `recomputed_tiles` is the public way: it serves dropout, gradients of the bias,
 other devices, and a PyTorch whose private function is gone or has changed.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias
 from .positions import linear_bias
-from .reach import reach
+from .reach import distance_reach, reach
 
 #: Queries in a tile, by how far its heads reach.
 CHUNKS = (256, 512, 1024)
@@ -130,8 +130,12 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
     if isinstance(bias, DistanceBias):
         first = 1 - query_length
         vector = bias.values.expand(heads, -1)[:, first - key_length :].to(dtype)
-        back = torch.full((heads,), window - 1.0)
-        ahead = torch.where(vector[:, : query_length - 1].isneginf().all(1), 0.0, math.inf)
+        parts = vector.detach().split([query_length - 1, 1, key_length - 1], dim=1)
+        back, ahead = (
+            distance_reach(q.detach(), k.detach(), part, parts[1][:, 0], epsilon if inputs.causal else epsilon / 2)
+            for part in (parts[2], parts[0].flip(1))
+        )
+        back, ahead = back.clamp(max=window - 1), torch.zeros_like(ahead) if inputs.causal else ahead
     else:
         before = bias.before.to(q.device) if isinstance(bias, LinearBias) else q.new_zeros(heads, dtype=torch.float32)
         after = bias.after.to(q.device) if isinstance(bias, LinearBias) and bias.after is not None else None

@@ -102,7 +102,8 @@ class PlannedRun:
         """What one sequence of the length takes, measured."""
         options, method, on_cpu = self.cfg.model.copy(), self.decoder.position_method, self.device.type == "cpu"
         dropout = options.attention_dropout
-        recomputed = not self.masked and method.has_distance_bias and (dropout or method.bias_kind != "linear")
+        learned = next(method.parameters(), None) is not None
+        recomputed = not self.masked and method.has_distance_bias and (dropout or learned)
         if not (on_cpu and self.masked):
             options.attention_dropout = 0.0  # only a CPU under a mask keeps the weights of attention for it
         if not on_cpu:

@@ -94,7 +94,9 @@ class AlibiTransformer(TransformerModel):
     @classmethod
     def build_decoder(cls, args: Any, tgt_dict: Dictionary, embed_tokens: nn.Module) -> AlibiDecoder:
         """See `TransformerModel.build_decoder`."""
-        return AlibiDecoder(args, tgt_dict, embed_tokens, position_method_of(args, DECODER), args.no_cross_attention)
+        options = copy.copy(args)
+        options.alibi_learned_slopes = False  # the option is for the encoder here, as checkpoints of before have it
+        return AlibiDecoder(args, tgt_dict, embed_tokens, position_method_of(options, DECODER), args.no_cross_attention)
 
 
 def lift_default_limits(task: FairseqTask) -> None:
