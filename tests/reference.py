@@ -18,15 +18,19 @@ def t5_bucket(distance):
     return distance if distance < 16 else min(31, 16 + math.floor(math.log(distance / 16) / math.log(8) * 16))
 
 
-def turned(x):
-    """Rotary: pairs of dimensions (2n, 2n + 1) turned by position / 10000^(2n / D): (..., positions, D) -> the same."""
+def turned(x, xpos=0):
+    """Rotary: pairs of dimensions (2n, 2n + 1) turned by position / 10000^(2n / D): (..., positions, D) -> the same.
+
+    `xpos` is 1 for the queries of xPos and -1 for its keys, which have the inverse of their factor.
+    """
     x, dim = x.double().clone(), x.size(-1)
     position = torch.arange(x.size(-2), dtype=torch.float64)
     for n in range(0, dim, 2):
         angle = position / 10000 ** (n / dim)
+        factor = ((n / dim + 0.4) / 1.4) ** (xpos * position / 512)
         a, b = x[..., n].clone(), x[..., n + 1].clone()
-        x[..., n] = a * angle.cos() - b * angle.sin()
-        x[..., n + 1] = a * angle.sin() + b * angle.cos()
+        x[..., n] = factor * (a * angle.cos() - b * angle.sin())
+        x[..., n + 1] = factor * (a * angle.sin() + b * angle.cos())
     return x
 
 
@@ -113,8 +117,8 @@ def logits(model, tokens, window=math.inf):
         q, k, v = (
             linear(h, f"{at}.self_attn.{name}_proj").view(1, length, heads, -1).transpose(1, 2) for name in "qkv"
         )
-        if method == "rotary":
-            q, k = turned(q), turned(k)
+        if method in ("rotary", "xpos"):
+            q, k = turned(q, method == "xpos"), turned(k, -(method == "xpos"))
         out = attention(q, k, v, method, window=window, parameters=parameters)[0].transpose(0, 1).reshape(length, width)
         x = x + linear(out, f"{at}.self_attn.out_proj")
         h = norm(x, f"{at}.final_layer_norm")

@@ -8,8 +8,9 @@ import torch
 
 from fairseq_alibi.core import T5, ALiBi, Rotary, position_methods
 from fairseq_alibi.core.alibi import alibi_slopes
+from fairseq_alibi.core.attention_inputs import AttentionSettings, AttentionSetup, TokenSpan
 from fairseq_alibi.core.kerple import Kerple
-from fairseq_alibi.core.rotary import rotate
+from fairseq_alibi.core.rotary import XPos, rotate
 
 HEADS = range(1, 65)
 
@@ -183,6 +184,79 @@ def test_rotary_turns_pairs_of_dimensions_and_scores_depend_on_distance():
     assert rotate(x.bfloat16(), method.rotation(0, 20)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="head_dim must be even, not 7"):
         Rotary(2, 7)
+
+
+SCALED = {
+    "linear": ("linear", 4.0, 4096),
+    "ntk": ("ntk", 4.0, 4096),
+    "dynamic_ntk": ("dynamic_ntk", 2.0, 4096),
+    "dynamic_ntk, short": ("dynamic_ntk", 2.0, 300),
+    "yarn": ("yarn", 8.0, 4096),
+    "yarn, auto": ("yarn", "auto", 4096),
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_scaled_frequencies_are_those_of_transformers(case, dim):
+    rope = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    from transformers import LlamaConfig
+
+    scaling, factor, length = SCALED[case]
+    method = Rotary(2, dim, 10000.0, scaling, factor, 512)
+    unscaled = Rotary(2, dim).frequencies
+    assert torch.equal(method.frequencies, unscaled) == (factor == "auto" or scaling == "dynamic_ntk")
+    method.set_evaluation_length(length)
+    factor = length / 512 if factor == "auto" else factor
+    if scaling == "ntk":  # transformers has it for a growing length alone
+        expected, amplitude = (10000 * factor ** (dim / (dim - 2))) ** -(torch.arange(0, dim, 2) / dim), 1.0
+    else:
+        parameters = {"rope_type": scaling.split("_")[0], "factor": factor, "rope_theta": 10000.0}
+        if scaling == "yarn":
+            parameters["original_max_position_embeddings"] = 512
+        config = LlamaConfig(head_dim=dim, max_position_embeddings=512, rope_parameters=parameters)
+        expected, amplitude = rope[parameters["rope_type"]](config, device="cpu", seq_len=length)
+    torch.testing.assert_close(method.frequencies, expected.double(), rtol=1e-6, atol=1e-9)
+    assert method.amplitude == pytest.approx(amplitude, rel=1e-9)
+    position_1000 = method.rotation(1000, 1001)[:, 0].double()
+    torch.testing.assert_close(position_1000[0], amplitude * (1000 * method.frequencies).cos(), rtol=0, atol=1e-6)
+
+
+def test_p_rope_turns_the_highest_frequencies_alone():
+    method = Rotary(2, 16, share=0.75)
+    assert torch.equal(method.frequencies[:6], Rotary(2, 16).frequencies[:6])
+    assert method.frequencies[6:].tolist() == [0, 0]
+
+
+def test_scores_of_xpos_follow_its_formula_at_any_position():
+    method = XPos(2, 8)
+    x = torch.randn(2, 3, 20, 8)
+    q, k = (rotate(x, part) for part in method.rotation(0, 20).double().split(2))
+    expected = reference.turned(x, 1) @ reference.turned(x, -1).mT
+    torch.testing.assert_close((q @ k.mT).double(), expected, rtol=1e-4, atol=1e-4)
+    far = [rotate(x, part) for part in method.rotation(49_000, 49_020).double().split(2)]
+    torch.testing.assert_close((far[0] @ far[1].mT).double(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="overflow at 49,153 tokens"):
+        method.rotation(49_152, 49_153)
+    setup = AttentionSetup(method, AttentionSettings())
+    with pytest.raises(ValueError, match="float16 cannot hold"):
+        setup.inputs(x.half(), TokenSpan(20, 20, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": "cubic"}, "none, linear, ntk, dynamic_ntk, yarn, not cubic"),
+        ({"scaling": "yarn", "factor": "0.5"}, "at least 1 or auto, not 0.5"),
+        ({"scaling": "yarn", "factor": "two"}, "at least 1 or auto, not two"),
+        ({"factor": 2}, "rotary_scaling_factor 2 needs rotary_scaling"),
+        ({"share": 0.0}, "p_rope must be above 0 and at most 1, not 0.0"),
+        ({"scaling": "ntk", "head_dim": 2}, "rotary_scaling ntk needs a head_dim of at least 4, not 2"),
+    ],
+)
+def test_impossible_options_of_rotary_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        Rotary(2, **options)
 
 
 def test_bias_on_part_of_the_heads():

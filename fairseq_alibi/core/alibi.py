@@ -151,7 +151,7 @@ class ALiBi(PositionMethod):
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "ALiBi":
         """See `PositionMethod.from_options`."""
         scale, length = options.alibi_length_scale, options.tokens_per_sample
-        learned = getattr(options, "alibi_learned_slopes", False)  # exported models of before lack it
+        learned = options.alibi_learned_slopes
         return cls(num_heads, options.alibi_max_bias, scale, length, options.alibi_heads, learned)
 
     def set_evaluation_length(self, length: int) -> None:

@@ -85,7 +85,7 @@ class AttentionInputs:
         padding: (B, S) bool, True at keys that are hidden because they are padding; None for none.
         window: number of keys that a query sees, the last ones, itself included; None for all.
         queries: number of queries, the last ones, that the layer computes; None for all.
-        rotation: (2, T, D / 2) of the new tokens, see `PositionMethod.rotation`; None for none.
+        rotation: (2 or 4, T, D / 2) of the new tokens, see `PositionMethod.rotation`; None for none.
         query_scale: (B or 1, H or 1, T) factors, see `PositionMethod.query_scale`; None for none.
         cache: holds keys and values of the tokens before these and gets those of these; None for whole sequences.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
@@ -210,6 +210,8 @@ class AttentionSetup:
             bias = self.bias_by_distance(span, x.device)
         else:
             bias = FoldedMask(self.folded_mask(x, span, window))
+        if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
+            raise ValueError(f"--position-method {method.name}: float16 cannot hold its factors; use another precision")
         rotation = method.rotation(span.first, span.first + span.queries, x.device) if method.rotates else None
         return AttentionInputs(
             bias=bias,

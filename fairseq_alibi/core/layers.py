@@ -62,7 +62,7 @@ class AttentionCore:
         k, v = split_heads(self.k_proj(x)), split_heads(self.v_proj(x))
         q = split_heads(self.q_proj(x.narrow(time, length - queries, queries)))
         if inputs.rotation is not None:  # keys are cached as they are at their positions
-            q, k = rotate(q, inputs.rotation[:, -queries:]), rotate(k, inputs.rotation)
+            q, k = rotate(q, inputs.rotation[:2, -queries:]), rotate(k, inputs.rotation[-2:])
         if inputs.query_scale is not None:
             q = (q * inputs.query_scale[..., -queries:, None]).to(k.dtype)
         if inputs.cache is not None:

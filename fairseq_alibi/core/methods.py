@@ -6,7 +6,7 @@ transformers copies the files of an exported model that are imported by name, so
 from .alibi import ALiBi, EncoderALiBi
 from .embeddings import Learned, NoPositions, Sinusoidal
 from .kerple import Kerple, KerplePower
-from .rotary import Rotary
+from .rotary import Rotary, XPos
 from .sandwich import Sandwich
 from .t5 import T5
 
@@ -25,4 +25,5 @@ __all__ = [
     "Rotary",
     "Sandwich",
     "Sinusoidal",
+    "XPos",
 ]

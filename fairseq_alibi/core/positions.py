@@ -56,6 +56,8 @@ class PositionMethod(nn.Module):
     needs_scaled_tokens: ClassVar[bool] = False
     #: Whether `rotation` turns queries and keys.
     rotates: ClassVar[bool] = False
+    #: Whether float16 is too narrow for what `rotation` returns.
+    needs_wide_exponents: ClassVar[bool] = False
     #: Whether `query_scale` multiplies queries, and so the scores.
     scales_queries: ClassVar[bool] = False
     #: What is added to the scores: "none"; "linear": a slope per head times the distance (`slopes`); "distance": any
@@ -112,7 +114,7 @@ class PositionMethod(nn.Module):
             device: of the result.
 
         Returns:
-            (2, last - first, D / 2) float32.
+            (2, last - first, D / 2) float32; or (4, last - first, D / 2), those of queries and those of keys.
         """
         return None
 

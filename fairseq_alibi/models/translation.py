@@ -75,6 +75,8 @@ class AlibiTransformer(TransformerModel):
         check_decoder_options(args)
         if args.alibi_length_scale == "auto":
             raise ValueError("--alibi-length-scale auto: a translation has no length known beforehand; pass a number")
+        if args.rotary_scaling != "none":
+            raise ValueError(f"--rotary-scaling {args.rotary_scaling}: a translation has no training length; drop it")
         if safe_getattr(args, "cross_self_attention"):
             raise ValueError("--cross-self-attention: source and target have no distance to each other; drop it")
         lift_default_limits(task)
