@@ -14,7 +14,7 @@ from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.evaluation.curves import read_curves
 from fairseq_alibi.evaluation.measurement import position_bins
-from fairseq_alibi.evaluation.text import EvaluationText
+from fairseq_alibi.evaluation.text import EvaluationText, read_evaluation_text
 from fairseq_alibi.files.data_folders import read_subset
 
 ADAPTIVE = (
@@ -108,12 +108,12 @@ def test_words_are_counted_as_remove_bpe_does_and_rightly(bpe_corpus, bpe_checkp
     )
     symbols = Dictionary.load(str(bpe_corpus / "dict.txt")).symbols
     text = " ".join(symbols[n] for n in read_subset(str(bpe_corpus), "valid")).replace("@@ ", "")
-    assert one["words"] == len(text.split(" "))
-    assert one["word_loss"] * one["words"] == pytest.approx(one["loss"] * one["tokens"])
-    assert one["word_perplexity"] == pytest.approx(2 ** one["word_loss"])
+    assert one["tokenized_words"] == len(text.split(" "))
+    word_loss = one["loss"] * one["tokens"] / one["tokenized_words"]
+    assert one["tokenized_word_perplexity"] == pytest.approx(2**word_loss)
 
 
-def test_characters_are_those_of_the_text(tmp_path):
+def test_characters_without_a_record_are_those_of_the_tokenized_text(tmp_path):
     """Lines, an empty one among them, with single spaces and line ends; whatever the parts of the words."""
     dictionary = Dictionary()
     symbols = {"lo@@", "wer", "a", "\u2581low", "\u2581a", "er"}
@@ -121,19 +121,40 @@ def test_characters_are_those_of_the_text(tmp_path):
         dictionary.add_symbol(symbol)
 
     def text(line, marker):
-        stream = dictionary.encode_line(line.replace("\n", " </s> "), append_eos=False)
+        stream = dictionary.encode_line(line.replace("\n", " </s> "), append_eos=False, add_if_not_exist=False)
         return EvaluationText(stream, dictionary, marker)
 
     lines = "a lower a\n\nlower\n"
     by_bpe = text("a lo@@ wer a\n\nlo@@ wer\n", "@@ ")
-    assert (by_bpe.tokens, by_bpe.words, by_bpe.characters) == (9, 7, len(lines))
+    assert (by_bpe.tokens, by_bpe.tokenized_words, by_bpe.tokenized_characters) == (9, 7, len(lines))
     by_pieces = text("\u2581a \u2581low er \u2581a\n\n\u2581low er\n", "sentencepiece")
-    assert (by_pieces.tokens, by_pieces.words, by_pieces.characters) == (9, 7, len(lines))
+    assert (by_pieces.tokens, by_pieces.tokenized_words, by_pieces.tokenized_characters) == (9, 7, len(lines))
     by_words = text("a a\n\na\n", None)
-    assert (by_words.tokens, by_words.words, by_words.characters) == (6, 6, len("a a\n\na\n"))
+    assert (by_words.tokens, by_words.tokenized_words, by_words.tokenized_characters) == (6, 6, len("a a\n\na\n"))
     measures = by_bpe.measures(34.0, 3)
-    assert measures["bits_per_character"] == pytest.approx(34 / len(lines))
-    assert measures["word_loss"] == pytest.approx(34 / 7)
+    assert measures["bits_per_tokenized_character"] == pytest.approx(34 / len(lines))
+    assert measures["tokenized_word_perplexity"] == pytest.approx(2 ** (34 / 7))
+    unknown = text("a lo@@ new\n", "@@ ").measures(34.0, 3)
+    assert not [name for name in unknown if "word" in name or "character" in name], "nobody knows what <unk> stands for"
+
+
+def test_measures_divide_by_the_text_as_it_was_given(tmp_path):
+    """Not by what the tokenizer made of it: escaped quotes, doubled spaces, unknown characters, a last line without end."""
+    valid = 'a "b"  c\u00e9-d\n\n\u0e01\u0e32 a\u0301 <b> zz'
+    for split, text in (("train", 'a "b" c-d a b\n' * 40), ("valid", valid), ("test", "a\n")):
+        (tmp_path / f"{split}.txt").write_text(text)
+    texts = [part for split in ("train", "valid", "test") for part in (f"--{split}", str(tmp_path / f"{split}.txt"))]
+    main(["prepare-text", str(tmp_path / "data"), *texts, "--bpe-merges", "3", "--workers", "1"])
+    read = read_evaluation_text(str(tmp_path / "data"), "valid", "@@ ")
+    assert read.unknown
+    measures = read.measures(100.0, 3)
+    assert measures["bits_per_character"] == pytest.approx(100 / len(valid))
+    assert measures["bits_per_byte"] == pytest.approx(100 / len(valid.encode()))
+    assert measures["word_perplexity"] == pytest.approx(2 ** (100 / (len(valid.split()) + 3)))
+    shutil.copy(tmp_path / "data" / "test.idx", tmp_path / "data" / "valid.idx")
+    shutil.copy(tmp_path / "data" / "test.bin", tmp_path / "data" / "valid.bin")
+    other = read_evaluation_text(str(tmp_path / "data"), "valid", "@@ ")
+    assert "bits_per_byte" not in other.measures(100.0, 3), "the record is of another text"
 
 
 def test_bpe_of_prepared_data_is_known(bpe_corpus, bpe_checkpoint, tmp_path):
@@ -142,8 +163,8 @@ def test_bpe_of_prepared_data_is_known(bpe_corpus, bpe_checkpoint, tmp_path):
     command(data, bpe_checkpoint, "--lengths", 64, "--output", tmp_path / "without")
     (data / "bpe.codes").write_text("#version: 0.2\n")
     command(data, bpe_checkpoint, "--lengths", 64, "--output", tmp_path / "with")
-    assert "word_loss" not in results(tmp_path / "without")[64, 64]
-    assert "word_loss" in results(tmp_path / "with")[64, 64]
+    assert "tokenized_words" not in results(tmp_path / "without")[64, 64]
+    assert "tokenized_words" in results(tmp_path / "with")[64, 64]
 
 
 def test_streaming_is_a_way_of_its_own(corpus, checkpoint, tmp_path, capsys):

@@ -172,8 +172,8 @@ def test_download_ends_in_a_data_folder_and_a_second_run_asks_for_nothing(server
     assert read_split(dest, "test") == ["", "the dog sat on <unk> <unk> ."]
     marker = json.loads((dest / "prepared.json").read_text())
     assert marker["archive_md5"] == MD5
-    assert marker["counts"]["train"] == {"lines": 300, "tokens": WIKI_TOKENS["train"], "unknown": 60}
-    assert marker["counts"]["test"] == {"lines": 2, "tokens": WIKI_TOKENS["test"], "unknown": 2}
+    assert marker["counts"]["train"].items() >= {"lines": 300, "tokens": WIKI_TOKENS["train"], "unknown": 60}.items()
+    assert marker["counts"]["test"].items() >= {"lines": 2, "tokens": WIKI_TOKENS["test"], "unknown": 2}.items()
     assert marker["counts"]["types"] == len(Dictionary.load(str(dest / "dict.txt"))) == WIKI_TYPES
 
     server.seen.clear()

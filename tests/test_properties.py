@@ -114,7 +114,7 @@ def test_any_bytes_are_a_text_or_one_line(content):
         path = Path(folder, "text")
         path.write_bytes(content)
         try:
-            lines, _ = check_text(path)
+            lines = check_text(path).lines
         except ValueError as error:
             names_one(error, [path])
             return

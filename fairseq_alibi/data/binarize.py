@@ -32,9 +32,12 @@ def check_workers(workers: int) -> None:
 
 
 class TextSummary(NamedTuple):
-    """A checked text file: its number of lines and its SHA-256, hexadecimal."""
+    """A checked text file: its size as it was given, and its SHA-256, hexadecimal. White space separates words."""
 
     lines: int
+    words: int
+    characters: int
+    bytes: int
     sha256: str
 
 
@@ -47,7 +50,8 @@ def check_text(path: Path) -> TextSummary:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a plain-text file that exists")
     digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    line_ends, blank, last = 0, True, b"\n"
+    line_ends = words = characters = 0
+    in_word, last = False, b"\n"
     with open(path, "rb") as file:
         if file.peek(3).startswith(codecs.BOM_UTF8):
             raise ValueError(f"{path} starts with a byte order mark: remove it with sed -i '1s/^\\xEF\\xBB\\xBF//'")
@@ -68,11 +72,14 @@ def check_text(path: Path) -> TextSummary:
                 break
             digest.update(block)
             line_ends += block.count(b"\n")
-            blank = blank and not text.strip()
+            characters += len(text)
+            words += len(text.split()) - (in_word and not text[:1].isspace() and text != "")
+            in_word = not text[-1:].isspace() if text else in_word
             last = block[-1:]
-    if blank:
+        size = file.tell()
+    if not words:
         raise ValueError(f"{path} is empty: name a file with text in it")
-    return TextSummary(line_ends + (last != b"\n"), digest.hexdigest())
+    return TextSummary(line_ends + (last != b"\n"), words, characters, size, digest.hexdigest())
 
 
 def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
@@ -108,15 +115,16 @@ def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
     return folder / "data"
 
 
-def count_tokens(data: Path, lines: dict[str, int]) -> dict[str, Any]:
+def count_tokens(data: Path, summaries: dict[str, TextSummary]) -> dict[str, Any]:
     """Counts what a data folder holds.
 
     Args:
         data: fairseq's data folder.
-        lines: Lines of the text of every split.
+        summaries: Of the text of every split, as it was given.
 
     Returns:
-        `types` of the dictionary; for each split `lines`, `tokens` (line ends included) and `unknown` tokens.
+        `types` of the dictionary; for each split `lines`, `words`, `characters` and `bytes` of the text as it was given,
+        `tokens` (line ends included) and `unknown` tokens.
 
     Raises:
         ValueError: Lines were lost or added.
@@ -126,11 +134,13 @@ def count_tokens(data: Path, lines: dict[str, int]) -> dict[str, Any]:
     for split in SPLITS:
         ids = np.memmap(data / f"{split}.bin", indexed_dataset.best_fitting_int_dtype(len(dictionary)), mode="r")
         dataset = indexed_dataset.MMapIndexedDataset(str(data / split))  # owns the memory that its sizes point to
-        if len(dataset) != lines[split] or dataset.sizes.sum() != len(ids):
+        summary = summaries[split]._asdict()
+        if len(dataset) != summary["lines"] or dataset.sizes.sum() != len(ids):
             raise ValueError(
-                f"fairseq-preprocess made {len(dataset):,} lines and {len(ids):,} tokens of the {lines[split]:,} lines "
+                f"fairseq-preprocess made {len(dataset):,} lines and {len(ids):,} tokens of the {summary['lines']:,} lines "
                 f"of the {split} text: look for carriage returns inside its lines"
             )
         unknown = int(np.count_nonzero(ids == dictionary.unk()))
-        counts[split] = {"lines": len(dataset), "tokens": len(ids), "unknown": unknown}
+        del summary["sha256"]
+        counts[split] = {**summary, "tokens": len(ids), "unknown": unknown}
     return counts

@@ -110,6 +110,5 @@ def publish(data: Path, destination: Path, description: dict[str, Any], next_com
     (data / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     os.rename(data, destination)
     counts = description["counts"]
-    rows = [[split, *counts[split].values()] for split in SPLITS]
-    print(tabulate(rows, ["split", "lines", "tokens", "<unk>"], intfmt=","))
+    print(tabulate([{"split": split, **counts[split]} for split in SPLITS], headers="keys", intfmt=","))
     print(f"{destination} is ready: {counts['types']:,} types. Next:\n  {next_command}")

@@ -103,7 +103,7 @@ def prepare_text(
         data = run_preprocess(work, suffix, workers)
         if bpe_merges is not None:
             codes.rename(data / codes.name)
-        counts = count_tokens(data, {split: summary.lines for split, summary in summaries.items()})
+        counts = count_tokens(data, summaries)
         next_command = (
             f"fairseq-train {destination} --user-dir {Path(__file__).parents[1]} --task language_modeling "
             "--arch alibi_lm_tiny --tokens-per-sample 256 --max-tokens 4096 --optimizer adam --lr 0.001 "

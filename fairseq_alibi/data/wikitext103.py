@@ -168,7 +168,7 @@ def prepare_wikitext103(
         else:
             print(f"{source or 'This'} is a subset, not the whole of WikiText-103: its known counts are not demanded")
         data = run_preprocess(work, "txt", workers)
-        counts = count_tokens(data, lines)
+        counts = count_tokens(data, summaries)
         if whole:
             check_counts(counts)
         next_command = f"bash scripts/train_wikitext103.sh {destination} checkpoints/alibi-512 512"

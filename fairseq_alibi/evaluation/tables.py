@@ -16,6 +16,9 @@ COLUMNS = (
     ("perplexity", "perplexity", ".2f"),
     ("word_perplexity", "word perplexity", ",.2f"),
     ("bits_per_character", "bits per character", ".4f"),
+    ("bits_per_byte", "bits per byte", ".4f"),
+    ("tokenized_word_perplexity", "tokenized word perplexity", ",.2f"),
+    ("bits_per_tokenized_character", "bits per tokenized character", ".4f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
     ("seconds", "seconds", ",.1f"),
 )

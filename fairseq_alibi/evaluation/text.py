@@ -1,4 +1,4 @@
-"""The text that is evaluated, and the numbers its loss is divided by: tokens, words, characters."""
+"""The text that is evaluated, and the numbers its loss is divided by: tokens, words, characters, bytes."""
 
 import copy
 import math
@@ -8,26 +8,36 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ..files.data_folders import read_dictionary, read_subset
+from ..files.data_folders import first_folder, read_dictionary, read_preparation, read_subset
 
 
 class EvaluationText:
-    """A subset of a data folder, with its numbers of tokens, words and characters.
+    """A subset of a data folder, with the numbers that its loss is divided by.
 
     Args:
         stream: (N,) tokens, int32.
         dictionary: of the data folder.
         marker: how subword units are marked, as fairseq's --remove-bpe has it: "@@ " at the end of every unit of a
             word but its last, "sentencepiece" for U+2581 at the start of a word; None where tokens are words.
+        original: `lines`, `words`, `characters` and `bytes` of the text as it was given; None where they are unknown.
     """
 
-    def __init__(self, stream: Tensor, dictionary: Dictionary, marker: Optional[str]) -> None:
-        self.stream = stream
+    def __init__(
+        self,
+        stream: Tensor,
+        dictionary: Dictionary,
+        marker: Optional[str],
+        original: Optional[dict[str, int]] = None,
+    ) -> None:
+        self.stream, self.tokens, self.original = stream, len(stream), original
         #: A token in front of each window, or of the stream; None for none.
         self.first_token: Optional[int] = None
         self.has_subwords = marker is not None
+        self.unknown = int((stream == dictionary.unk()).sum())
         symbols = [dictionary[n] for n in range(len(dictionary))]
         eos = stream == dictionary.eos()
+        lengths = [len(symbol) for symbol in symbols]
+        self.inside_word = torch.zeros_like(eos)
         if marker == "sentencepiece":
             begins = torch.tensor([symbol.startswith("\u2581") for symbol in symbols])[stream] | eos
             self.inside_word = torch.cat([~begins[1:], begins.new_tensor([False])])
@@ -36,14 +46,12 @@ class EvaluationText:
             end = marker.rstrip()
             self.inside_word = torch.tensor([symbol.endswith(end) for symbol in symbols])[stream]
             lengths = [len(symbol) - len(end) * symbol.endswith(end) for symbol in symbols]
-        else:
-            self.inside_word = torch.zeros_like(eos)
-            lengths = [len(symbol) for symbol in symbols]
-        self.tokens, self.words = len(stream), int((~self.inside_word).sum())
+        #: Words after tokenization; a line end is one of them.
+        self.tokenized_words = int((~self.inside_word).sum())
         # Each word is followed by a space or by the end of its line. An empty line has a line end too.
         empty_lines = eos & torch.cat([eos.new_tensor([True]), eos[:-1]])
         in_words = torch.tensor(lengths)[stream[~eos]].sum()
-        self.characters = int(in_words) + self.words - int(eos.sum()) + int(empty_lines.sum())
+        self.tokenized_characters = int(in_words + self.tokenized_words - eos.sum() + empty_lines.sum())
 
     def with_first_token(self, token: Optional[int]) -> "EvaluationText":
         """The same text, whose windows, or stream, begin with a token: <s> for models with --add-bos-token."""
@@ -57,22 +65,38 @@ class EvaluationText:
         fairseq counts a word twice if the end of a window's scored tokens cuts it.
         """
         ends = torch.arange(stride - 1, self.tokens + stride - 1, stride).clamp(max=self.tokens - 1)
-        return self.words + int(self.inside_word[ends].sum())
+        return self.tokenized_words + int(self.inside_word[ends].sum())
 
     def measures(self, bits: float, stride: Optional[int]) -> dict[str, Any]:
-        """Losses and perplexities of the whole text.
+        """Losses and perplexities of the whole text. Word losses count a line end as a word.
+
+        Without `original` they are of the tokenized text, and are named so.
 
         Args:
             bits: sum of the losses of all tokens.
             stride: tokens from one window to the next; None for streaming.
         """
         measures = token_measures(bits, self.tokens)
+        if self.has_subwords and stride is not None:
+            measures["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
+        if text := self.original:
+            loss = bits / (text["words"] + text["lines"])
+            measures.update(text, word_loss=loss, word_perplexity=perplexity(loss))
+            return {
+                **measures,
+                "bits_per_character": bits / text["characters"],
+                "bits_per_byte": bits / text["bytes"],
+            }
+        if self.unknown:  # of which neither the characters are known nor whether a word ends with them
+            return measures
         if self.has_subwords:
-            word_loss = bits / self.words
-            measures.update(words=self.words, word_loss=word_loss, word_perplexity=perplexity(word_loss))
-            if stride is not None:
-                measures["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
-        return {**measures, "characters": self.characters, "bits_per_character": bits / self.characters}
+            loss = bits / self.tokenized_words
+            measures.update(tokenized_words=self.tokenized_words, tokenized_word_perplexity=perplexity(loss))
+        return {
+            **measures,
+            "tokenized_characters": self.tokenized_characters,
+            "bits_per_tokenized_character": bits / self.tokenized_characters,
+        }
 
 
 def token_measures(bits: float, tokens: int) -> dict[str, Any]:
@@ -107,4 +131,9 @@ def read_evaluation_text(data: str, subset: str, marker: Optional[str]) -> Evalu
             f"{data}/{subset}.bin holds type {int(stream.max()):,}, but dict.txt {len(dictionary):,} types: "
             "they are not of one preparation, prepare the folder anew"
         )
-    return EvaluationText(stream, dictionary, marker)
+    counts = read_preparation(first_folder(data))["counts"].get(subset, {})
+    names = ("lines", "words", "characters", "bytes")
+    # Another text may have taken the place of the one that was counted.
+    is_known = isinstance(counts, dict) and counts.get("tokens") == len(stream)
+    is_known = is_known and all(type(counts.get(name)) is int and counts[name] > 0 for name in names)
+    return EvaluationText(stream, dictionary, marker, {name: counts[name] for name in names} if is_known else None)

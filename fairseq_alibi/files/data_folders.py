@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from fairseq import utils
@@ -62,17 +62,23 @@ def made_up_dictionary(types: int) -> Dictionary:
     return dictionary
 
 
-def text_options(data: Path) -> dict[str, Optional[str]]:
-    """Returns the tokenizer and BPE of a data folder, which scripts/prepare_text.sh records there; None for none.
+def read_preparation(data: Path) -> dict[str, Any]:
+    """Reads what scripts/prepare_text.sh records in a data folder: `settings`, `counts` and more; {} without a record.
 
     Raises:
         ValueError: The record cannot be read.
     """
-    codes, marker = data / "bpe.codes", data / "prepared.json"
+    path = data / "prepared.json"
     try:
-        settings = dict(json.loads(marker.read_text(encoding="utf-8"))["settings"]) if marker.is_file() else {}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{marker} cannot be read ({one_line(error)}): prepare the folder anew") from error
+        record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return {**record, "settings": dict(record.get("settings", {})), "counts": dict(record.get("counts", {}))}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)}): prepare the folder anew") from error
+
+
+def text_options(data: Path) -> dict[str, Optional[str]]:
+    """Returns the tokenizer and BPE of a data folder, see `read_preparation`; None for none."""
+    codes, settings = data / "bpe.codes", read_preparation(data)["settings"]
     if codes.is_file():
         return {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": str(codes)}
     return {"tokenizer": settings.get("tokenizer"), "bpe": None, "bpe_codes": None}
