@@ -84,7 +84,7 @@ TABLE = {
     "evaluate data good.pt --output file": "file/given0_good_valid.json cannot be written .*: .*name another place",
     "evaluate data good.pt --output file/out": "file/out/given0_good_valid.json cannot be written",
     "evaluate data good.pt --output taken": "given0_good_valid.json exists and is of another evaluation .*--overwrite",
-    "evaluate data good.pt --save-token-losses taken.npz": "taken.npz exists and holds something else: .*--overwrite",
+    "evaluate data good.pt --save-token-losses taken.npz": "taken.npz exists and holds something else.*: .*--overwrite",
     "evaluate data good.pt --save-token-losses cut.npz": "cut.npz exists and holds something else",
     "evaluate data good.pt --save-token-losses empty.npz": "empty.npz exists and holds something else",
     "evaluate data good.pt --save-token-losses malicious.npz": "malicious.npz exists and holds something else",

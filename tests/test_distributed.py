@@ -39,7 +39,7 @@ SMALL = (
 UPDATES = 5
 
 #: What two evaluations do not have in common.
-TIMES = ("seconds", "tokens_per_second", "finished")
+TIMES = ("seconds", "tokens_per_second", "finished", "run")
 
 
 class Running:
@@ -227,7 +227,7 @@ def test_two_processes_evaluate_as_one(corpus, checkpoint, tmp_path):
     def content(folder):
         (path,) = (tmp_path / folder).glob("*.json")
         content = json.loads(path.read_text())
-        processes = content["settings"]["processes"]
+        (processes,) = {run["processes"] for run in content["runs"].values()}
         timeless = [{k: v for k, v in one.items() if k not in TIMES} for one in content["results"]]
         return processes, (timeless, content["subject"], content["model"])
 

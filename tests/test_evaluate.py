@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BIN, failure, fairseqs_own, run
 from fairseq.data import Dictionary
+from tensorboardX.proto.event_pb2 import Event
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
@@ -139,7 +140,7 @@ def test_characters_without_a_record_are_those_of_the_tokenized_text(tmp_path):
 
 
 def test_measures_divide_by_the_text_as_it_was_given(tmp_path):
-    """Not by what the tokenizer made of it: escaped quotes, doubled spaces, unknown characters, a last line without end."""
+    """Not by what the tokenizer made of it: escaped quotes, two spaces, unknown characters, a last line without end."""
     valid = 'a "b"  c\u00e9-d\n\n\u0e01\u0e32 a\u0301 <b> zz'
     for split, text in (("train", 'a "b" c-d a b\n' * 40), ("valid", valid), ("test", "a\n")):
         (tmp_path / f"{split}.txt").write_text(text)
@@ -184,7 +185,7 @@ def test_losses_of_tokens_and_positions_add_up_to_the_loss(corpus, checkpoint, t
     command(corpus, checkpoint, "--lengths", "10,64", *options, "--by-position")
     command(corpus, checkpoint, "--lengths", 64, "--stride", 16, *options, "--by-position")
     found, kept = results(tmp_path), numpy.load(file)
-    assert set(kept) == {"tokens", "length 10, stride 10", "length 64, stride 64", "length 64, stride 16"}
+    assert set(kept) == {"tokens", "subject", "length 10, stride 10", "length 64, stride 64", "length 64, stride 16"}
     assert kept["tokens"].tolist() == read_subset(str(corpus), "valid").tolist()
     for (length, stride), one in found.items():
         losses = kept[f"length {length}, stride {stride}"]
@@ -282,6 +283,47 @@ def test_results_name_the_model_as_it_was_evaluated(corpus, checkpoint, tmp_path
     assert any("position_method=none" in name for name in runs)
 
 
+def test_every_number_names_the_run_that_made_it(corpus, checkpoint, train, tmp_path, capsys):
+    """Results that a second command adds, and losses of tokens; another model's are not added."""
+    losses, output = tmp_path / "losses.npz", tmp_path / "results"
+    for options in (("--lengths", 16), ("--lengths", "16,64", "--max-tokens", 777)):
+        command(corpus, checkpoint, *options, "--output", output, "--save-token-losses", losses)
+    (path,) = output.iterdir()
+    content = json.loads(path.read_text())
+    made_by = {result["length"]: content["runs"][result["run"]] for result in content["results"]}
+    assert {length: run["max_tokens"] for length, run in made_by.items()} == {16: 4096, 64: 777}
+    assert made_by[16]["environment"]["torch"] == torch.__version__
+    assert "CPU" in made_by[64]["environment"]["device"]
+    command(corpus, checkpoint, "--lengths", 64, "--output", output, "--overwrite")
+    assert len(json.loads(path.read_text())["runs"]) == 1
+    other = ("--lengths", 32, "--output", tmp_path / "other", "--save-token-losses", losses)
+    for change in ((checkpoint, "--dtype", "bfloat16"), (train(updates=3),)):
+        assert "losses of another evaluation" in fails(capsys, corpus, *change, *other)
+    assert set(numpy.load(losses)) == {"tokens", "subject", "length 16, stride 16", "length 64, stride 64"}
+
+
+def test_tensorboard_shows_an_evaluation_once_and_apart_from_others(corpus, checkpoint, train, tmp_path):
+    """The whole of it after a second command; a model of equal name is not joined to it."""
+    log = ("--tensorboard-logdir", tmp_path / "log")
+    for options in (("--lengths", 64), ("--lengths", "16,32", "--stride-fraction", "1/2")):
+        command(corpus, checkpoint, *options, *log, "--output", tmp_path / "results")
+    (file,) = tmp_path.rglob("*tfevents*")
+    record, points = file.read_bytes(), []
+    while record:  # its length, 8 bytes, and a checksum of 4 before it and behind it
+        size = int.from_bytes(record[:8], "little")
+        values = Event.FromString(record[12 : 12 + size])
+        points += [(value.tag, values.step) for value in values.summary.value if "perplexity" in value.tag]
+        record = record[16 + size :]
+    half = "valid/perplexity/stride_1-2_of_the_length"
+    assert points == [(half, 16), (half, 32), ("valid/perplexity/non-overlapping", 64)]
+    other = tmp_path / checkpoint.parent.name / checkpoint.name
+    other.parent.mkdir()
+    shutil.copy(train(updates=3), other)
+    command(corpus, other, "--lengths", 16, *log, "--output", tmp_path / "more")
+    assert len(list((tmp_path / "log").iterdir())) == 2
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 2
+
+
 def test_overrides_change_the_model(corpus, checkpoint, tmp_path):
     for name, override in (
         ("plain", "{}"),
@@ -340,8 +382,8 @@ def test_the_command_is_calm_and_describes_its_results(corpus, checkpoint, sharp
     assert contents.keys() == {"alibi", "none"}
     content = contents["alibi"]
     assert content["model"]["training_length"] == 32
-    assert content["environment"]["torch"] == torch.__version__
-    assert "commit" in content["environment"]
+    (run_of_results,) = content["runs"].values()
+    assert "commit" in run_of_results["environment"]
     assert content["results"][0]["tokens_per_second"] > 0
     for one in content["results"]:
         assert f"{one['perplexity']:.2f}" in done.output

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import BIN, run
 
-from fairseq_alibi.evaluation.curves import read_curves
+from fairseq_alibi.evaluation.curves import pool_positions, read_curves
 from fairseq_alibi.evaluation.report import REPORT_FILES, write_report
 
 
@@ -144,10 +144,10 @@ def test_settings_of_one_checkpoint_are_curves_of_their_own(results, tmp_path):
         change(plain, "none.json", same, model={**json.loads(plain.read_text())["model"], "position_method": "none"}),
     ]
     labels = [curve.label for curve in read_curves(files)]
-    assert labels[2] == "alibi, trained on 128, alibi_length_scale=8.0"
-    assert labels[3] == "alibi, trained on 128 (dtype float16) (weights 1)"
-    assert "none, trained on 128" in labels
-    assert len(set(labels)) == len(labels) == 6
+    assert labels[2] == "alibi, trained on 128, alibi_length_scale=8.0 (dtype float32)"
+    assert labels[3] == "alibi, trained on 128 (dtype float16)"
+    assert "none, trained on 128 (dtype float32)" in labels
+    assert len(set(labels)) == len(labels) == 6, labels
     assert [curve.label for curve in read_curves(files[:2])] == ["alibi, trained on 128"]
     assert [curve.label for curve in read_curves(files[1:2] + files[3:4])] == [
         "alibi, trained on 128 (dtype float32)",
@@ -159,12 +159,74 @@ def test_settings_of_one_checkpoint_are_curves_of_their_own(results, tmp_path):
     ]
     other_text = change(plain, "text.json", {**same, "text": "4"}, data="other")
     assert [curve.label for curve in read_curves([files[1], other_text])] == [
-        "alibi, trained on 128 (data unknown)",
-        "alibi, trained on 128 (data other)",
+        "alibi, trained on 128 (text 2)",
+        "alibi, trained on 128 (text 4)",
     ]
     options = [change(plain, f"{option}.json", options=["--cpu", option]) for option in ("--cpu", "--x", "--y")]
     assert [curve.label for curve in read_curves(options)] == [
-        "alibi, trained on 128 (options unknown)",
+        "alibi, trained on 128 (options none)",
         "alibi, trained on 128 (options --x)",
         "alibi, trained on 128 (options --y)",
     ]
+
+
+def test_what_differs_between_two_models_is_named(results, tmp_path):
+    """The text and the settings, although the methods tell the curves apart; the devices if they are known."""
+
+    def label(name, **values):
+        content = json.loads(results(name, {(32, 32): 5.0}).read_text())
+        content.update(values)
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    def ends(*files):
+        return [curve.label.partition(" trained on 128 ")[2] for curve in read_curves(files)]
+
+    plain = label("none", subject={"dtype": "float32", "device": "cpu", "text": "1"}, data="/d/a")
+    assert ends(plain, label("t5", subset="test")) == ["(valid)", "(test)"]
+    assert ends(plain, label("t5", subject={"dtype": "float16"})) == ["(dtype float32)", "(dtype float16)"]
+    assert ends(plain, label("t5", subject={"device": "cuda"})) == ["(device cpu)", "(device cuda)"]
+    assert ends(plain, label("t5")) == ["", ""]
+    assert ends(plain, label("t5", subject={"text": "2"}, data="/d/b")) == ["(data a)", "(data b)"]
+    assert ends(plain, label("t5", subject={"text": "1"}, data="/d/b")) == ["", ""], "the same text in two places"
+
+
+def test_evaluations_that_contradict_each_other_are_not_joined(results, tmp_path):
+    first = results("alibi", {(32, 32): 5.0, (64, 64): 6.0})
+    second = tmp_path / "second.json"
+    second.write_text(first.read_text().replace("6.0", "6.1").replace("32", "128"))
+    assert [curve.perplexity for curve in read_curves([first, second])] == [{32: 5.0, 64: 6.0}, {128: 5.0, 64: 6.1}]
+    labels = [curve.label for curve in read_curves([first, second])]
+    assert labels == ["alibi, trained on 128 (file run/alibi.json)", "alibi, trained on 128 (file second.json)"]
+
+
+def test_speeds_of_different_machines_or_batches_are_curves_of_their_own(results, tmp_path):
+    path = results("alibi", {(32, 32): 5.0, (64, 64): 6.0, (128, 128): 7.0})
+    content = json.loads(path.read_text())
+    devices = {"a": "big GPU", "b": "small GPU"}
+    content["runs"] = {
+        name: {"environment": {"device": device}, "processes": 1, "max_tokens": 9} for name, device in devices.items()
+    }
+    for result, run_name in zip(content["results"], "aba"):
+        result.update(run=run_name, tokens_per_second=100.0)
+    path.write_text(json.dumps(content))
+    assert [list(curve.perplexity) for curve in read_curves([path])] == [[32, 64, 128]]
+    curves = read_curves([path], by_speed=True)
+    assert [list(curve.tokens_per_second) for curve in curves] == [[32, 128], [64]]
+    assert curves[1].label == "alibi, trained on 128 (small GPU, 1 processes, 9 tokens in a batch)"
+    write_report([path], tmp_path / "report")
+    assert "(big GPU" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_loss_by_position_of_slopes_that_depend_on_the_length_is_not_averaged(results):
+    path = results("alibi", {(4, 4): 5.0, (8, 8): 6.0})
+    content = json.loads(path.read_text())
+    for result in content["results"]:
+        result["by_position"] = [{"first": 0, "last": 0, "tokens": 300, "loss": float(result["length"])}]
+    path.write_text(json.dumps(content))
+    ((pooled,),) = pool_positions(read_curves([path])).values()
+    assert pooled["loss"] == 6.0
+    content["model"]["alibi_length_scale"] = "auto"
+    path.write_text(json.dumps(content))
+    assert [bins[0]["loss"] for bins in pool_positions(read_curves([path])).values()] == [4.0, 8.0]

@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
                     table = checkpoint_table(content, settings.windowings(content["model"]["training_length"]))
                     tables.append(f"{table}\nwritten to {output}")
                     if args.tensorboard_logdir is not None:
-                        log_to_tensorboard(args.tensorboard_logdir / settings.run_name(output.stem), content)
+                        log_to_tensorboard(args.tensorboard_logdir / settings.run_name(content), content)
     except KeyboardInterrupt:
         sys.exit("fairseq-alibi evaluate: interrupted; the same command continues with the length that was not done")
     finally:

@@ -123,8 +123,8 @@ def count_tokens(data: Path, summaries: dict[str, TextSummary]) -> dict[str, Any
         summaries: Of the text of every split, as it was given.
 
     Returns:
-        `types` of the dictionary; for each split `lines`, `words`, `characters` and `bytes` of the text as it was given,
-        `tokens` (line ends included) and `unknown` tokens.
+        `types` of the dictionary; for each split `lines`, `words`, `characters` and `bytes` of the text as it was
+        given, `tokens` (line ends included) and `unknown` tokens.
 
     Raises:
         ValueError: Lines were lost or added.
@@ -134,13 +134,13 @@ def count_tokens(data: Path, summaries: dict[str, TextSummary]) -> dict[str, Any
     for split in SPLITS:
         ids = np.memmap(data / f"{split}.bin", indexed_dataset.best_fitting_int_dtype(len(dictionary)), mode="r")
         dataset = indexed_dataset.MMapIndexedDataset(str(data / split))  # owns the memory that its sizes point to
-        summary = summaries[split]._asdict()
-        if len(dataset) != summary["lines"] or dataset.sizes.sum() != len(ids):
+        summary = summaries[split]
+        if len(dataset) != summary.lines or dataset.sizes.sum() != len(ids):
             raise ValueError(
-                f"fairseq-preprocess made {len(dataset):,} lines and {len(ids):,} tokens of the {summary['lines']:,} lines "
-                f"of the {split} text: look for carriage returns inside its lines"
+                f"fairseq-preprocess made {len(dataset):,} lines and {len(ids):,} tokens of the {summary.lines:,} "
+                f"lines of the {split} text: look for carriage returns inside its lines"
             )
         unknown = int(np.count_nonzero(ids == dictionary.unk()))
-        del summary["sha256"]
-        counts[split] = {**summary, "tokens": len(ids), "unknown": unknown}
+        counts[split] = {**summary._asdict(), "tokens": len(ids), "unknown": unknown}
+        del counts[split]["sha256"]
     return counts

@@ -4,9 +4,12 @@ A checkpoint is read once for all lengths. Its results are in one JSON file, wri
 in the file is not computed again. Under torchrun the processes share the batches and give the same results.
 """
 
+import json
 import re
 import shlex
 import sys
+import uuid
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -111,17 +114,18 @@ class EvaluationSettings:
             return path.with_name(f"{path.stem}_{self.subset}.json")
         return self.output / f"{path.resolve().parent.name}_{path.stem}_{self.subset}.json"
 
-    def run_name(self, name: str) -> str:
-        """A name for a TensorBoard folder that differs for other options of the model and other dtypes.
+    def run_name(self, content: dict[str, Any]) -> str:
+        """A name for a TensorBoard folder, which differs for whatever else is evaluated.
 
         Args:
-            name: of the checkpoint and the subset.
+            content: of the result file.
         """
-        options = dict(self.model_overrides)
+        path, options = Path(content["model"]["checkpoint"]), dict(self.model_overrides)
         if self.dtype != "float32":
             options["dtype"] = self.dtype
-        text = "_".join([name, *(f"{option}={value}" for option, value in options.items())])
-        return re.sub(r"[^\w.=+-]", "-", text)[:200]
+        parts = [path.resolve().parent.name, path.stem, self.subset, *(f"{key}={options[key]}" for key in options)]
+        digest = zlib.crc32(json.dumps(content["subject"], sort_keys=True).encode())
+        return re.sub(r"[^\w.=+-]", "-", "_".join(parts))[:200] + f"_{digest:08x}"
 
     def check_checkpoints(self, checkpoints: Sequence[str]) -> None:
         """Checks that all checkpoints exist and that each has files of its own.
@@ -165,16 +169,18 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
     with processes.fail_together():
         state = read_checkpoint(checkpoint)
         describe_model(checkpoint, state, TASKS)  # raises an error for a model of another task
+        weights = checksum(state["model"].values())
         model = load_model(checkpoint, state, settings.data, settings.model_overrides)
         description = describe_evaluated(checkpoint, state, settings.model_overrides, TASKS)
         description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         if description.get("add_bos_token"):
             text = text.with_first_token(model.decoder.dictionary.bos())
         subject = {
-            "weights": checksum(model.parameters()),
+            "weights": weights,
             "text": checksum([text.stream]),
             "model_overrides": settings.model_overrides,
             "dtype": settings.dtype,
+            "device": settings.device,
             "remove_bpe": settings.marker,
         }
         model = model.to(settings.device, getattr(torch, settings.dtype))
@@ -191,21 +197,27 @@ class EvaluationFiles:
     """
 
     def __init__(self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings) -> None:
+        environment = describe_environment(settings.device)
+        #: By which each result names the run that made it.
+        self.run = f"{environment['date']} {uuid.uuid4().hex[:8]}"
         content = {
             "model": loaded.description,
             "data": settings.data,
             "subset": settings.subset,
             "subject": loaded.subject,
-            "settings": {
-                "max_tokens": settings.max_tokens,
-                "processes": processes.count(),
-                "command": shlex.join(sys.argv),
+            "runs": {
+                self.run: {
+                    "command": shlex.join(sys.argv),
+                    "data": settings.data,
+                    "max_tokens": settings.max_tokens,
+                    "processes": processes.count(),
+                    "environment": environment,
+                }
             },
-            "environment": describe_environment(),
         }
         self.by_position = settings.by_position
         self.results = ResultFile(settings.result_path(checkpoint), content, settings.overwrite)
-        self.losses = TokenLossFile(settings.token_losses, loaded.text.stream, settings.overwrite)
+        self.losses = TokenLossFile(settings.token_losses, loaded.text.stream, loaded.subject, settings.overwrite)
 
     def holds(self, windowing: Windowing) -> bool:
         """Whether everything that is wanted of a windowing is there."""
@@ -251,6 +263,6 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
         with processes.fail_together():
             if files:
                 files.losses.add(windowing, losses)
-                files.results.add(result)
+                files.results.add({**result, "run": files.run})
                 print(f"{title}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
     return files.results.content if files else {}

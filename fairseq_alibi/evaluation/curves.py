@@ -1,26 +1,43 @@
 """Result files as curves: one measure against evaluation length, per model, subset and kind of window."""
 
-import json
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Optional
 
+from ..files.results import read_result_file
+
 #: A bin of positions is shown if at least this many windows score its tokens.
 MINIMUM_WINDOWS = 10
 
-#: Details by which curves of one checkpoint are told apart.
-DETAILS = ("dtype", "options", "data", "text", "weights")
+#: Details that a label names if any two curves of a report differ in them, whatever their models.
+COMMON_DETAILS = ("subset", "dtype", "device", "model", "options", "data", "text", "speed")
+
+#: Details that a label names if it would be that of another curve too.
+OWN_DETAILS = ("checkpoint", "updates", "weights", "file")
+
+#: Details that a file need not name: then it is as another of the same model and settings, if those agree.
+OPTIONAL_DETAILS = ("device", "text", "weights", "updates")
+
+#: What a model's description says that labels and keys take from elsewhere, or that changes no result.
+NAMED_ELSEWHERE = (
+    *("checkpoint", "position_method", "training_length", "architecture"),
+    *("updates", "parameters", "alibi_length_scale"),
+)
 
 #: Options of fairseq-eval-lm that change no result or are named elsewhere: flags, and options with a value.
 IGNORED_FLAGS = ("--cpu", "--fp16", "--no-progress-bar", "--add-bos-token")
 IGNORED_OPTIONS = ("--model-overrides", "--output-dictionary-size", "--softmax-batch", "--log-format")
 
-#: What a curve shows of a result; a result may lack the last two.
-MEASURES = ("perplexity", "tokens_per_second", "by_position")
+#: Settings of a run that its speed depends on, with their names in labels.
+SPEED_SETTINGS = (("processes", "processes"), ("max_tokens", "tokens in a batch"))
+
+#: What a curve shows of a result; a result may lack all but the first.
+MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position")
 
 
 @dataclass
@@ -34,8 +51,10 @@ class Curve:
         checkpoint: path of the checkpoint.
         subset: valid, test, ...
         training_length: tokens.
-        details: what else may tell two curves apart, such as the dtype, by name.
+        details: all that may tell two curves apart, such as the dtype, by name; "" is unknown.
+        scales_with_length: whether the model differs from length to length.
         perplexity: by evaluation length.
+        bits_per_byte: by evaluation length; may be empty.
         tokens_per_second: by evaluation length; may be empty.
         by_position: bins of positions by evaluation length; may be empty.
     """
@@ -47,82 +66,11 @@ class Curve:
     subset: str
     training_length: int
     details: dict[str, str] = field(default_factory=dict)
+    scales_with_length: bool = False
     perplexity: dict[int, float] = field(default_factory=dict)
+    bits_per_byte: dict[int, float] = field(default_factory=dict)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
     by_position: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is text that can be written."""
-    return isinstance(value, str) and bool(value.encode())
-
-
-def is_index(value: Any) -> bool:
-    """Whether a value is a whole number from 0 on that every library accepts."""
-    return type(value) is int and 0 <= value < 2**53
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number from 1 on that every library accepts."""
-    return is_index(value) and value > 0
-
-
-def is_measure(value: Any) -> bool:
-    """Whether a value is a number from 0 on; infinity is allowed."""
-    return is_index(value) or (type(value) is float and value >= 0)
-
-
-def check_values(part: dict[str, Any], **checks: Callable[[Any], bool]) -> None:
-    """Checks values of a part of a file by name.
-
-    Raises:
-        ValueError: a value fails its check.
-        KeyError: a value is missing.
-    """
-    for name, is_valid in checks.items():
-        if not is_valid(part[name]):
-            raise ValueError(f"{name} is {str(part[name])[:50]!r}")
-
-
-def check_content(content: Any) -> None:
-    """Checks what a result file holds.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: something is missing or of the wrong kind.
-    """
-    check_values(content, subset=is_text)
-    check_values(content["model"], checkpoint=is_text, position_method=is_text, training_length=is_count)
-    for result in content["results"]:
-        check_values(result, length=is_count, perplexity=is_measure)
-        if result["stride"] is not None:
-            check_values(result, stride=is_count)
-        if "tokens_per_second" in result:
-            check_values(result, tokens_per_second=is_measure)
-        for part in result.get("by_position", []):
-            check_values(part, first=is_index, last=is_index, tokens=is_count, loss=is_measure)
-            if part["last"] < part["first"]:
-                raise ValueError(f"a bin of positions ends at {part['last']}, before its first, {part['first']}")
-
-
-def read_result_file(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of `fairseq-alibi evaluate` or `fairseq-alibi eval-lm`.
-
-    Raises:
-        ValueError: the file is missing or holds something else.
-    """
-    if path.exists() and not path.is_file():  # a folder, a device or a pipe, of which some never end
-        raise ValueError(f"{path} cannot be read (it is no file): name JSON files of evaluate or the eval scripts")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        check_content(content)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): name JSON files of evaluate or the eval scripts"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(repr(error).split())[:300]
-        raise ValueError(f"{path} is no result of an evaluation ({reason}): name one of their JSON files") from error
-    return content
 
 
 def window_names(windowings: Sequence[tuple[int, Optional[int]]]) -> dict[tuple[int, Optional[int]], str]:
@@ -147,21 +95,49 @@ def window_names(windowings: Sequence[tuple[int, Optional[int]]]) -> dict[tuple[
     return names
 
 
-def evaluation_details(content: dict[str, Any]) -> dict[str, str]:
-    """What a result file says of its evaluation beyond checkpoint, subset and windows; "" where it says nothing."""
-    subject = content.get("subject")
-    subject = subject if isinstance(subject, dict) else {}
+def as_dictionary(value: Any) -> dict[str, Any]:
+    """Returns a value of a file that has to be a dictionary, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
+    """What a result file says of its evaluation, by name; "" where it says nothing."""
+    subject, model = as_dictionary(content.get("subject")), content["model"]
     options = content.get("options")
     options = [str(option) for option in options] if isinstance(options, list) else []
     ignored = IGNORED_OPTIONS if "model_overrides" in subject else IGNORED_OPTIONS[1:]
+    others = (f"{name}={value}" for name, value in model.items() if name not in NAMED_ELSEWHERE)
     return {
+        "checkpoint": model["checkpoint"],
+        "subset": content["subset"],
+        "position_method": model["position_method"],
+        "training_length": str(model["training_length"]),
+        "model": ", ".join(others),
         "overrides": override_text(subject.get("model_overrides")),
         "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
         "options": " ".join(other_options(options, ignored)),
+        "speed": str(content.get("speed") or ""),
+        "device": str(subject.get("device") or ""),
         "data": str(content.get("data") or ""),
         "text": str(subject.get("text") or ""),
         "weights": str(subject.get("weights") or ""),
+        "updates": str(model.get("updates") or ""),
+        "file": str(path),
     }
+
+
+def split_by_speed(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Splits the content of a result file by what the speed depends on: hardware, processes and batches of each run."""
+    runs = as_dictionary(content.get("runs"))
+    parts: dict[str, dict[str, Any]] = {}
+    for result in content["results"]:
+        run = as_dictionary(runs.get(str(result.get("run"))))
+        device = as_dictionary(run.get("environment")).get("device")
+        others = (f"{run[name]} {title}" for name, title in SPEED_SETTINGS if name in run)
+        speed = ", ".join(filter(None, (device and str(device), *others)))
+        part = parts.setdefault(speed, {**content, "speed": speed, "results": []})
+        part["results"].append(result)
+    return list(parts.values())
 
 
 def other_options(options: Sequence[str], ignored: Sequence[str]) -> list[str]:
@@ -175,18 +151,6 @@ def other_options(options: Sequence[str], ignored: Sequence[str]) -> list[str]:
     return others
 
 
-def evaluation_key(content: dict[str, Any], details: dict[str, str]) -> tuple[str, ...]:
-    """What is equal for result files of one evaluation, except for checksums, which a file may not name.
-
-    Args:
-        content: of the result file.
-        details: see `evaluation_details`.
-    """
-    model = content["model"]
-    described = (model["checkpoint"], content["subset"], model["position_method"], str(model["training_length"]))
-    return (*described, details["overrides"], details["dtype"], details["options"])
-
-
 def override_text(overrides: Any) -> str:
     """Options of a model that were overridden, as "name=value, name=value", without those that are named elsewhere."""
     if not isinstance(overrides, dict):
@@ -195,47 +159,63 @@ def override_text(overrides: Any) -> str:
     return ", ".join(f"{name}={overrides[name]}" for name in names)
 
 
-def model_label(model: dict[str, Any], overrides: Any = None) -> str:
-    """A name for a model as it was evaluated: position method, training length, overridden options.
-
-    Args:
-        model: the description in a result file.
-        overrides: options of the model that were overridden, by name.
-    """
-    parts = (model["position_method"], f"trained on {model['training_length']}", override_text(overrides))
-    return ", ".join(filter(None, parts))
+def evaluation_key(details: dict[str, str]) -> tuple[str, ...]:
+    """What is equal for result files of one evaluation, except for `OPTIONAL_DETAILS`."""
+    return tuple(details[name] for name in sorted(details) if name not in (*OPTIONAL_DETAILS, "data", "file"))
 
 
 def merge_unknown(files: Sequence[dict[str, str]]) -> None:
-    """Fills in a checksum that a file does not name, if all files that name it agree.
+    """Fills in what a file does not name, if all files that name it agree.
 
     Args:
-        files: see `evaluation_details`; of the same checkpoint, subset, options and dtype.
+        files: see `evaluation_details`; with the same `evaluation_key`.
     """
-    for name in ("text", "weights"):
+    for name in OPTIONAL_DETAILS:
         known = {details[name] for details in files} - {""}
         if len(known) == 1:
             for details in files:
                 details[name] = next(iter(known))
 
 
-def read_curves(files: Sequence[Path]) -> list[Curve]:
+def contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two contents give different perplexities for equal windows, and so are of different evaluations."""
+    known = {(result["length"], result["stride"]): result["perplexity"] for result in first["results"]}
+    return any(
+        not math.isclose(known.get((result["length"], result["stride"]), value), value, rel_tol=1e-4)
+        for result in second["results"]
+        for value in [result["perplexity"]]
+    )
+
+
+def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
     """Reads result files; one curve per evaluated model, subset and kind of window, in the order of the files.
+
+    Args:
+        files: JSON files of `fairseq-alibi evaluate` or `fairseq-alibi eval-lm`.
+        by_speed: whether results whose speeds cannot be compared are curves of their own, see `split_by_speed`.
 
     Raises:
         ValueError: see `read_result_file`.
     """
-    contents = [read_result_file(path) for path in files]
-    all_details = [evaluation_details(content) for content in contents]
-    keys = [evaluation_key(content, details) for content, details in zip(contents, all_details)]
+    contents, all_details = [], []
+    for path in files:
+        content = read_result_file(path)
+        parts = split_by_speed(content) if by_speed else [content]
+        contents += parts
+        all_details += [evaluation_details(part, path) for part in parts]
+    keys = [evaluation_key(details) for details in all_details]
     for key in dict.fromkeys(keys):
         merge_unknown([details for other, details in zip(keys, all_details) if other == key])
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for number, (key, details) in enumerate(zip(keys, all_details)):
-        groups.setdefault((*key, details["text"], details["weights"]), []).append(number)
-    curves = []
-    for numbers in groups.values():
-        curves += curves_of_model([contents[number] for number in numbers], all_details[numbers[-1]])
+    groups: list[tuple[dict[str, str], list[dict[str, Any]]]] = []
+    for key, details, content in zip(keys, all_details, contents):
+        for other, members in groups:
+            equal = evaluation_key(other) == key and all(other[name] == details[name] for name in OPTIONAL_DETAILS)
+            if equal and not any(contradict(member, content) for member in members):
+                members.append(content)
+                break
+        else:
+            groups.append((details, [content]))
+    curves = [curve for details, members in groups for curve in curves_of_model(members, details)]
     distinguish_labels(curves)
     return curves
 
@@ -249,15 +229,14 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
     """
     content = contents[-1]
     model = content["model"]
-    subject = content.get("subject")
-    overrides = subject.get("model_overrides") if isinstance(subject, dict) else None
     points = {(result["length"], result["stride"]): result for file in contents for result in file["results"]}
     names = window_names(list(points))
     curves: dict[str, Curve] = {}
     for (length, stride), point in points.items():
         windows = names[length, stride]
         if windows not in curves:
-            label = model_label(model, overrides)
+            parts = (model["position_method"], f"trained on {model['training_length']}", details["overrides"])
+            label = ", ".join(filter(None, parts))
             curves[windows] = Curve(
                 label=label if windows == "non-overlapping" else f"{label}, {windows}",
                 position_method=model["position_method"],
@@ -266,6 +245,7 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
                 subset=content["subset"],
                 training_length=model["training_length"],
                 details=details,
+                scales_with_length=str(model.get("alibi_length_scale")) == "auto",
             )
         for measure in MEASURES:
             if measure in point:
@@ -274,43 +254,62 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
 
 
 def distinguish_labels(curves: Sequence[Curve]) -> None:
-    """Adds to equal labels what differs: the checkpoint's path, the subset, and other details."""
+    """Adds to labels what differs: the text and settings between any two curves, the rest between equal labels."""
+    differing = [name for name in COMMON_DETAILS if differ(curves, name)]
+    if "text" in differing or not all(curve.details["text"] for curve in curves):
+        differing = [name for name in differing if name != "text" or "data" not in differing]  # a path says more
+    else:
+        differing = [name for name in differing if name != "data"]  # one text in several places
+    for name in differing:
+        add_detail(curves, name)
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve.label, []).append(curve)
     for group in groups.values():
-        paths = {curve.checkpoint for curve in group}
-        subsets = {curve.subset for curve in group}
-        for curve in group:
-            if len(paths) > 1:
-                common = os.path.commonpath(map(os.path.abspath, paths))
-                curve.label += f" ({os.path.relpath(curve.checkpoint, common)})"
-            if len(subsets) > 1:
-                curve.label += f" ({curve.subset})"
-        for name in DETAILS:
+        for name in OWN_DETAILS:
             equal = len({curve.label for curve in group}) < len(group)
-            if equal and len({curve.details[name] for curve in group}) > 1:
-                for curve in group:
-                    curve.label += f" ({name} {curve.details[name] or 'unknown'})"
+            if equal and differ(group, name):
+                add_detail(group, name)
+
+
+def differ(curves: Sequence[Curve], name: str) -> bool:
+    """Whether a detail is not the same for all curves; unknown is no difference."""
+    return len({curve.details[name] for curve in curves} - ({""} if name in (*OPTIONAL_DETAILS, "data") else set())) > 1
+
+
+def add_detail(curves: Sequence[Curve], name: str) -> None:
+    """Adds a detail to the label of each curve; of paths, what they do not have in common."""
+    values = [curve.details[name] for curve in curves]
+    if name in ("checkpoint", "file", "data") and all(values):
+        common = os.path.commonpath(map(os.path.abspath, values))
+        values = [os.path.relpath(value, common) for value in values]
+    title = "" if name in ("checkpoint", "subset", "speed", "model") else f"{name} "
+    unknown = "none" if name in ("options", "model") else "unknown"
+    for curve, value in zip(curves, values):
+        curve.label += f" ({title}{value or unknown})"
 
 
 def pool_positions(curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
     """Loss by position for each curve that has it, in bins, averaged over its windows of all lengths.
 
-    In a causal model a token at position p has p tokens before it, whatever the length of its window. Positions that
-    few windows score are left out, such as those that only the first of many sliding windows scores.
+    In a causal model a token at position p has p tokens before it, whatever the length of its window. Only a model that
+    scales its slopes by the length differs from length to length, and is not averaged. Positions that few windows score
+    are left out, such as those that only the first of many sliding windows scores.
     """
     pooled_curves = {}
     for curve in curves:
-        pooled: dict[int, dict[str, Any]] = {}
-        for bins in curve.by_position.values():
+        parts = {curve.label: [part for bins in curve.by_position.values() for part in bins]}
+        if curve.scales_with_length:
+            parts = {f"{curve.label}, length {length}": bins for length, bins in sorted(curve.by_position.items())}
+        for label, bins in parts.items():
+            pooled: dict[int, dict[str, Any]] = {}
             for part in bins:
                 whole = pooled.setdefault(part["first"], {"first": part["first"], "last": 0, "tokens": 0, "loss": 0.0})
                 tokens = whole["tokens"] + part["tokens"]
                 whole["loss"] += (part["loss"] - whole["loss"]) * part["tokens"] / tokens
                 whole.update(tokens=tokens, last=max(whole["last"], part["last"]))
-        bins = [pooled[first] for first in sorted(pooled)]
-        bins = [part for part in bins if part["tokens"] >= MINIMUM_WINDOWS * (part["last"] - part["first"] + 1)]
-        if bins:
-            pooled_curves[curve.label] = bins
+            bins = [pooled[first] for first in sorted(pooled)]
+            bins = [part for part in bins if part["tokens"] >= MINIMUM_WINDOWS * (part["last"] - part["first"] + 1)]
+            if bins:
+                pooled_curves[label] = bins
     return pooled_curves

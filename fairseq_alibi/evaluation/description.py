@@ -43,4 +43,6 @@ def describe_evaluated(
         if type(length) is not int or length < 1:
             raise ValueError(f"--model-overrides: tokens_per_sample {length!r}: pass a whole number of at least 1")
         description["training_length"] = length
-    return {**description, **reading_options(state)}
+    scale = getattr(state["cfg"]["model"], "alibi_length_scale", None)
+    by_length = {"alibi_length_scale": scale} if scale == "auto" else {}
+    return {**description, **reading_options(state), **by_length}

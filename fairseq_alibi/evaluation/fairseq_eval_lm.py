@@ -22,17 +22,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
 from ..files.checkpoints import describe_model, read_checkpoint
-from ..files.data_folders import read_dictionary, subset_tokens
+from ..files.data_folders import read_dictionary, read_subset, subset_tokens
 from ..files.errors import one_line
 from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
 from ..patches.patch import CommandError
 from .description import describe_evaluated, reading_options
+from .result_files import checksum
 from .text import perplexity
 
 #: These options decide which tokens are scored with which context. This module sets them.
@@ -245,6 +247,7 @@ def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, A
     settings, overrides = settings.as_trained(state), passed_overrides(settings.passed_on)
     describe_model(settings.checkpoint, state)  # raises an error for a model of another task
     override_options(state, overrides)
+    device = "cuda" if torch.cuda.is_available() and "--cpu" not in settings.passed_on else "cpu"
     results: list[dict[str, Any]] = []
     content = {
         "model": describe_evaluated(settings.checkpoint, state, overrides),
@@ -253,9 +256,12 @@ def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, A
         "subject": {
             "model_overrides": overrides,
             "dtype": "float16" if "--fp16" in settings.passed_on else "float32",
+            "device": device,
+            "weights": checksum(state["model"].values()),
+            "text": checksum([read_subset(settings.data, settings.subset)]),
         },
         "options": list(settings.passed_on),
-        "environment": describe_environment(),
+        "environment": describe_environment(device),
         "results": results,
     }
     check_writable(output)

@@ -36,17 +36,21 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -
         existing = [output / name for name in REPORT_FILES if (output / name).exists()]
         if existing and not overwrite:
             raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
-        write_report_files(curves, output)
+        timed = [curve for curve in read_curves(files, by_speed=True) if curve.tokens_per_second]
+        write_report_files(curves, timed, output)
     return length_table(curves, "simple")
 
 
-def write_report_files(curves: Sequence[Curve], output: Path) -> None:
-    """Writes the files of a report, see `write_report`."""
-    timed = [curve for curve in curves if curve.tokens_per_second]
+def write_report_files(curves: Sequence[Curve], timed: Sequence[Curve], output: Path) -> None:
+    """Writes the files of a report, see `write_report`; `timed` are its curves of speed."""
     pooled = pool_positions(curves)
+    by_byte = [curve for curve in curves if curve.bits_per_byte]
     text = "Perplexity.\n\n" + length_table(curves, "github") + "\n"
     with written_whole(output / "report.png") as partial:
         plot_lengths(curves, partial)
+    if by_byte:
+        text += "\nBits per byte of the text as it was given.\n\n"
+        text += length_table(by_byte, "github", "bits_per_byte") + "\n"
     if timed:
         text += "\nTokens per second.\n\n" + length_table(timed, "github", "tokens_per_second") + "\n"
         with written_whole(output / "speed.png") as partial:

@@ -5,7 +5,7 @@ reads what the others have written and adds its own.
 """
 
 import json
-import os
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..files.locks import locked
 from ..files.results import check_writable, naming, write_json, written_whole
+from .curves import window_names
 from .measurement import Windowing
 
 #: Seconds to wait for another process that is writing the same file.
@@ -36,7 +37,8 @@ class ResultFile:
 
     Args:
         path: of the file.
-        content: everything but the results. `content["subject"]` says what is evaluated.
+        content: everything but the results. `content["subject"]` says what is evaluated, `content["runs"]` by name
+            what makes the results.
         overwrite: whether to drop the results that the file holds.
 
     Raises:
@@ -58,14 +60,15 @@ class ResultFile:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             different = [name for name in subject if content["subject"].get(name) != subject[name]]
-            results = content["results"]
+            results, runs = content["results"], dict(content["runs"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            different, results = ["content"], []
+            different, results, runs = ["content"], [], {}
         if different:
             raise ValueError(
                 f"{self.path} exists and is of another evaluation ({', '.join(different)}): pass --overwrite to "
                 "replace it, or another --output"
             )
+        self.content["runs"] = {**runs, **self.content["runs"]}
         return results
 
     def find(self, windowing: Windowing) -> Optional[dict[str, Any]]:
@@ -85,7 +88,9 @@ class ResultFile:
                 results[other["length"], other["stride"]] = other
             results.pop((result["length"], result["stride"]), None)
             self.content["results"] = [*results.values(), result]
-            write_json(self.path, self.content)
+            used = {other.get("run") for other in self.content["results"]}
+            runs = {name: run for name, run in self.content["runs"].items() if name in used}
+            write_json(self.path, {**self.content, "runs": runs})
         self.overwrite = False
 
 
@@ -95,6 +100,7 @@ class TokenLossFile:
     Args:
         path: of the file; None to write nothing.
         stream: (N,) tokens of the text, which the file holds too.
+        subject: what is evaluated; the file holds it as JSON.
         overwrite: whether to drop what the file holds.
 
     Raises:
@@ -102,9 +108,10 @@ class TokenLossFile:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Optional[Path], stream: Tensor, overwrite: bool) -> None:
+    def __init__(self, path: Optional[Path], stream: Tensor, subject: dict[str, Any], overwrite: bool) -> None:
         self.path, self.overwrite = path, overwrite
-        self.arrays = {"tokens": stream.numpy()}
+        evaluated = json.dumps({**subject, "remove_bpe": None}, sort_keys=True)  # which changes no loss of a token
+        self.arrays: dict[str, Any] = {"tokens": stream.numpy(), "subject": numpy.array(evaluated)}
         if path is not None:
             check_writable(path)
             self.arrays.update(self.read_earlier_losses(path))
@@ -116,11 +123,14 @@ class TokenLossFile:
         try:
             with numpy.load(path) as stored:
                 arrays = dict(stored)
-            same = numpy.array_equal(arrays["tokens"], self.arrays["tokens"])
+            same = all(numpy.array_equal(arrays[name], self.arrays[name]) for name in ("tokens", "subject"))
         except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
             same = False
         if not same:
-            raise ValueError(f"{path} exists and holds something else: pass --overwrite to replace it")
+            raise ValueError(
+                f"{path} exists and holds something else, or losses of another evaluation: pass --overwrite to replace "
+                "it, or another --save-token-losses"
+            )
         return arrays
 
     def lacks(self, windowing: Windowing) -> bool:
@@ -155,11 +165,14 @@ def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
     """
     from tensorboardX import SummaryWriter
 
-    # tensorboardX names a file by the second and the host, so two processes need a suffix.
-    with naming(folder), SummaryWriter(str(folder), filename_suffix=f".{os.getpid()}") as writer:
-        for result in content["results"]:
-            curve = "streaming" if result["stride"] is None else "non-overlapping"
-            if result["stride"] not in (None, result["length"]):
-                curve = f"stride {result['stride']}"
-            for measure in ("loss", "perplexity", "tokens_per_second"):
-                writer.add_scalar(f"{content['subset']}/{measure}/{curve}", result[measure], result["length"])
+    names = window_names([(result["length"], result["stride"]) for result in content["results"]])
+    with locked(folder, WAIT), naming(folder):
+        earlier = list(folder.glob("events.out.tfevents.*"))  # of the same evaluation, with some of these results
+        # tensorboardX names a file by the second and the host, so two writers need a suffix.
+        with SummaryWriter(str(folder), filename_suffix=f".{time.time_ns()}") as writer:
+            for result in sorted(content["results"], key=lambda result: result["length"]):
+                curve = names[result["length"], result["stride"]].replace("/", "-")  # "/" begins a group of its own
+                for measure in ("loss", "perplexity", "tokens_per_second"):
+                    writer.add_scalar(f"{content['subset']}/{measure}/{curve}", result[measure], result["length"])
+        for path in earlier:
+            path.unlink()

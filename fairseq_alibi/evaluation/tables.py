@@ -62,14 +62,14 @@ def length_table(curves: Sequence[Curve], style: str, measure: str = "perplexity
     Args:
         curves: the columns.
         style: one of tabulate's formats.
-        measure: perplexity or tokens_per_second.
+        measure: perplexity, bits_per_byte or tokens_per_second.
     """
     values = [getattr(curve, measure) for curve in curves]
     lengths = sorted({length for column in values for length in column})
     rows = [[length, *(column.get(length) for column in values)] for length in lengths]
     headers = ["evaluation length", *(curve.label for curve in curves)]
     width = 16 if style == "simple" else None  # headings wrap in a narrow terminal; Markdown needs one line per row
-    number_format = ".2f" if measure == "perplexity" else ",.0f"
+    number_format = {"perplexity": ".2f", "bits_per_byte": ".4f"}.get(measure, ",.0f")
     return tabulate(rows, headers, tablefmt=style, floatfmt=number_format, intfmt=",", maxheadercolwidths=width)
 
 

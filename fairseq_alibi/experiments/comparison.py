@@ -40,6 +40,10 @@ class ComparedModel(NamedTuple):
         """The checkpoint that is evaluated."""
         return self.folder / "checkpoint_last.pt"
 
+    def result_file(self, subset: str) -> Path:
+        """The results of its evaluation."""
+        return self.folder.parent / "results" / f"{self.folder.name}_{self.checkpoint.stem}_{subset}.json"
+
     @property
     def training_log(self) -> Path:
         """The JSON log of fairseq-train."""
@@ -168,7 +172,12 @@ def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunne
             # SIGTERM ends training with status 0.
             if step == TRAINING and (updates := count_updates(model.checkpoint)) < comparison.updates:
                 raise ValueError(f"{model.folder}: training was stopped after {updates:,} updates; start this again")
-            finished[step] = {"command": shlex.join(command), "finished": now(), "peak_memory_bytes": memory}
+            finished[step] = {
+                "command": shlex.join(command),
+                "finished": now(),
+                "peak_memory_bytes": memory,
+                "environment": describe_environment("cpu" if "--cpu" in command else "cuda"),
+            }
             write_json(model.folder / "run.json", finished)
         bar.update()
 
@@ -186,12 +195,13 @@ def check_settings(comparison: Comparison) -> None:
         "updates": comparison.updates,
         "training_lengths": list(comparison.preset.training_lengths),
         "evaluation_lengths": list(comparison.preset.evaluation_lengths),
+        "cpu": comparison.cpu,
     }
     path = comparison.output / "settings.json"
     if not path.exists():
         write_json(path, {"settings": settings, "environment": describe_environment()})
         return
-    before = read_record(path).get("settings", {})
+    before = {"cpu": comparison.cpu, **read_record(path).get("settings", {})}  # earlier releases did not record it
     differ = [name for name, value in settings.items() if before.get(name) != value]
     if differ:
         raise ValueError(

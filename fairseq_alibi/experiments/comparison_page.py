@@ -64,15 +64,22 @@ def cost_table(models: list[ComparedModel]) -> str:
 def page_head(comparison: Comparison) -> list[str]:
     """Returns the title, the settings and the commands of the first model."""
     preset = comparison.preset
-    environment = read_record(comparison.output / "settings.json")["environment"]
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "fairseq", "fairseq_alibi"))
+    begun_in = read_record(comparison.output / "settings.json")["environment"]
+    steps = [step for model in comparison.models() for step in finished_steps(model).values()]
+    environments = [step.get("environment", begun_in) for step in steps] or [begun_in]
+    versions = ("python", "torch", "fairseq", "fairseq_alibi")
+    # A comparison that was resumed elsewhere names every environment.
+    made_in = dict.fromkeys(
+        f"{environment['device']}; " + ", ".join(f"{name} {environment[name]}" for name in versions)
+        for environment in environments
+    )
     commands = comparison.commands(comparison.models()[0])
     parallel = "" if preset.parallel == 1 else f" {preset.parallel} models at a time, one thread each."
     return [
         f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
         f"Made by `bash scripts/reproduce.sh --preset {comparison.name}`: {comparison.data}, {comparison.updates:,} "
         f"updates, evaluated on {comparison.subset}; the same seed, data order and, where shapes agree, initial "
-        f"weights. {environment['device']}; {versions}.{parallel} The first model's commands; the others differ in "
+        f"weights. {' and '.join(made_in)}.{parallel} The first model's commands; the others differ in "
         "method and length:",
         "```sh\n" + "\n".join(shlex.join(command) for command in commands.values()).replace(f"{ROOT}/", "") + "\n```",
     ]
@@ -115,13 +122,16 @@ def write_page(comparison: Comparison) -> str:
         The Markdown.
     """
     order = {name: number for number, name in enumerate(position_methods())}
-    every = read_curves(sorted((comparison.output / "results").glob("*.json")))
+    models = comparison.models()
+    # Others may have written into the folder.
+    files = [model.result_file(comparison.subset) for model in models]
+    every = read_curves([path for path in files if path.exists()])
     longest = max(comparison.preset.evaluation_lengths)
     text = page_head(comparison)
     for length in comparison.preset.training_lengths:
         curves = [replace(one, label=one.position_method) for one in every if one.training_length == length]
         curves.sort(key=lambda one: order[one.position_method])
         text += length_section(curves, length, longest, comparison.output)
-    page = "\n\n".join([*text, "## Speed and memory", cost_table(comparison.models())]) + "\n"
+    page = "\n\n".join([*text, "## Speed and memory", cost_table(models)]) + "\n"
     write_text(comparison.output / "results.md", page)
     return page
