@@ -105,7 +105,10 @@ def main(argv: Optional[list[str]] = None) -> None:
         argv, passed_on = argv[:end], argv[end + 1 :]
     if hasattr(command, "join_processes"):  # the command can run in several processes
         command.join_processes()
-    args = parser.parse_args(argv)
+    if getattr(command, "ANY_ORDER", False):
+        args = by_name[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+    else:
+        args = parser.parse_args(argv)
     args.passed_on = passed_on
     try:
         command.run(args)

@@ -224,7 +224,7 @@ def test_command(capsys):
     printed = capsys.readouterr().out
     assert "246,933,504" in printed
     command = (
-        "--config-name wikitext103 task.tokens_per_sample=1024 dataset.max_tokens=3072 optimization.update_freq=[1]"
+        "--config-name wikitext103 task.tokens_per_sample=1024 dataset.max_tokens=3072 'optimization.update_freq=[1]'"
     )
     assert command in printed
     assert printed.splitlines()[-1].endswith("distributed_training.distributed_world_size=3")

@@ -4,10 +4,15 @@ import argparse
 import math
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from ..experiments.plan import plan_tables, training_command
 from ..experiments.planned_run import PlannedRun
 from ..experiments.run_config import find_dictionary, read_config
 from .arguments import positive_integer
+
+#: Options may stand between the overrides.
+ANY_ORDER = True
 
 
 def number_of_gib(text: str) -> float:
@@ -28,8 +33,7 @@ def number_of_gib(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi plan`."""
     add = parser.add_argument
-    add("config", metavar="CONFIG", type=Path, help="YAML file of configs/")
-    add("overrides", metavar="KEY=VALUE", nargs="*", help="as for fairseq-hydra-train, after CONFIG")
+    add("words", metavar="CONFIG [KEY=VALUE ...]", nargs="+", help="YAML file of configs/, and overrides of its values")
     add("--gpus", type=positive_integer, default=1, metavar="N", help="default: 1")
     add("--gpu-memory", type=number_of_gib, required=True, metavar="GIB", help="memory of a GPU, in GiB")
     vocabulary = "size of the vocabulary, special symbols included; default: that of the dict.txt in task.data, else "
@@ -42,8 +46,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The run cannot be planned, or not one block fits.
     """
-    cfg = read_config(args.config, args.overrides)
-    planned = PlannedRun(cfg, find_dictionary(cfg, args.config, args.types))
+    # A path may hold an equals sign too.
+    name, *overrides = sorted(args.words, key=lambda word: "=" in word and not Path(word).is_file())
+    config = Path(name)
+    cfg = read_config(config, overrides)
+    planned = PlannedRun(cfg, find_dictionary(cfg, config, args.types))
     text, best = plan_tables(planned, args.gpus, args.gpu_memory)
     print(text)
     if best is None:
@@ -57,4 +64,8 @@ def run(args: argparse.Namespace) -> None:
         "optimization.update_freq": f"[{update_freq}]",
         "distributed_training.distributed_world_size": args.gpus,
     }
-    print("\n" + training_command(args.config, args.overrides, settings))
+    if OmegaConf.is_missing(cfg.task, "data") or not cfg.task.data:
+        settings["task.data"] = "DATA"
+    if cfg.common.user_dir and not Path(cfg.common.user_dir).exists():  # it is relative to the project
+        settings["common.user_dir"] = Path(__file__).parents[1]
+    print("\n" + training_command(config, overrides, settings))

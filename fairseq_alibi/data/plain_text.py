@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import itertools
+import shlex
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -94,20 +95,22 @@ def prepare_text(
         for split, path in texts.items():
             (work / f"{split}.txt").symlink_to(path.resolve())
         encode_splits(work, "txt", "moses", moses_encoder(), workers)
-        suffix, options, codes = "moses", "--tokenizer moses", work / "bpe.codes"
+        suffix, options, codes = "moses", ["--tokenizer", "moses"], work / "bpe.codes"
         if bpe_merges is not None:
             learn_codes(work / "train.moses", codes, bpe_merges)
             with open(codes, encoding="utf-8") as file:
                 encode_splits(work, "moses", "bpe", BPE(file).process_line, workers)
-            suffix, options = "bpe", f"--tokenizer moses --bpe subword_nmt --bpe-codes {destination / codes.name}"
+            suffix = "bpe"
+            options += ["--bpe", "subword_nmt", "--bpe-codes", str(destination / codes.name)]
         data = run_preprocess(work, suffix, workers)
         if bpe_merges is not None:
             codes.rename(data / codes.name)
         counts = count_tokens(data, summaries)
-        next_command = (
-            f"fairseq-train {destination} --user-dir {Path(__file__).parents[1]} --task language_modeling "
-            "--arch alibi_lm_tiny --tokens-per-sample 256 --max-tokens 4096 --optimizer adam --lr 0.001 "
-            f"--max-update 1000 --save-dir checkpoints/{destination.name}"
-        )
-        publish(data, destination, {**identity, "source": source, "counts": counts}, next_command)
-        print(f"A model of it takes plain text from fairseq-interactive {destination} {options}")
+        common = [str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "language_modeling"]
+        save_dir = f"checkpoints/{destination.name}"
+        training = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", "256", "--max-tokens", "4096"]
+        training += ["--optimizer", "adam", "--lr", "0.001", "--max-update", "1000", "--save-dir", save_dir]
+        command = ["fairseq-train", *common, *training]
+        publish(data, destination, {**identity, "source": source, "counts": counts}, shlex.join(command))
+        command = ["fairseq-interactive", *common, "--path", f"{save_dir}/checkpoint_best.pt", *options]
+        print(f"The model then continues lines of plain text:\n  {shlex.join(command)}")

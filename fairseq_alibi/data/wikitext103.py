@@ -1,6 +1,7 @@
 """WikiText-103: downloaded or taken from a file, checked against its known counts, made a data folder."""
 
 import re
+import shlex
 import shutil
 import stat
 import zipfile
@@ -171,7 +172,9 @@ def prepare_wikitext103(
         counts = count_tokens(data, summaries)
         if whole:
             check_counts(counts)
-        next_command = f"bash scripts/train_wikitext103.sh {destination} checkpoints/alibi-512 512"
+        next_command = shlex.join(
+            ["bash", "scripts/train_wikitext103.sh", str(destination), "checkpoints/alibi-512", "512"]
+        )
         description = {**identity, "source": str(source or "download"), "counts": counts}
         publish(data, destination, description, next_command)
     part.unlink(missing_ok=True)

@@ -237,10 +237,12 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
     """
     loaded = load_for_evaluation(checkpoint, text, settings)
     windowings = settings.windowings(loaded.description["training_length"])
-    if break_mode := loaded.description.get("sample_break_mode"):
+    if (break_mode := loaded.description.get("sample_break_mode")) and processes.is_first():
+        words = ["fairseq-alibi", "eval-lm", "nonoverlapping", settings.data, checkpoint, str(windowings[0].length)]
+        command = shlex.join([*words, "--subset", settings.subset, "--", "--sample-break-mode", break_mode])
         print(
             f"{checkpoint} was trained with --sample-break-mode {break_mode}; here windows cross line ends. By lines: "
-            f"fairseq-alibi eval-lm nonoverlapping DATA CHECKPOINT LENGTH -- --sample-break-mode {break_mode}",
+            f"{command}",
             file=sys.stderr,
         )
     files = None

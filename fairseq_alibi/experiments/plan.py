@@ -59,5 +59,4 @@ def training_command(config: Path, overrides: Sequence[str], settings: dict[str,
     """
     kept = [override for override in overrides if override.lstrip("+~").partition("=")[0] not in settings]
     command = ["fairseq-hydra-train", "--config-dir", str(config.parent), "--config-name", config.stem, *kept]
-    decided = " ".join(f"{key}={value}" for key, value in settings.items())
-    return f"{shlex.join(command)} {decided}"
+    return shlex.join([*command, *(f"{key}={value}" for key, value in settings.items())])
