@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias
+from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, NoBias
 from .flex_attention import block_attention, supports_flex
 from .kept import in_functional_transform
 from .tiled_attention import (
@@ -68,7 +68,8 @@ def folded_mask_of(q: Tensor, inputs: AttentionInputs) -> Tensor:
     """The folded mask of the queries with the padding in it: (1, H, T, S), or (B, H, T, S) with padding."""
     assert isinstance(inputs.bias, FoldedMask)
     # Four dimensions, or PyTorch's fused CPU kernel declines the mask and attention takes five times as long.
-    return merge_padding_into_mask(inputs.bias.mask[None, :, -q.size(2) :], inputs.padding)
+    mask = inputs.bias.mask if inputs.bias.mask.dim() == 4 else inputs.bias.mask[None]
+    return merge_padding_into_mask(mask[:, :, -q.size(2) :], inputs.padding)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
@@ -161,5 +162,7 @@ def check_shapes(q: Tensor, k: Tensor, inputs: AttentionInputs) -> None:
         count, given = queries + keys - 1, tuple(bias.values.shape)
         if given[0] not in (1, heads) or given[1] < count:
             raise ValueError(f"the bias by distance must be (H or 1, T + S - 1) = ({heads} or 1, {count}), not {given}")
+    if isinstance(bias, KeyBias) and bias.sums.shape != (batch, heads, keys):
+        raise ValueError(f"the sums must be (B, H, S) = ({batch}, {heads}, {keys}), not {tuple(bias.sums.shape)}")
     if padding is not None and padding.shape != (batch, keys):
         raise ValueError(f"padding must be (B, S) = ({batch}, {keys}), not {tuple(padding.shape)}")

@@ -62,17 +62,29 @@ class DistanceBias:
 
 
 @dataclass(frozen=True)
+class KeyBias:
+    """The bias c_i - c_j for query i and key j, c the running sum of decays; gradients flow through it.
+
+    Args:
+        sums: (B, H, S) float64, c of each key. It does not rise along a row.
+    """
+
+    sums: Tensor
+
+
+@dataclass(frozen=True)
 class FoldedMask:
     """The bias and what is not seen as one mask, see `PositionMethod.future_mask`.
 
     Args:
-        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; float32 or the dtype of the attention.
+        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; (B, H, T, S) with a bias by key; float32
+            or the dtype of the attention.
     """
 
     mask: Tensor
 
 
-Bias = Union[NoBias, LinearBias, DistanceBias, FoldedMask]
+Bias = Union[NoBias, LinearBias, DistanceBias, KeyBias, FoldedMask]
 
 
 @dataclass(frozen=True, **KEYWORD_ONLY)
@@ -116,6 +128,19 @@ class AttentionInputs:
     def for_queries(self, queries: Optional[int]) -> "AttentionInputs":
         """The same for a layer that computes the last `queries` queries only."""
         return dataclasses.replace(self, queries=queries)
+
+    def with_decay(self, sums: Tensor, queries: int) -> "AttentionInputs":
+        """The same with the bias by key of a layer, folded into the mask if there is one.
+
+        Args:
+            sums: see `KeyBias`.
+            queries: number of queries, the last ones, that the layer computes.
+        """
+        bias: Bias = KeyBias(sums)
+        if isinstance(self.bias, FoldedMask):
+            decay = sums[:, :, -queries:, None] - sums[:, :, None, :]
+            bias = FoldedMask(self.bias.mask[None, :, -queries:] + decay.to(self.bias.mask.dtype))
+        return dataclasses.replace(self, bias=bias)
 
 
 class TokenSpan(NamedTuple):
@@ -233,7 +258,7 @@ class AttentionSetup:
 
     def bias_by_distance(self, span: TokenSpan, device: torch.device) -> Bias:
         """The bias for attention without a mask."""
-        if self.method.bias_kind == "none":
+        if self.method.bias_kind in ("none", "key"):  # a layer adds its own bias by key
             return NoBias()
         if self.method.bias_kind == "linear":
             before, after = self.method.slopes(device)
@@ -292,10 +317,11 @@ class AttentionSetup:
             return False
         if kernel == "fused":
             return True
-        if window is not None:  # the mask would be another one in each pass
+        # The mask would be another one in each pass or, with a bias by key, in each layer and row of the batch.
+        if window is not None or (method.bias_kind == "key" and device.type == "cpu" and span.queries > 1):
             return True
         dropped = training and self.settings.dropout > 0
-        plain = not method.has_distance_bias and span.queries == span.keys and padding is None and not dropped
+        plain = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped
         return plain or fused_is_faster(device, span.queries, span.keys)
 
 

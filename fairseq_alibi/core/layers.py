@@ -18,11 +18,15 @@ from .attention import attend, attention_weights
 from .attention_inputs import AttentionInputs
 from .rotary import rotate
 
+#: Keys and values, (B, H, S, D), and the running sums (B, H, S) of a bias by key, or None.
+CachedTensors = tuple[Tensor, Tensor, Optional[Tensor]]
+
 
 class AttentionCore:
     """Multi-head self-attention for a module with projections, which all layers of this package run.
 
-    The module has `num_heads`, `head_dim`, and the layers `q_proj`, `k_proj`, `v_proj` and `out_proj`.
+    The module has `num_heads`, `head_dim`, the layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, and, for a bias by
+    key, a `gate`, see `PositionMethod.make_gate`.
     """
 
     num_heads: int
@@ -31,6 +35,7 @@ class AttentionCore:
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
+    gate: Optional[nn.Module]
 
     #: Dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C).
     time_dim = 1
@@ -65,25 +70,46 @@ class AttentionCore:
             q, k = rotate(q, inputs.rotation[:2, -queries:]), rotate(k, inputs.rotation[-2:])
         if inputs.query_scale is not None:
             q = (q * inputs.query_scale[..., -queries:, None]).to(k.dtype)
+        decay = None if self.gate is None else self.decays(x, inputs)
         if inputs.cache is not None:
-            k, v = self.extend_cache(inputs.cache, k, v, inputs.window)
+            k, v, decay = self.extend_cache(inputs.cache, (k, v, decay), inputs.window)
+        if decay is not None:
+            inputs = inputs.with_decay(decay, queries)
         weights = attention_weights(q, k, inputs) if need_weights else None
         out = attend(q, k, v, inputs, dropout)
         return self.out_proj(out.movedim((0, 1, 2), (1 - time, 2, time)).flatten(-2)), weights
 
-    def extend_cache(self, cache: Any, k: Tensor, v: Tensor, window: Optional[int]) -> tuple[Tensor, Tensor]:
-        """Appends new keys and values, (B, H, T, D), to the cached ones; returns all of them."""
+    def decays(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Running sums of the decays of the new tokens, none at padding: (B, H, T) float64."""
+        assert self.gate is not None
+        decay = self.gate(x).movedim((1 - self.time_dim, -1, self.time_dim), (0, 1, 2)).double()
+        if inputs.padding is not None:
+            decay = decay.masked_fill(inputs.padding[:, None, -decay.size(2) :], 0.0)
+        return decay.cumsum(2)
+
+    def extend_cache(self, cache: Any, new: CachedTensors, window: Optional[int]) -> CachedTensors:
+        """Appends what is new to what is cached, and returns all of it."""
         raise NotImplementedError
+
+
+def append(earlier: CachedTensors, new: CachedTensors) -> CachedTensors:
+    """Keys, values and running sums of new tokens behind those of earlier ones."""
+    k, v = (torch.cat(pair, dim=2) for pair in zip(earlier[:2], new[:2]))  # type: ignore[arg-type]
+    sums, added = earlier[2], new[2]
+    if sums is not None and added is not None:
+        added = torch.cat([sums, added + sums[..., -1:] if sums.size(2) else added], dim=2)
+    return k, v, added
 
 
 class Cache:
     """Keys and values of the tokens that a stack has read, for reading more tokens after them.
 
-    `Transformer` takes any object with these two methods, transformers' caches among them.
+    `Transformer` takes any object with the first two methods, transformers' caches among them, unless its bias is by
+    key: then there are running sums to keep.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, CachedTensors] = {}
 
     def get_seq_length(self) -> int:
         """Number of tokens read, the same in every layer."""
@@ -91,10 +117,12 @@ class Cache:
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Appends keys and values of a layer, (B, H, T, D); returns all of that layer, (B, H, S, D)."""
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v
-        return k, v
+        return self.extend((k, v, None), layer)[:2]
+
+    def extend(self, new: CachedTensors, layer: int) -> CachedTensors:
+        """Appends keys, values and running sums of a layer; returns all of that layer."""
+        self.layers[layer] = append(self.layers[layer], new) if layer in self.layers else new
+        return self.layers[layer]
 
 
 class SelfAttention(AttentionCore, nn.Module):
@@ -115,16 +143,17 @@ class SelfAttention(AttentionCore, nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, {embed_dim}, and {num_heads} does not")
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.dropout, self.layer = dropout, layer
+        self.dropout, self.layer, self.gate = dropout, layer, None
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(4))
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         return self.compute_attention(x, inputs, self.dropout if self.training else 0.0)[0]
 
-    def extend_cache(self, cache: Any, k: Tensor, v: Tensor, window: Optional[int]) -> tuple[Tensor, Tensor]:
+    def extend_cache(self, cache: Any, new: CachedTensors, window: Optional[int]) -> CachedTensors:
         """See `AttentionCore.extend_cache`; the cache is one as `Cache`."""
-        return cache.update(k, v, self.layer)
+        k, v, sums = new
+        return (*cache.update(k, v, self.layer), None) if sums is None else cache.extend(new, self.layer)
 
 
 @dataclass(frozen=True)

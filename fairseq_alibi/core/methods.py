@@ -5,6 +5,7 @@ transformers copies the files of an exported model that are imported by name, so
 
 from .alibi import ALiBi, EncoderALiBi
 from .embeddings import Learned, NoPositions, Sinusoidal
+from .forgetting import Cable, Fox
 from .kerple import Kerple, KerplePower
 from .rotary import Rotary, XPos
 from .sandwich import Sandwich
@@ -17,7 +18,9 @@ __all__ = [
     "COMPARED",
     "T5",
     "ALiBi",
+    "Cable",
     "EncoderALiBi",
+    "Fox",
     "Kerple",
     "KerplePower",
     "Learned",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 DECODER, ENCODER = "decoder", "encoder"
 
 #: What the bias of a method depends on, see `PositionMethod.bias_kind`.
-BIAS_KINDS = ("none", "linear", "distance", "pair")
+BIAS_KINDS = ("none", "linear", "distance", "key", "pair")
 
 
 def distances(query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
@@ -61,7 +61,8 @@ class PositionMethod(nn.Module):
     #: Whether `query_scale` multiplies queries, and so the scores.
     scales_queries: ClassVar[bool] = False
     #: What is added to the scores: "none"; "linear": a slope per head times the distance (`slopes`); "distance": any
-    #: function of the distance (`distance_bias`); "pair": anything else, which needs a mask (`pair_bias`).
+    #: function of the distance (`distance_bias`); "key": a decay per token and head that a module in each layer reads
+    #: from the layer's input (`make_gate`), decoders only; "pair": anything else, which needs a mask (`pair_bias`).
     bias_kind: str = "none"
     #: Whether sequences longer than those of the training have no positions.
     limited_to_training_length: ClassVar[bool] = False
@@ -149,6 +150,18 @@ class PositionMethod(nn.Module):
         """
         return linear_bias(*self.slopes(distance.device), distance)
 
+    def make_gate(self, embed_dim: int) -> Optional[nn.Module]:
+        """The module with parameters of one layer that gives the decays of a "key" bias, else None.
+
+        Args:
+            embed_dim: C.
+
+        Returns:
+            A module that maps the layer's input (..., C) to (..., H) float32, at most 0: f_l. The bias of query i and
+            key j <= i is the sum of f_l over j < l <= i.
+        """
+        return None
+
     def pair_bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
         """Bias of each query and key: (H, T, S) float32, or None without a bias. Overridden for the kind "pair"."""
         if not self.has_distance_bias:
@@ -214,7 +227,7 @@ _HOOKS = {
     "rotates": "rotation",
     "scales_queries": "query_scale",
 }
-_BIAS_HOOKS = {"linear": "slopes", "distance": "distance_bias", "pair": "pair_bias"}
+_BIAS_HOOKS = {"linear": "slopes", "distance": "distance_bias", "key": "make_gate", "pair": "pair_bias"}
 
 
 def register_position_method(name: str, stacks: Sequence[str] = (DECODER,)) -> Callable[[Method], Method]:

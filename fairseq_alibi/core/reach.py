@@ -68,6 +68,35 @@ def distance_reach(q: Tensor, k: Tensor, bias: Tensor, own: Tensor, epsilon: flo
     return (~(e[:, None] + tails <= math.log(epsilon))).sum(1).double()
 
 
+def oldest_keys(q: Tensor, k: Tensor, sums: Tensor, chunk: int, epsilon: float = EPSILON) -> Tensor:
+    """The oldest key that each chunk of queries needs under a bias by key c_i - c_j, where c does not rise.
+
+    With e as in `reach`, here the most over a chunk's queries, key l weighs against key i itself
+    w_l / w_i <= exp(e + c_i - c_l). So all keys up to j weigh together at most exp(e + c_i) times the sum of exp(-c_l)
+    over l <= j. As c does not rise, c_i of the chunk's first query bounds the others'. The sum grows with j: the keys
+    up to the last j where the bound is at most epsilon are skipped.
+
+    Args:
+        q, k: see `reach`.
+        sums: (B, H, S) float64, c.
+        chunk: number of queries in a chunk.
+        epsilon: see `reach`.
+
+    Returns:
+        (H, chunks) int64 on the CPU: the number of the first key that is needed, for all batch rows.
+    """
+    heads, queries = q.size(1), q.size(2)
+    count = -(-queries // chunk)
+    if epsilon <= 0:
+        return torch.zeros(heads, count, dtype=torch.int64, device="cpu")
+    own = sums[:, :, -queries:]
+    excess = torch.nn.functional.pad(score_excess(q, k).double(), (0, count * chunk - queries), value=-math.inf)
+    excess = excess.unflatten(2, (count, chunk)).amax(3) + own[:, :, ::chunk]
+    tails = (-sums).logcumsumexp(2)
+    threshold = (math.log(epsilon) - excess).nan_to_num(nan=-math.inf)
+    return torch.searchsorted(tails.contiguous(), threshold.contiguous(), right=True).amin(0).cpu()
+
+
 def score_excess(q: Tensor, k: Tensor) -> Tensor:
     """Most by which a query's score against any key exceeds that against its own: (B, H, T) float32, see `reach`."""
     q, k = q.float(), k.float()

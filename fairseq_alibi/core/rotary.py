@@ -5,7 +5,7 @@ Shapes: T positions, D head_dim.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Rotary(PositionMethod):
     """
 
     rotates = True
-    paper_rank: Optional[int] = 3  # type: ignore[misc]
+    paper_rank: ClassVar[Optional[int]] = 3
     options = RotaryOptions
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Attention tile by tile, without a tensor of T x S elements: two kernels for a bias that depends on the distance.
+"""Attention tile by tile, without a tensor of T x S elements: two kernels for a bias by distance or by key.
 
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 
@@ -6,6 +6,7 @@ Queries go in chunks, and one vector, with a number for each distance, serves as
 only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash
 kernel, which is a private function. `recomputed_tiles` is the public way: it serves dropout, gradients of the bias,
 other devices, and a PyTorch whose private function is gone or has changed.
+A bias by key is carried by further dimensions of queries and keys, see `key_features.py`.
 """
 
 import functools
@@ -19,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias
+from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias
+from .key_features import FEATURES, features_of_keys, widen, write_features
 from .positions import linear_bias
-from .reach import distance_reach, reach
+from .reach import distance_reach, oldest_keys, reach
 
 #: Queries in a tile, by how far its heads reach.
 CHUNKS = (256, 512, 1024)
@@ -56,7 +58,13 @@ class Tile(NamedTuple):
     keys: slice
 
 
-def tiles(query_length: int, key_length: int, back: Sequence[float], ahead: Sequence[float]) -> list[Tile]:
+def tiles(
+    query_length: int,
+    key_length: int,
+    back: Sequence[float],
+    ahead: Sequence[float],
+    oldest_keys: Optional[Tensor] = None,
+) -> list[Tile]:
     """Cuts attention into tiles: heads of like reach together, queries in chunks, keys as far as the reach goes.
 
     Chunks are short where the reach is, so that few keys are read in vain, and long where the reach is long, so that
@@ -66,6 +74,8 @@ def tiles(query_length: int, key_length: int, back: Sequence[float], ahead: Sequ
         query_length, key_length: T and S; no tile has more than 1,024 queries.
         back: reach of each head, see `reach`.
         ahead: the same for the keys after a query, 0 where it sees none.
+        oldest_keys: (H, chunks) the oldest key that each chunk of the shortest size reads, where `back` says only how
+            far a head reaches on average.
 
     Returns:
         Tiles in which every query finds every key at a distance up to the head's reach, at least.
@@ -85,6 +95,8 @@ def tiles(query_length: int, key_length: int, back: Sequence[float], ahead: Sequ
         for start in range(0, query_length, chunk):
             stop = min(start + chunk, query_length)
             oldest, newest = max(0, earlier + start - farthest_back), min(key_length, earlier + stop + farthest_ahead)
+            if oldest_keys is not None:
+                oldest = int(oldest_keys[first:last, start // CHUNKS[0] : -(-stop // CHUNKS[0])].min())
             cut.append(Tile(slice(first, last), slice(start, stop), slice(key_length - newest, key_length - oldest)))
         first = last
     return cut
@@ -126,7 +138,7 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
     dtype = torch.promote_types(q.dtype, torch.float32)
     # Over short sequences the least reach is most of the past, so nothing is skipped.
     epsilon = inputs.epsilon if key_length > CHUNKS[0] else 0.0
-    bias = inputs.bias
+    bias, oldest = inputs.bias, None
     if isinstance(bias, DistanceBias):
         first = 1 - query_length
         vector = bias.values.expand(heads, -1)[:, first - key_length :].to(dtype)
@@ -136,6 +148,12 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
             for part in (parts[2], parts[0].flip(1))
         )
         back, ahead = back.clamp(max=window - 1), torch.zeros_like(ahead) if inputs.causal else ahead
+    elif isinstance(bias, KeyBias):
+        oldest = oldest_keys(q.detach(), k.detach(), bias.sums.detach(), CHUNKS[0], epsilon)
+        starts = key_length - query_length + torch.arange(0, query_length, CHUNKS[0])
+        oldest = oldest.maximum(starts - window + 1)
+        back, ahead, first = (starts - oldest).double().mean(1), torch.zeros(heads), 1 - min(query_length, CHUNKS[-1])
+        vector = linear_bias(q.new_zeros(heads, dtype=dtype), None, torch.arange(first, key_length, device=q.device))
     else:
         before = bias.before.to(q.device) if isinstance(bias, LinearBias) else q.new_zeros(heads, dtype=torch.float32)
         after = bias.after.to(q.device) if isinstance(bias, LinearBias) and bias.after is not None else None
@@ -150,9 +168,8 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
     if window < key_length:
         vector = vector.masked_fill(torch.arange(first, key_length, device=q.device) >= window, -math.inf)
     padding = None if inputs.padding is None else inputs.padding.flip(1)
-    return TileBias(vector, first, query_length, padding), tiles(
-        query_length, key_length, back.tolist(), ahead.tolist()
-    )
+    cut = tiles(query_length, key_length, back.tolist(), ahead.tolist(), oldest)
+    return TileBias(vector, first, query_length, padding), cut
 
 
 class FlashTiles(torch.autograd.Function):
@@ -162,35 +179,54 @@ class FlashTiles(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: TileBias, cut: list[Tile]) -> Tensor:  # type: ignore[override]
-        """q (B, H, T, D); k, v (B, H, S, D) in reversed order; a `TileBias`; a list of `Tile`. Returns (B, H, T, D)."""
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sums: Optional[Tensor], bias: TileBias, cut: list[Tile]
+    ) -> Tensor:
+        """q (B, H, T, D); k, v (B, H, S, D), sums (B, H, S) of a bias by key or None, in reversed order; the tiles."""
         batch, heads, queries, dim = q.shape
         out = q.new_empty(queries, batch, heads, dim).permute(1, 2, 0, 3)  # lies as the output projection reads it
         logsumexp = bias.vector.new_empty(batch, heads, queries)
+        wide_q, wide_k, wide_v = (q, k, v) if sums is None else widen(q, k, v)
         for tile in cut:
             h, t, s = tile
-            out[:, h, t], logsumexp[:, h, t] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=bias.of(tile)
+            if sums is not None:
+                write_features(wide_k[:, h, s], sums[:, h, s], t.stop - t.start, dim)
+            part, logsumexp[:, h, t] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *(wide_q[:, h, t], wide_k[:, h, s], wide_v[:, h, s]),
+                attn_mask=bias.of(tile),
+                scale=1 / math.sqrt(dim),
             )
-        ctx.save_for_backward(q, k, v, out, logsumexp)
+            out[:, h, t] = part[..., :dim]
+        ctx.save_for_backward(q, k, v, sums, out, logsumexp)
         ctx.bias, ctx.cut = bias, cut
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Optional[Tensor], ...]:  # type: ignore[override]
-        """Gradients of q, k and v; those of keys and values are summed in float32 at least."""
-        q, k, v, out, logsumexp = ctx.saved_tensors
-        q_grad = torch.empty_like(q)
+        """Gradients of q, k, v and the sums; those of keys and values are summed in float32 at least."""
+        q, k, v, sums, out, logsumexp = ctx.saved_tensors
+        dim, q_grad = q.size(-1), torch.empty_like(q)
         k_grad, v_grad = (torch.zeros_like(x, dtype=ctx.bias.vector.dtype) for x in (k, v))
+        sums_grad = None if sums is None else torch.zeros_like(sums)
+        if sums is not None:
+            grad, out = F.pad(grad, (0, FEATURES)), F.pad(out, (0, FEATURES))
+            q, k, v = widen(q, k, v)
         for tile in ctx.cut:
             h, t, s = tile
-            q_grad[:, h, t], k_part, v_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(grad[:, h, t], q[:, h, t], k[:, h, s], v[:, h, s], out[:, h, t], logsumexp[:, h, t], 0.0, False),
+            if sums is not None:
+                write_features(k[:, h, s], sums[:, h, s], t.stop - t.start, dim)
+            q_part, k_part, v_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(grad[:, h, t], q[:, h, t], k[:, h, s], v[:, h, s]),
+                *(out[:, h, t], logsumexp[:, h, t], 0.0, False),
                 attn_mask=ctx.bias.of(tile),
+                scale=1 / math.sqrt(dim),
             )
-            k_grad[:, h, s] += k_part
-            v_grad[:, h, s] += v_part
-        return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype), None, None
+            q_grad[:, h, t] = q_part[..., :dim]
+            k_grad[:, h, s] += k_part[..., :dim]
+            v_grad[:, h, s] += v_part[..., :dim]
+            if sums_grad is not None:
+                sums_grad[:, h, s] -= k_part[..., dim] * math.sqrt(dim)
+        return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype), sums_grad, None, None
 
 
 @functools.cache
@@ -205,7 +241,7 @@ def flash_kernel_works() -> bool:
             q, k, v = (torch.randn(1, 2, 8, 8, generator=generator).requires_grad_() for _ in range(3))
             vector = torch.randn(2, 15, generator=generator)
             bias, cut = TileBias(vector, -7, 8, None), [Tile(slice(0, 2), slice(0, 8), slice(0, 8))]
-            out = FlashTiles.apply(q, k, v, bias, cut)
+            out = FlashTiles.apply(q, k, v, None, bias, cut)
             expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.of(cut[0]))
             torch.testing.assert_close(out, expected)
             grads, expected_grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
@@ -232,6 +268,11 @@ def not_compiled(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
+def reversed_sums(inputs: AttentionInputs) -> Optional[Tensor]:
+    """The sums of a bias by key in the order of the tiles' keys, (B, H, S); None for another bias."""
+    return inputs.bias.sums.flip(2) if isinstance(inputs.bias, KeyBias) else None
+
+
 def supports_recomputed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `recomputed_tiles` supports: all but a folded mask, and both sides without a bias."""
     return not isinstance(inputs.bias, FoldedMask) and (
@@ -255,7 +296,7 @@ def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float
 def flash_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
     """Attention without a mask through PyTorch's private CPU flash kernel. Arguments: see `attention.py`."""
     bias, cut = plan_tiles(q, k, inputs)
-    return FlashTiles.apply(q, k.flip(2), v.flip(2), bias, cut)
+    return FlashTiles.apply(q, k.flip(2), v.flip(2), reversed_sums(inputs), bias, cut)
 
 
 @not_compiled
@@ -265,14 +306,21 @@ def recomputed_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, d
     What a tile needs for its gradients is computed again in the backward pass.
     """
     bias, cut = plan_tiles(q, k, inputs)
-    k, v = k.flip(2), v.flip(2)
+    k, v, sums, dim = k.flip(2), v.flip(2), reversed_sums(inputs), q.size(-1)
 
     def attend_tile(tile: Tile) -> Tensor:
         h, t, s = tile
+        queries, keys = q[:, h, t], k[:, h, s]
         mask = bias.of(tile)
         if q.device.type != "cpu":  # kernels of a GPU want their own dtype, and rows that lie apart
             mask = mask.to(q.dtype).contiguous()
-        return F.scaled_dot_product_attention(q[:, h, t], k[:, h, s], v[:, h, s], attn_mask=mask, dropout_p=dropout)
+        if sums is not None:
+            features = features_of_keys(sums[:, h, s], t.stop - t.start, dim, k.dtype)
+            queries = torch.cat([queries, torch.ones_like(queries[..., : features.size(-1)])], dim=-1)
+            keys = torch.cat([keys, features], dim=-1)
+        return F.scaled_dot_product_attention(
+            queries, keys, v[:, h, s], attn_mask=mask, dropout_p=dropout, scale=1 / math.sqrt(dim)
+        )
 
     out = torch.empty_like(q)
     for tile in cut:

@@ -46,6 +46,7 @@ class Attention(SelfAttention):
     ):
         super().__init__(embed_dim, num_heads, dropout)
         self.position_method = given_or_alibi(position_method, num_heads, causal)
+        self.gate = self.position_method.make_gate(embed_dim)
         self.setup = AttentionSetup(self.position_method, AttentionSettings(attention, epsilon, dropout, causal))
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:  # type: ignore[override]
@@ -96,6 +97,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, options, n) for n in range(layers))
         self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
+        for layer in self.layers:
+            setattr(layer.self_attn, "gate", self.position_method.make_gate(embed_dim))  # noqa: B010, for mypy
         settings = AttentionSettings(attention, dropout=options.attention_dropout, causal=causal)
         self.setup = AttentionSetup(self.position_method, settings)
         self.layer_norm = nn.LayerNorm(embed_dim) if options.normalize_before else None

@@ -50,7 +50,9 @@ class AlibiDecoder(TransformerDecoder):
         self.cpu_bf16 = args.cpu_bf16
         args.no_token_positional_embeddings = True  # or fairseq makes an embedding of its own
         args.max_target_positions = args.tokens_per_sample
+        self.make_gate = position_method.make_gate
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn)
+        del self.make_gate
         self.position_method = position_method
         self.setup = AttentionSetup(position_method, attention_settings(args, causal=True))
         # Made last, so that the other weights start as with any method.
@@ -58,7 +60,8 @@ class AlibiDecoder(TransformerDecoder):
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """See `TransformerDecoder.build_decoder_layer`."""
-        return wrap_for_fsdp(DecoderLayer(args, no_encoder_attn, self.cpu_bf16), args)
+        gate = self.make_gate(args.decoder_embed_dim)
+        return wrap_for_fsdp(DecoderLayer(args, no_encoder_attn, self.cpu_bf16, gate), args)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """See `TransformerDecoder.output_layer`; the logits are in the dtype of the features."""

@@ -20,7 +20,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 
 from ..core.attention_inputs import AttentionInputs
-from ..core.layers import AttentionCore, checkpoint_activations
+from ..core.layers import AttentionCore, CachedTensors, append, checkpoint_activations
 
 #: fairseq's incremental state: what the modules keep between the steps of decoding.
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
@@ -31,6 +31,10 @@ class FairseqSelfAttention(AttentionCore, MultiheadAttention):
 
     time_dim = 0  # (T, B, C)
 
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.gate: Optional[nn.Module] = None
+
     def forward(  # type: ignore[override]
         self, x: Tensor, inputs: AttentionInputs, need_weights: bool = False
     ) -> tuple[Tensor, Optional[Tensor]]:
@@ -38,20 +42,19 @@ class FairseqSelfAttention(AttentionCore, MultiheadAttention):
         dropped = self.training or self.dropout_module.apply_during_inference
         return self.compute_attention(x, inputs, self.dropout_module.p if dropped else 0.0, need_weights)
 
-    def extend_cache(
-        self, cache: IncrementalState, k: Tensor, v: Tensor, window: Optional[int] = None
-    ) -> tuple[Tensor, Tensor]:
+    def extend_cache(self, cache: IncrementalState, new: CachedTensors, window: Optional[int]) -> CachedTensors:
         """See `AttentionCore.extend_cache`; the cache is fairseq's incremental state.
 
         With a window the last window - 1 keys stay in the cache: the next query has its own key and sees no more.
         """
-        kept = self._get_input_buffer(cache)
+        names = ("prev_key", "prev_value", "prev_decay")
+        kept: Any = self._get_input_buffer(cache)
         if kept:
-            k = torch.cat([kept["prev_key"], k], dim=2)
-            v = torch.cat([kept["prev_value"], v], dim=2)
-        seen = slice(0 if window is None else max(0, k.size(2) - (window - 1)), None)
-        self._set_input_buffer(cache, {"prev_key": k[:, :, seen], "prev_value": v[:, :, seen]})
-        return k, v
+            new = append((kept["prev_key"], kept["prev_value"], kept.get("prev_decay")), new)
+        seen = slice(0 if window is None else max(0, new[0].size(2) - (window - 1)), None)
+        found = {name: x[:, :, seen] for name, x in zip(names, new) if x is not None}
+        self._set_input_buffer(cache, found)  # type: ignore[arg-type]
+        return new
 
 
 class DecoderLayer(TransformerDecoderLayerBase):
@@ -61,10 +64,14 @@ class DecoderLayer(TransformerDecoderLayerBase):
         cfg: a fairseq `TransformerConfig`.
         no_encoder_attn: whether it attends to no encoder.
         cpu_bf16: whether its matrix products run in bfloat16 on a CPU.
+        gate: for a bias by key, see `PositionMethod.make_gate`.
     """
 
-    def __init__(self, cfg: Any, no_encoder_attn: bool = False, cpu_bf16: bool = False):
+    def __init__(
+        self, cfg: Any, no_encoder_attn: bool = False, cpu_bf16: bool = False, gate: Optional[nn.Module] = None
+    ):
         super().__init__(cfg, no_encoder_attn)
+        self.self_attn.gate = gate
         self.cpu_bf16 = cpu_bf16
         self.checkpointed, self.offloaded = cfg.checkpoint_activations, cfg.offload_activations
 
