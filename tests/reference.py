@@ -61,17 +61,21 @@ def bias_by_distance(method, heads, distance, p=None):
     return d.new_zeros(heads, *d.shape)
 
 
-def attention(q, k, v, method="alibi", seen=None, window=math.inf, parameters=None):
+def attention(q, k, v, method="alibi", seen=None, window=math.inf, parameters=None, decay=None):
     """softmax over the seen keys j <= i of q_i . k_j / sqrt(D) + bias, and its product with v.
 
     q (B, H, T, D); k, v (B, H, S, D); seen (B, S), False at padding; of the keys the last `window` ones alone. Rows
-    that see nothing are 0. `parameters` are those of the method, see `bias_by_distance`.
+    that see nothing are 0. `parameters` are those of the method, see `bias_by_distance`. The sum of `decay`, (B, H, S)
+    of fox and cable, over j < l <= i is added.
     """
     q, k, v = q.double(), k.double(), v.double()
     heads, queries, keys = q.size(1), q.size(2), k.size(2)
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.size(-1))
     scores = scores + bias_by_distance(method, heads, distance.clamp(min=0), parameters)
+    if decay is not None:
+        c = decay.double().cumsum(-1)
+        scores = scores + c[:, :, -queries:, None] - c[:, :, None, :]
     hidden = ((distance < 0) | (distance >= window)).expand(scores.shape)
     if seen is not None:
         hidden = hidden | ~seen[:, None, None, :]
@@ -119,7 +123,11 @@ def logits(model, tokens, window=math.inf):
         )
         if method in ("rotary", "xpos"):
             q, k = turned(q, method == "xpos"), turned(k, -(method == "xpos"))
-        out = attention(q, k, v, method, window=window, parameters=parameters)[0].transpose(0, 1).reshape(length, width)
+        decay = None
+        if method in ("fox", "cable"):
+            z = linear(h, f"{at}.self_attn.gate").T[None]
+            decay = torch.log(1 / (1 + torch.exp(-z))) if method == "fox" else -torch.log(1 + torch.exp(z))
+        out = attention(q, k, v, method, None, window, parameters, decay)[0].transpose(0, 1).reshape(length, width)
         x = x + linear(out, f"{at}.self_attn.out_proj")
         h = norm(x, f"{at}.final_layer_norm")
         x = x + linear(linear(h, f"{at}.fc1").relu(), f"{at}.fc2")

@@ -216,7 +216,19 @@ def test_loss_in_trainer_is_ours(both, tmp_path):
     agree(ours(stream[None], labels=ignored, num_items_in_batch=torch.tensor(8)).loss, some / 2)
 
 
-@pytest.mark.parametrize("method", position_methods())
+@pytest.mark.parametrize("method", [name for name, kind in position_methods().items() if kind.bias_kind == "key"])
+def test_a_bias_by_key_is_not_exported(build, method, tmp_path):
+    with pytest.raises(SystemExit, match=f"--position-method {method}: caches of transformers hold keys and values"):
+        main(
+            [
+                "export-hf",
+                str(saved(build("alibi_lm_tiny", "--position-method", method), tmp_path)),
+                str(tmp_path / "o"),
+            ]
+        )
+
+
+@pytest.mark.parametrize("method", [name for name, kind in position_methods().items() if kind.bias_kind != "key"])
 @torch.no_grad()
 def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, tmp_path):
     """Each method with other options of the layers, the embeddings and the output."""

@@ -131,7 +131,7 @@ class Plain(positions.PositionMethod):
     [
         (Silent, "silent", r"announces what distance_bias\(\) returns, but does not define"),
         (Secret, "secret", r"defines distance_bias\(\), but its attribute bias_kind says otherwise"),
-        (Unknown, "unknown", "bias_kind 'colour' is none of none, linear, distance, pair"),
+        (Unknown, "unknown", "bias_kind 'colour' is none of none, linear, distance, key, pair"),
         (Embedder, "embedder", r"announces what position_embedding\(\) returns"),
         (Plain, "alibi", r"position method 'alibi' is taken by fairseq_alibi.core.alibi.ALiBi"),
     ],

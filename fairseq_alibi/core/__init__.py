@@ -4,7 +4,21 @@ from fairseq_alibi.core import ALiBi, Attention, Transformer
 """
 
 from .layers import LayerOptions
-from .methods import T5, ALiBi, EncoderALiBi, Learned, NoPositions, Rotary, Sinusoidal
+from .methods import (
+    T5,
+    ALiBi,
+    Cable,
+    EncoderALiBi,
+    Fox,
+    Kerple,
+    KerplePower,
+    Learned,
+    NoPositions,
+    Rotary,
+    Sandwich,
+    Sinusoidal,
+    XPos,
+)
 from .positions import PositionMethod, position_methods, register_position_method
 from .transformer import Attention, Transformer
 
@@ -12,14 +26,20 @@ __all__ = [
     "T5",
     "ALiBi",
     "Attention",
+    "Cable",
     "EncoderALiBi",
+    "Fox",
+    "Kerple",
+    "KerplePower",
     "LayerOptions",
     "Learned",
     "NoPositions",
     "PositionMethod",
     "Rotary",
+    "Sandwich",
     "Sinusoidal",
     "Transformer",
+    "XPos",
     "position_methods",
     "register_position_method",
 ]
