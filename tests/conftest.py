@@ -179,6 +179,8 @@ def build(corpus):
         for name, parameter in model.named_parameters():
             if "position_method" in name:
                 torch.nn.init.normal_(parameter)  # they may start from 0, which would tell nothing
+            if name.endswith("score_scale"):
+                torch.nn.init.uniform_(parameter, 0.1, 0.5)
             if name.endswith("gate.weight"):
                 torch.nn.init.normal_(parameter, std=0.1)
         model.built_from = cfg

@@ -99,7 +99,8 @@ def embedded(p, tokens, method):
 def logits(model, tokens, window=math.inf):
     """Logits of a pre-norm transformer language model for one sequence: tokens (L,) -> (L, V).
 
-    A token attends to the last `window` tokens, itself included.
+    A token attends to the last `window` tokens, itself included. The options --score-scale and --position-layers are
+    those of the model.
     """
     p = {name.replace("decoder.", ""): value.double() for name, value in model.state_dict().items()}
     method = model.decoder.position_method.name
@@ -115,14 +116,21 @@ def logits(model, tokens, window=math.inf):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
     x = embedded(p, tokens, method)
+    stack, settings = model.decoder.position_method.name, model.decoder.setup.settings
+    visible = torch.arange(1, length + 1).double().clamp(max=window)
     for n in range(layers):
         at = f"layers.{n}"
+        method = stack if settings.position_layers[n % len(settings.position_layers)] == "1" else "none"
         h = norm(x, f"{at}.self_attn_layer_norm")
         q, k, v = (
             linear(h, f"{at}.self_attn.{name}_proj").view(1, length, heads, -1).transpose(1, 2) for name in "qkv"
         )
         if method in ("rotary", "xpos"):
             q, k = turned(q, method == "xpos"), turned(k, -(method == "xpos"))
+        if settings.score_scale == "ssmax":
+            q = q * (p[f"{at}.self_attn.score_scale"][:, None] * visible.log())[..., None]
+        if settings.score_scale == "log_n" and (method == "none" or "0" not in settings.position_layers):
+            q = q * (visible.log() / math.log(settings.training_length)).clamp(min=1)[:, None]
         decay = None
         if method in ("fox", "cable"):
             z = linear(h, f"{at}.self_attn.gate").T[None]

@@ -36,6 +36,54 @@ def test_12_heads_equal_a_float64_reference_model(build):
     torch.testing.assert_close(logits[0].double(), reference.logits(model, tokens[0]), rtol=1e-4, atol=1e-4)
 
 
+CHOICES = {
+    "ssmax": ["--score-scale", "ssmax", "--position-method", "alibi"],
+    "log_n": ["--score-scale", "log_n", "--position-method", "rotary"],
+    "iRoPE": ["--score-scale", "log_n", "--position-method", "rotary", "--position-layers", "10"],
+    "some layers of ALiBi": ["--position-layers", "011", "--decoder-layers", 4],
+    "some layers of FoX": ["--position-layers", "01", "--position-method", "fox", "--score-scale", "ssmax"],
+}
+
+
+@pytest.mark.parametrize("attention", ["mask", "auto"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_scales_and_layers_equal_the_reference_at_once_and_in_steps(build, choice, attention):
+    model = build("alibi_lm_tiny", *CHOICES[choice], "--tokens-per-sample", 64, "--attention", attention)
+    tokens, pad = random_tokens(model, 1, 400), model.decoder.padding_idx
+    expected, state = reference.logits(model, tokens[0]), {}
+    with torch.no_grad():
+        steps = [model.decoder(tokens[:, :n], incremental_state=state)[0][0, -1] for n in (398, 399, 400)]
+        torch.testing.assert_close(torch.stack(steps).double(), expected[-3:], rtol=1e-4, atol=1e-4)
+        padded = torch.cat([tokens.new_full((1, 30), pad), tokens], dim=1)
+        torch.testing.assert_close(model(padded)[0][0, 30:].double(), expected, rtol=1e-4, atol=1e-4)
+    for options in ([], ["--checkpoint-activations"]):
+        model = build("alibi_lm_tiny", *CHOICES[choice], *options, "--tokens-per-sample", 64, "--attention", attention)
+        model.train()(tokens)[0].logsumexp(-1).sum().backward()
+        scales = {name: p.grad for name, p in model.named_parameters() if "score_scale" in name or "gate" in name}
+        assert bool(scales) == ("ssmax" in CHOICES[choice])
+        assert all(grad.abs().sum() > 0 for grad in scales.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--position-layers", "12"], "position_layers must be ones and zeros, for example 1110, not '12'"),
+        (["--position-layers", "10", "--position-method", "sinusoidal"], "sinusoidal adds an embedding"),
+        (["--score-scale", "ssmax", "--tokens-per-sample", 1], "score_scale ssmax needs more than 1 tokens"),
+    ],
+)
+def test_impossible_scales_and_layers_are_refused_by_name(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build("alibi_lm_tiny", *options)
+
+
+def test_pruned_layers_keep_their_positions(build):
+    model = build(
+        "alibi_lm_tiny", "--decoder-layers", 4, "--position-layers", "10", "--decoder-layers-to-keep", "3,0,1"
+    )
+    assert [layer.self_attn.has_positions for layer in model.decoder.layers] == [True, False, False]
+
+
 def test_gradients_are_the_same_with_and_without_a_mask(build, method):
     gradients = []
     for options in (["mask"], ["fused"], ["fused", "--checkpoint-activations"]):

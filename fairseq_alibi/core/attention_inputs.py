@@ -27,6 +27,9 @@ LONGEST_MASK = 256
 #: Values of `AttentionSettings.kernel`.
 KERNEL_CHOICES = ("auto", "mask", "fused")
 
+#: Values of `AttentionSettings.score_scale`.
+SCORE_SCALES = ("none", "ssmax", "log_n")
+
 #: Keyword-only arguments, which Python 3.9 does not have.
 KEYWORD_ONLY: dict[str, bool] = {"kw_only": True} if sys.version_info >= (3, 10) else {}
 
@@ -101,6 +104,7 @@ class AttentionInputs:
         query_scale: (B or 1, H or 1, T) factors, see `PositionMethod.query_scale`; None for none.
         cache: holds keys and values of the tokens before these and gets those of these; None for whole sequences.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
+        plain: the inputs of layers without the position method, where there are such layers.
 
     Raises:
         ValueError: a window or a cache where queries see the keys after them, or a linear bias of the other kind.
@@ -115,6 +119,7 @@ class AttentionInputs:
     query_scale: Optional[Tensor] = None
     cache: Any = None
     epsilon: float = EPSILON
+    plain: Optional["AttentionInputs"] = None
 
     def __post_init__(self) -> None:
         """Checks the inputs against each other."""
@@ -167,18 +172,35 @@ class AttentionSettings:
         epsilon: see `AttentionInputs`.
         dropout: probability that an attention weight is dropped in training.
         causal: whether a token sees none after it.
+        score_scale: one of `SCORE_SCALES`: "ssmax": scores times s ln n for n visible keys, with s learned for each
+            head and layer from 1 / ln(training_length) on (arXiv 2501.19399); "log_n": times ln n / ln(training_length)
+            for larger n, in the layers without the position method if there are such layers.
+        position_layers: which layers have the position method, as ones and zeros that are repeated: "1110" for all but
+            every fourth.
+        training_length: in tokens, for `score_scale`.
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: an unknown kernel or scale, or layers that are not given by ones and zeros.
     """
 
     kernel: str = "auto"
     epsilon: float = EPSILON
     dropout: float = 0.0
     causal: bool = True
+    score_scale: str = "none"
+    position_layers: str = "1"
+    training_length: int = 512
 
     def __post_init__(self) -> None:
-        """Checks the kernel."""
+        """Checks the settings."""
+        if self.score_scale not in SCORE_SCALES:
+            raise ValueError(f"score_scale must be one of {', '.join(SCORE_SCALES)}, not {self.score_scale}")
+        if self.score_scale != "none" and self.training_length < 2:
+            raise ValueError(
+                f"score_scale {self.score_scale} needs more than {self.training_length} tokens of training"
+            )
+        if not self.position_layers or set(self.position_layers) - {"0", "1"}:
+            raise ValueError(f"position_layers must be ones and zeros, for example 1110, not {self.position_layers!r}")
         if self.kernel not in KERNEL_CHOICES:
             raise ValueError(f"attention must be one of {', '.join(KERNEL_CHOICES)}, not {self.kernel}")
 
@@ -196,10 +218,18 @@ class AttentionSetup:
 
     def __init__(self, method: PositionMethod, settings: AttentionSettings):
         self.method, self.settings, self.kept_mask = method, settings, KeptTensor()
+        #: The setup of the layers without the position method, where there are such layers.
+        self.plain: Optional[AttentionSetup] = None
+        if "0" in settings.position_layers:
+            self.plain = AttentionSetup(
+                PositionMethod(method.num_heads), dataclasses.replace(settings, position_layers="1")
+            )
 
     def use_kernel(self, kernel: str) -> None:
         """Changes the kernel, see `AttentionSettings`, from the next pass on."""
         self.settings = dataclasses.replace(self.settings, kernel=kernel)
+        if self.plain is not None:
+            self.plain.use_kernel(kernel)
 
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`; the bias may be another one afterwards."""
@@ -247,6 +277,7 @@ class AttentionSetup:
             query_scale=self.query_scale(span, padding, window, x.device),
             cache=cache,
             epsilon=self.settings.epsilon,
+            plain=None if self.plain is None else self.plain.inputs(x, span, padding, window, cache, training),
         )
 
     def visible_padding(self, x: Tensor, padding: Optional[Tensor]) -> Optional[Tensor]:
@@ -292,14 +323,23 @@ class AttentionSetup:
         self, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], device: torch.device
     ) -> Optional[Tensor]:
         """The factors of the queries, by the number of keys that each sees."""
-        if not self.method.scales_queries:
+        form, length = self.settings.score_scale, self.settings.training_length
+        if form == "log_n" and self.plain is not None:
+            form = "none"
+        if form == "none" and not self.method.scales_queries:
             return None
         present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
         if self.settings.causal:
             visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
         else:
             visible = present.sum(1, keepdim=True).expand(-1, span.queries)
-        return self.method.query_scale(visible.clamp(min=1, max=window))
+        visible = visible.clamp(min=1, max=window)
+        scale = self.method.query_scale(visible) if self.method.scales_queries else None
+        if form == "none":
+            return scale
+        logarithm = visible.float().log()[:, None]
+        factor = logarithm if form == "ssmax" else (logarithm / math.log(length)).clamp(min=1)
+        return factor if scale is None else scale * factor
 
     def runs_without_mask(
         self,

@@ -6,6 +6,7 @@ The models of fairseq in this package attend through the same `AttentionCore`.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, attention_weights
-from .attention_inputs import AttentionInputs
+from .attention_inputs import AttentionInputs, AttentionSettings
+from .positions import PositionMethod
 from .rotary import rotate
 
 #: Keys and values, (B, H, S, D), and the running sums (B, H, S) of a bias by key, or None.
@@ -26,7 +28,7 @@ class AttentionCore:
     """Multi-head self-attention for a module with projections, which all layers of this package run.
 
     The module has `num_heads`, `head_dim`, the layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, and, for a bias by
-    key, a `gate`, see `PositionMethod.make_gate`.
+    key, a `gate`, see `PositionMethod.make_gate`; see `use_positions`.
     """
 
     num_heads: int
@@ -36,9 +38,27 @@ class AttentionCore:
     v_proj: nn.Module
     out_proj: nn.Module
     gate: Optional[nn.Module]
+    score_scale: Optional[nn.Parameter]
+    has_positions: bool
 
     #: Dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C).
     time_dim = 1
+
+    def use_positions(self, method: Optional[PositionMethod], settings: AttentionSettings, layer: int = 0) -> None:
+        """Gives the module its part of the position method, and parameters for it.
+
+        Args:
+            method: of the stack; None for what every method has.
+            settings: of the stack.
+            layer: number of the layer, from 0 on.
+        """
+        self.has_positions = settings.position_layers[layer % len(settings.position_layers)] == "1"
+        width = self.num_heads * self.head_dim
+        self.gate = method.make_gate(width) if method is not None and self.has_positions else None
+        self.score_scale = None
+        if settings.score_scale == "ssmax":
+            start = 1 / math.log(settings.training_length)
+            self.score_scale = nn.Parameter(torch.full((self.num_heads,), start))
 
     def compute_attention(
         self, x: Tensor, inputs: AttentionInputs, dropout: float = 0.0, need_weights: bool = False
@@ -57,6 +77,9 @@ class AttentionCore:
         Raises:
             ValueError: weights of attention without a mask.
         """
+        if not self.has_positions:
+            assert inputs.plain is not None
+            inputs = inputs.plain.for_queries(inputs.queries)
         time, length = self.time_dim, x.size(self.time_dim)
         queries = length if inputs.queries is None else inputs.queries
 
@@ -69,7 +92,10 @@ class AttentionCore:
         if inputs.rotation is not None:  # keys are cached as they are at their positions
             q, k = rotate(q, inputs.rotation[:2, -queries:]), rotate(k, inputs.rotation[-2:])
         if inputs.query_scale is not None:
-            q = (q * inputs.query_scale[..., -queries:, None]).to(k.dtype)
+            scale = inputs.query_scale[..., -queries:, None]
+            if self.score_scale is not None:
+                scale = scale * self.score_scale.float()[:, None, None]
+            q = (q * scale).to(k.dtype)
         decay = None if self.gate is None else self.decays(x, inputs)
         if inputs.cache is not None:
             k, v, decay = self.extend_cache(inputs.cache, (k, v, decay), inputs.window)
@@ -143,7 +169,8 @@ class SelfAttention(AttentionCore, nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, {embed_dim}, and {num_heads} does not")
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.dropout, self.layer, self.gate = dropout, layer, None
+        self.dropout, self.layer = dropout, layer
+        self.use_positions(None, AttentionSettings())
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(4))
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:

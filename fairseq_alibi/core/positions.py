@@ -36,13 +36,10 @@ def distances(query_length: int, key_length: int, device: Optional[torch.device]
 
 
 class PositionMethod(nn.Module):
-    """Base of all position methods. Class attributes say what a method does, methods say how.
+    """Base of all position methods, of H = `num_heads` heads. Class attributes say what a method does, methods say how.
 
     A method overrides what its attributes announce and nothing else; `register_position_method` checks that. It is a
     module, so it may have parameters, which all layers share.
-
-    Args:
-        num_heads: H.
     """
 
     #: Name in `--position-method`; `register_position_method` sets it.
@@ -75,13 +72,7 @@ class PositionMethod(nn.Module):
 
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "PositionMethod":
-        """Builds the method for a model.
-
-        Args:
-            num_heads: H.
-            embed_dim: C.
-            options: the options of the model, a namespace with those of the method among them.
-        """
+        """Builds the method for a model of width `embed_dim` from its options, those of the method among them."""
         return cls(num_heads)
 
     @property
@@ -98,8 +89,7 @@ class PositionMethod(nn.Module):
         Args:
             embed_dim: C.
             length: longest sequence, in tokens, for a table that ends there.
-            padding_idx: number of the padding token. As in fairseq the first token has the position padding_idx + 1
-                and padding has the position padding_idx.
+            padding_idx: position of padding; as in fairseq the first token has the next one.
 
         Returns:
             A module whose forward takes (B, T) int64 positions and the number of tokens in a row, earlier ones too, and
@@ -151,14 +141,10 @@ class PositionMethod(nn.Module):
         return linear_bias(*self.slopes(distance.device), distance)
 
     def make_gate(self, embed_dim: int) -> Optional[nn.Module]:
-        """The module with parameters of one layer that gives the decays of a "key" bias, else None.
+        """The module, with parameters, that gives the decays of a "key" bias in one layer; else None.
 
-        Args:
-            embed_dim: C.
-
-        Returns:
-            A module that maps the layer's input (..., C) to (..., H) float32, at most 0: f_l. The bias of query i and
-            key j <= i is the sum of f_l over j < l <= i.
+        It maps the layer's input (..., C) to (..., H) float32, at most 0: f_l. The bias of query i and key j <= i is
+        the sum of f_l over j < l <= i.
         """
         return None
 

@@ -9,7 +9,7 @@
 Shapes: B batch, T new tokens, S all tokens (the last S positions), C width.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from torch import Tensor, nn
 
@@ -46,8 +46,9 @@ class Attention(SelfAttention):
     ):
         super().__init__(embed_dim, num_heads, dropout)
         self.position_method = given_or_alibi(position_method, num_heads, causal)
-        self.gate = self.position_method.make_gate(embed_dim)
-        self.setup = AttentionSetup(self.position_method, AttentionSettings(attention, epsilon, dropout, causal))
+        settings = AttentionSettings(attention, epsilon, dropout, causal)
+        self.use_positions(self.position_method, settings)
+        self.setup = AttentionSetup(self.position_method, settings)
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:  # type: ignore[override]
         """(B, T, C) -> (B, T, C).
@@ -97,9 +98,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, options, n) for n in range(layers))
         self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
-        for layer in self.layers:
-            setattr(layer.self_attn, "gate", self.position_method.make_gate(embed_dim))  # noqa: B010, for mypy
         settings = AttentionSettings(attention, dropout=options.attention_dropout, causal=causal)
+        for layer in self.layers:
+            cast(Layer, layer).self_attn.use_positions(self.position_method, settings)
         self.setup = AttentionSetup(self.position_method, settings)
         self.layer_norm = nn.LayerNorm(embed_dim) if options.normalize_before else None
 

@@ -41,6 +41,8 @@ WITHOUT = {
     "scale_heads": False,
     "scale_resids": False,
     "cpu_bf16": False,
+    "score_scale": "none",
+    "position_layers": "1",
 }
 
 #: Activation functions that the exported layers have.
@@ -86,6 +88,12 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
     if options["activation_fn"] not in ACTIVATIONS:
         raise ValueError(
             f"--activation-fn {options['activation_fn']}: the exported model has only {', '.join(ACTIVATIONS)}"
+        )
+    scaling, factor = options["rotary_scaling"], options["rotary_scaling_factor"]
+    if scaling == "dynamic_ntk" or (scaling != "none" and factor == "auto"):
+        raise ValueError(
+            f"--rotary-scaling {scaling} with the factor {factor}: the exported model does not know the length of an "
+            "evaluation; pass --model-overrides \"{'rotary_scaling': 'yarn', 'rotary_scaling_factor': '4.0'}\""
         )
     if options["alibi_length_scale"] == "auto":
         raise ValueError(

@@ -4,6 +4,7 @@ Shapes: B batch, T new tokens, S all tokens (the last S positions), C width, V t
 """
 
 import copy
+import itertools
 import sys
 from typing import Any, Optional
 
@@ -50,18 +51,21 @@ class AlibiDecoder(TransformerDecoder):
         self.cpu_bf16 = args.cpu_bf16
         args.no_token_positional_embeddings = True  # or fairseq makes an embedding of its own
         args.max_target_positions = args.tokens_per_sample
-        self.make_gate = position_method.make_gate
+        settings = attention_settings(args, causal=True)
+        numbers = itertools.count()
+        self.add_positions = lambda attention: attention.use_positions(position_method, settings, next(numbers))
         super().__init__(args, dictionary, embed_tokens, no_encoder_attn)
-        del self.make_gate
+        del self.add_positions
         self.position_method = position_method
-        self.setup = AttentionSetup(position_method, attention_settings(args, causal=True))
+        self.setup = AttentionSetup(position_method, settings)
         # Made last, so that the other weights start as with any method.
         self.embed_positions = position_method.position_embedding(self.embed_dim, self.longest, self.padding_idx)
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """See `TransformerDecoder.build_decoder_layer`."""
-        gate = self.make_gate(args.decoder_embed_dim)
-        return wrap_for_fsdp(DecoderLayer(args, no_encoder_attn, self.cpu_bf16, gate), args)
+        layer = DecoderLayer(args, no_encoder_attn, self.cpu_bf16)
+        self.add_positions(layer.self_attn)
+        return wrap_for_fsdp(layer, args)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """See `TransformerDecoder.output_layer`; the logits are in the dtype of the features."""

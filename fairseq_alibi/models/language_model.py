@@ -28,6 +28,7 @@ from .generator import read_prompts_in_one_pass
 from .options import (
     AttentionOptions,
     DecoderOptions,
+    LayerChoices,
     check_decoder_options,
     check_position_options,
     fill_in_options,
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 def language_model_config() -> type[FairseqDataclass]:
     """All options of `transformer_lm`, and what this package adds for the position methods that are registered now."""
-    bases = (position_options(DECODER), AttentionOptions, DecoderOptions, TransformerLanguageModelConfig)
+    bases = (position_options(DECODER), AttentionOptions, DecoderOptions, LayerChoices, TransformerLanguageModelConfig)
     return dataclasses.make_dataclass("AlibiLanguageModelConfig", [], bases=bases)
 
 
@@ -83,13 +84,20 @@ class AlibiLanguageModel(TransformerLanguageModel):
         Raises:
             ValueError: see `check_position_options`, `check_decoder_options` and `position_method_of`.
         """
-        fill_in_options(args, position_options(DECODER), AttentionOptions, DecoderOptions)
+        fill_in_options(args, position_options(DECODER), AttentionOptions, DecoderOptions, LayerChoices)
         check_position_options(args, DECODER)
         check_decoder_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
-            args.decoder_layers = len(args.decoder_layers_to_keep.split(","))
+            kept, pattern = sorted(map(int, args.decoder_layers_to_keep.split(","))), args.position_layers
+            args.decoder_layers = len(kept)
+            args.position_layers = "".join(pattern[layer % len(pattern)] for layer in kept)
         position_method = position_method_of(args, DECODER)
+        if "0" in args.position_layers and position_method.adds_embedding:
+            raise ValueError(
+                f"--position-layers {args.position_layers}: --position-method {args.position_method} adds an embedding "
+                "before all layers; drop one of the two"
+            )
         if position_method.bias_kind == "pair" and args.attention == "auto":
             logger.warning(
                 "--position-method %s needs a mask: attention takes memory that grows with the square of the length",

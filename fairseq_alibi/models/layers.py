@@ -19,7 +19,7 @@ from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 
-from ..core.attention_inputs import AttentionInputs
+from ..core.attention_inputs import AttentionInputs, AttentionSettings
 from ..core.layers import AttentionCore, CachedTensors, append, checkpoint_activations
 
 #: fairseq's incremental state: what the modules keep between the steps of decoding.
@@ -33,7 +33,7 @@ class FairseqSelfAttention(AttentionCore, MultiheadAttention):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.gate: Optional[nn.Module] = None
+        self.use_positions(None, AttentionSettings())
 
     def forward(  # type: ignore[override]
         self, x: Tensor, inputs: AttentionInputs, need_weights: bool = False
@@ -64,14 +64,10 @@ class DecoderLayer(TransformerDecoderLayerBase):
         cfg: a fairseq `TransformerConfig`.
         no_encoder_attn: whether it attends to no encoder.
         cpu_bf16: whether its matrix products run in bfloat16 on a CPU.
-        gate: for a bias by key, see `PositionMethod.make_gate`.
     """
 
-    def __init__(
-        self, cfg: Any, no_encoder_attn: bool = False, cpu_bf16: bool = False, gate: Optional[nn.Module] = None
-    ):
+    def __init__(self, cfg: Any, no_encoder_attn: bool = False, cpu_bf16: bool = False):
         super().__init__(cfg, no_encoder_attn)
-        self.self_attn.gate = gate
         self.cpu_bf16 = cpu_bf16
         self.checkpointed, self.offloaded = cfg.checkpoint_activations, cfg.offload_activations
 

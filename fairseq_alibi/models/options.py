@@ -16,7 +16,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
-from ..core.attention_inputs import EPSILON, KERNEL_CHOICES, AttentionSettings
+from ..core.attention_inputs import EPSILON, KERNEL_CHOICES, SCORE_SCALES, AttentionSettings
 from ..core.methods import ALiBi
 from ..core.positions import DECODER, ENCODER, PositionMethod, position_methods
 
@@ -48,6 +48,26 @@ class DecoderOptions(FairseqDataclass):
         default=False,
         metadata={
             "help": "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
+        },
+    )
+
+
+@dataclass
+class LayerChoices(FairseqDataclass):
+    """Options of language models that go with any position method."""
+
+    score_scale: ChoiceEnum(list(SCORE_SCALES)) = field(  # type: ignore[valid-type]
+        default=SCORE_SCALES[0],
+        metadata={
+            "help": "ssmax: scores times s ln n for n visible keys, s learned; log_n: times ln n / ln(tokens per "
+            "sample) for larger n, which is meant for evaluation"
+        },
+    )
+    position_layers: str = field(
+        default="1",
+        metadata={
+            "help": "layers with the position method, as ones and zeros that are repeated: 1110 for all but every "
+            "fourth; log_n then scales in the others alone"
         },
     )
 
@@ -201,4 +221,8 @@ def position_method_of(args: Any, stack: str) -> PositionMethod:
 
 def attention_settings(args: Any, causal: bool) -> AttentionSettings:
     """How the attention of a stack with these options is computed."""
-    return AttentionSettings(args.attention, args.attention_epsilon, args.attention_dropout, causal)
+    choices = {name: value for name in ("score_scale", "position_layers") if (value := safe_getattr(args, name))}
+    length = args.tokens_per_sample
+    return AttentionSettings(
+        args.attention, args.attention_epsilon, args.attention_dropout, causal, training_length=length, **choices
+    )
