@@ -12,16 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_alibi.core import attention, flex_attention, position_methods, tiled_attention
 from fairseq_alibi.core.alibi import ENCODER_FORMS, EncoderALiBi, alibi_slopes
-from fairseq_alibi.core.attention_inputs import (
-    AttentionInputs,
-    AttentionSettings,
-    AttentionSetup,
-    DistanceBias,
-    FoldedMask,
-    LinearBias,
-    NoBias,
-    TokenSpan,
-)
+from fairseq_alibi.core.attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias, TokenSpan
+from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
 from fairseq_alibi.core.reach import distance_reach, reach
 from fairseq_alibi.core.tiled_attention import tiles
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, attention_weights
-from .attention_inputs import AttentionInputs, AttentionSettings
+from .attention_inputs import AttentionInputs
+from .attention_setup import AttentionSettings
 from .positions import PositionMethod
 from .rotary import rotate
 

@@ -14,7 +14,8 @@ from typing import Any, Optional, cast
 from torch import Tensor, nn
 
 from .alibi import ALiBi, EncoderALiBi
-from .attention_inputs import EPSILON, AttentionInputs, AttentionSettings, AttentionSetup, TokenSpan
+from .attention_inputs import EPSILON, AttentionInputs, TokenSpan
+from .attention_setup import AttentionSettings, AttentionSetup
 from .layers import Layer, LayerOptions, SelfAttention
 from .positions import PositionMethod
 

@@ -12,7 +12,8 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerDecoder
 from torch import Tensor, nn
 
-from ..core.attention_inputs import AttentionInputs, AttentionSetup, TokenSpan
+from ..core.attention_inputs import AttentionInputs, TokenSpan
+from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
 from .layers import DecoderLayer, IncrementalState, autocast_products, wrap_for_fsdp

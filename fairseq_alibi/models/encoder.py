@@ -12,7 +12,8 @@ from fairseq.models.transformer import TransformerEncoder
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
-from ..core.attention_inputs import AttentionSetup, TokenSpan
+from ..core.attention_inputs import TokenSpan
+from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
 from .decoder import drop_sinusoidal_buffers

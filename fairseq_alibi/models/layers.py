@@ -19,7 +19,8 @@ from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
 
-from ..core.attention_inputs import AttentionInputs, AttentionSettings
+from ..core.attention_inputs import AttentionInputs
+from ..core.attention_setup import AttentionSettings
 from ..core.layers import AttentionCore, CachedTensors, append, checkpoint_activations
 
 #: fairseq's incremental state: what the modules keep between the steps of decoding.

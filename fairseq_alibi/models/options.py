@@ -16,7 +16,8 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
-from ..core.attention_inputs import EPSILON, KERNEL_CHOICES, SCORE_SCALES, AttentionSettings
+from ..core.attention_inputs import EPSILON
+from ..core.attention_setup import KERNEL_CHOICES, SCORE_SCALES, AttentionSettings
 from ..core.methods import ALiBi
 from ..core.positions import DECODER, ENCODER, PositionMethod, position_methods
 

@@ -1,0 +1,251 @@
+"""How a stack attends: its settings, and what makes the attention inputs of a pass.
+
+Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .attention_inputs import EPSILON, AttentionInputs, Bias, DistanceBias, FoldedMask, LinearBias, NoBias, TokenSpan
+from .kept import KeptTensor, in_transform
+from .positions import PositionMethod
+
+#: A mask is kept for later passes at up to this length, or twice theirs, so that memory follows what is run now.
+KEPT_LENGTH = 1024
+
+#: The longest sequence, in keys, that attention on a CPU runs under a mask where it may choose.
+LONGEST_MASK = 256
+
+#: Values of `AttentionSettings.kernel`.
+KERNEL_CHOICES = ("auto", "mask", "fused")
+
+#: Values of `AttentionSettings.score_scale`.
+SCORE_SCALES = ("none", "ssmax", "log_n")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How a stack attends, fixed when it is built.
+
+    Args:
+        kernel: "mask": under a mask that carries the bias, the reference; "fused": without a mask; "auto": the faster
+            one.
+        epsilon: see `AttentionInputs`.
+        dropout: probability that an attention weight is dropped in training.
+        causal: whether a token sees none after it.
+        score_scale: one of `SCORE_SCALES`: "ssmax": scores times s ln n for n visible keys, with s learned for each
+            head and layer from 1 / ln(training_length) on (arXiv 2501.19399); "log_n": times ln n / ln(training_length)
+            for larger n, in the layers without the position method if there are such layers.
+        position_layers: which layers have the position method, as ones and zeros that are repeated: "1110" for all but
+            every fourth.
+        training_length: in tokens, for `score_scale`.
+
+    Raises:
+        ValueError: an unknown kernel or scale, or layers that are not given by ones and zeros.
+    """
+
+    kernel: str = "auto"
+    epsilon: float = EPSILON
+    dropout: float = 0.0
+    causal: bool = True
+    score_scale: str = "none"
+    position_layers: str = "1"
+    training_length: int = 512
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        if self.score_scale not in SCORE_SCALES:
+            raise ValueError(f"score_scale must be one of {', '.join(SCORE_SCALES)}, not {self.score_scale}")
+        if self.score_scale != "none" and self.training_length < 2:
+            raise ValueError(
+                f"score_scale {self.score_scale} needs more than {self.training_length} tokens of training"
+            )
+        if not self.position_layers or set(self.position_layers) - {"0", "1"}:
+            raise ValueError(f"position_layers must be ones and zeros, for example 1110, not {self.position_layers!r}")
+        if self.kernel not in KERNEL_CHOICES:
+            raise ValueError(f"attention must be one of {', '.join(KERNEL_CHOICES)}, not {self.kernel}")
+
+
+class AttentionSetup:
+    """Makes the attention inputs of a stack, and keeps its mask for later passes.
+
+    The folded mask is (H, L, L), shared by the batch, and made anew when a longer sequence comes. A bias with
+    parameters is made anew in each pass.
+    """
+
+    def __init__(self, method: PositionMethod, settings: AttentionSettings):
+        self.method, self.settings, self.kept_mask = method, settings, KeptTensor()
+        #: The setup of the layers without the position method, where there are such layers.
+        self.plain: Optional[AttentionSetup] = None
+        if "0" in settings.position_layers:
+            of_others = dataclasses.replace(settings, position_layers="1")
+            self.plain = AttentionSetup(PositionMethod(method.num_heads), of_others)
+
+    def use_kernel(self, kernel: str) -> None:
+        """Changes the kernel, see `AttentionSettings`, from the next pass on."""
+        self.settings = dataclasses.replace(self.settings, kernel=kernel)
+        if self.plain is not None:
+            self.plain.use_kernel(kernel)
+
+    def set_evaluation_length(self, length: int) -> None:
+        """See `PositionMethod.set_evaluation_length`; the bias may be another one afterwards."""
+        self.method.set_evaluation_length(length)
+        self.kept_mask.forget()
+
+    def inputs(
+        self,
+        x: Tensor,
+        span: TokenSpan,
+        padding: Optional[Tensor] = None,
+        window: Optional[int] = None,
+        cache: Any = None,
+        training: bool = False,
+    ) -> AttentionInputs:
+        """The attention inputs of a pass.
+
+        Args:
+            x: what the first layer reads, any shape; its device and dtype are those of the attention.
+            span: the new tokens.
+            padding: (B, S) bool, True at padding; None for none.
+            window, cache: see `AttentionInputs`.
+            training: whether attention weights are dropped.
+        """
+        method = self.method
+        seen_padding = self.visible_padding(x, padding)
+        # Kernels without a mask cannot be traced or transformed. Compiled code may leave the graph for them.
+        leaves_graph = self.settings.kernel == "fused" and torch.compiler.is_dynamo_compiling() and not is_exporting()
+        by_distance = leaves_graph or not in_transform(x)
+        if span.queries == 0:
+            bias: Bias = NoBias()
+        elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training):
+            bias = self.bias_by_distance(span, x.device)
+        else:
+            bias = FoldedMask(self.folded_mask(x, span, window))
+        if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
+            raise ValueError(f"--position-method {method.name}: float16 cannot hold its factors; use another precision")
+        rotation = method.rotation(span.first, span.first + span.queries, x.device) if method.rotates else None
+        return AttentionInputs(
+            bias=bias,
+            causal=self.settings.causal,
+            padding=seen_padding,
+            window=window,
+            rotation=rotation,
+            query_scale=self.query_scale(span, padding, window, x.device),
+            cache=cache,
+            epsilon=self.settings.epsilon,
+            plain=None if self.plain is None else self.plain.inputs(x, span, padding, window, cache, training),
+        )
+
+    def visible_padding(self, x: Tensor, padding: Optional[Tensor]) -> Optional[Tensor]:
+        """The padding that attention has to hide: none that lies in the future of all tokens of its row."""
+        if padding is None or in_transform(x) or in_transform(padding):
+            return padding
+        hides = (padding[:, :-1] & ~padding[:, 1:]) if self.settings.causal else padding
+        return padding if hides.any() else None
+
+    def bias_by_distance(self, span: TokenSpan, device: torch.device) -> Bias:
+        """The bias for attention without a mask."""
+        if self.method.bias_kind in ("none", "key"):  # a layer adds its own bias by key
+            return NoBias()
+        if self.method.bias_kind == "linear":
+            before, after = self.method.slopes(device)
+            if not before.requires_grad:  # gradients of slopes flow through a bias by distance
+                return LinearBias(before, after)
+        distance = torch.arange(1 - span.queries, span.keys, device=device)
+        values = self.method.distance_bias(distance)
+        return DistanceBias(values.masked_fill(distance < 0, -math.inf) if self.settings.causal else values)
+
+    def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int]) -> Tensor:
+        """The bias folded into the mask: (H, T, S) or, without a bias, one mask for all heads."""
+        method, device, keys = self.method, x.device, span.keys
+        # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
+        dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
+        if keys > span.queries or window is not None:
+            return method.future_mask(span.queries, keys, window, device).to(dtype)
+
+        def make() -> Tensor:
+            whole = method.future_mask(keys, keys, device=device) if self.settings.causal else None
+            return (method.full_mask(keys, device) if whole is None else whole).to(dtype)
+
+        trained = next(method.parameters(), None) is not None  # its bias is another one in each pass
+        if trained or not KeptTensor.usable_with(x):
+            return make()
+        kept = self.kept_mask.get(device, dtype)
+        if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):
+            kept = self.kept_mask.keep(make)
+        return kept[:, :keys, :keys]
+
+    def query_scale(
+        self, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], device: torch.device
+    ) -> Optional[Tensor]:
+        """The factors of the queries, by the number of keys that each sees."""
+        form, length = self.settings.score_scale, self.settings.training_length
+        if form == "log_n" and self.plain is not None:
+            form = "none"
+        if form == "none" and not self.method.scales_queries:
+            return None
+        present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
+        if self.settings.causal:
+            visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
+        else:
+            visible = present.sum(1, keepdim=True).expand(-1, span.queries)
+        visible = visible.clamp(min=1, max=window)
+        scale = self.method.query_scale(visible) if self.method.scales_queries else None
+        if form == "none":
+            return scale
+        return scale_by_count(form, visible, length) * (1 if scale is None else scale)
+
+    def runs_without_mask(
+        self,
+        device: torch.device,
+        span: TokenSpan,
+        padding: Optional[Tensor] = None,
+        window: Optional[int] = None,
+        training: bool = False,
+    ) -> bool:
+        """Whether a pass runs without a mask: as the settings want it, or where that is faster. See `inputs`."""
+        method, kernel = self.method, self.settings.kernel
+        single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build
+        without_mask_possible = self.settings.causal or method.has_distance_bias
+        if kernel == "mask" or method.bias_kind == "pair" or single_row or not without_mask_possible:
+            return False
+        if kernel == "fused":
+            return True
+        # The mask would be another one in each pass or, with a bias by key, in each layer and row of the batch.
+        if window is not None or (method.bias_kind == "key" and device.type == "cpu" and span.queries > 1):
+            return True
+        dropped = training and self.settings.dropout > 0
+        plain = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped
+        return plain or fused_is_faster(device, span.queries, span.keys)
+
+
+def scale_by_count(form: str, visible: Tensor, training_length: int) -> Tensor:
+    """The factor of queries that see so many keys, see `AttentionSettings.score_scale`: (B, T) int64 -> (B, 1, T)."""
+    logarithm = visible.float().log()[:, None]
+    return logarithm if form == "ssmax" else (logarithm / math.log(training_length)).clamp(min=1)
+
+
+def fused_is_faster(device: torch.device, query_length: int, key_length: int) -> bool:
+    """Whether attention without a mask is the faster one for a bias, by what `scripts/benchmark.sh` measured.
+
+    On a CPU it is from more than one chunk of queries on. It has not been measured on a GPU, so a GPU keeps the mask.
+    """
+    return device.type == "cpu" and query_length > 1 and key_length > LONGEST_MASK
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces the pass; a torch before 2.7 does not say."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which attention on this tensor runs: that of autocast where autocast is on."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
