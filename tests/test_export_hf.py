@@ -373,14 +373,3 @@ def test_bad_arguments_are_named_and_nothing_is_left(build, corpus, tmp_path, ca
     assert "import-checkpoint" in failure(capsys, main, "export-hf", theirs, tmp_path / "new")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "transformers is not installed" in failure(capsys, main, "export-hf", path, tmp_path / "new")
-
-
-def test_what_the_model_does_not_have_is_named(both):
-    _, ours, _ = both
-    x = tokens(ours, 1, 4)
-    with pytest.raises(ValueError, match="inputs_embeds: this model has no such thing"):
-        ours(x, inputs_embeds=torch.zeros(1, 4, 8))
-    with pytest.raises(ValueError, match="output_attentions"):
-        ours(x, output_attentions=True)
-    with pytest.raises(ValueError, match="several texts in one row"):
-        ours(x, position_ids=torch.tensor([[0, 1, 0, 1]]))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kept import in_transform
+
 #: Scores of types that are made at once.
 SCORES = 1 << 22
 
@@ -31,7 +33,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def __init__(self, cutoffs: Sequence[int], dim: int, factor: float, output_dim: int, padding: int):
         super().__init__()
-        self.cutoffs, self.output_dim = list(cutoffs), output_dim
+        self.cutoff, self.output_dim = list(cutoffs), output_dim
         self.embeddings = nn.ModuleList()
         for band, (first, last) in enumerate(zip([0, *cutoffs], cutoffs)):
             width = int(dim // factor**band)
@@ -40,43 +42,66 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., C)."""
-        x = next(self.parameters()).new_zeros(*tokens.shape, self.output_dim)
-        for first, last, embedding in zip([0, *self.cutoffs], self.cutoffs, self.embeddings):
+        x: Any = None
+        for first, last, embedding in zip([0, *self.cutoff], self.cutoff, self.embeddings):
             which = (first <= tokens) & (tokens < last)
-            x[which] = embedding(tokens[which] - first).to(x.dtype)  # autocast has another
+            if in_transform(tokens):  # the number of tokens in a band is a value, so all tokens run through each band
+                vectors = embedding((tokens - first).clamp(0, last - first - 1)) * which[..., None]
+                x = vectors if x is None else x + vectors
+                continue
+            vectors = embedding(tokens[which] - first)
+            if x is None:  # parameters may be packed, or on another device until they are used; what they give is not
+                x = vectors.new_zeros(*tokens.shape, self.output_dim)
+            x[which] = vectors.to(x.dtype)
         return x
 
+    def last_band(self) -> Any:
+        """The table of the rarest types."""
+        return self.embeddings[-1][0]  # type: ignore[index]
 
-class BorrowedLinear(nn.Module):
-    """A linear layer without bias that uses the weight of another module, which alone names it in a state dict.
+
+def resize_rows(module: Any, rows: int) -> None:
+    """Gives an `nn.Embedding` or `nn.Linear` without bias other rows: the last ones go, or new ones are the mean."""
+    old = module.weight
+    added = old.detach().float().mean(0, keepdim=True).to(old.dtype).expand(max(0, rows - len(old)), -1)
+    module.weight = nn.Parameter(torch.cat([old.detach()[:rows], added]), requires_grad=old.requires_grad)
+    setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+
+class TransposedLinear(nn.Module):
+    """A linear layer without bias whose weight is (inputs, outputs), as that of the layer which it is tied to.
 
     Args:
-        owner: has the `weight`, (outputs, inputs).
-        transposed: whether that is (inputs, outputs).
+        weight: the tied weight.
     """
 
-    def __init__(self, owner: nn.Module, transposed: bool = False):
+    def __init__(self, weight: nn.Parameter):
         super().__init__()
-        self.owner, self.transposed = (owner,), transposed  # in a tuple, or it would be registered here too
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        weight: Any = self.owner[0].weight
-        return F.linear(x, weight.t() if self.transposed else weight)
+        return F.linear(x, self.weight.t())
 
 
-class BorrowedHead(nn.Module):
-    """The head of an adaptive softmax that has the types of the first band from an adaptive input.
+def linear_of(weight: nn.Parameter) -> nn.Linear:
+    """A linear layer without bias with this weight, (outputs, inputs), which another module has too."""
+    layer = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
+    layer.weight = weight
+    return layer
+
+
+class TiedHead(nn.Module):
+    """The head of an adaptive softmax whose types of the first band have the vectors of an adaptive input.
 
     Args:
-        owner: table of the first band, (types, C).
-        dim: C.
+        table: (types, C) those vectors.
         tails: number of the other bands.
     """
 
-    def __init__(self, owner: nn.Module, dim: int, tails: int):
+    def __init__(self, table: nn.Parameter, tails: int):
         super().__init__()
-        self.word_proj, self.class_proj = BorrowedLinear(owner), nn.Linear(dim, tails, bias=False)
+        self.word_proj, self.class_proj = linear_of(table), nn.Linear(table.size(1), tails, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, C) -> (n, types and bands)."""
@@ -109,24 +134,42 @@ class AdaptiveSoftmax(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head: nn.Module = nn.Linear(dim, cutoffs[0] + tails, bias=False)
         if tied is not None:
-            first_band: Any = tied.embeddings[0]
-            self.head = BorrowedHead(first_band[0], dim, tails)
+            self.head = TiedHead(tied.embeddings[0][0].weight, tails)  # type: ignore[index, union-attr]
         self.tail = nn.ModuleList()
         for band in range(1, len(cutoffs)):
-            pair: Any = (None, None) if tied is None else tied.embeddings[band]
-            table, projection = pair
+            table, projection = (None, None) if tied is None else tied.embeddings[band]  # type: ignore[misc]
             width = int(dim // factor**band) if table is None else table.embedding_dim
+            narrow: nn.Module = nn.Linear(dim, width, bias=False)
+            if projection is not None and tie_projections:
+                narrow = TransposedLinear(projection.weight)
             types = cutoffs[band] - cutoffs[band - 1]
-            borrowed = projection is not None and tie_projections
-            narrow = BorrowedLinear(projection, transposed=True) if borrowed else nn.Linear(dim, width, bias=False)
-            out = nn.Linear(width, types, bias=False) if table is None else BorrowedLinear(table)
+            out = nn.Linear(width, types, bias=False) if table is None else linear_of(table.weight)
             self.tail.append(nn.Sequential(narrow, nn.Dropout(dropout), out))
+
+    def __getattr__(self, name: str) -> Any:
+        """Says what is missing to those who take this for a linear layer."""
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"an adaptive softmax has no {name}: its log-probabilities are not linear in the hidden states; "
+                "call the model for logits, or train a model with a plain softmax"
+            )
+        return super().__getattr__(name)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., V) log-probabilities of all types, float32."""
         bands = [F.log_softmax(project(features), dim=-1, dtype=torch.float32) for project in (self.head, *self.tail)]
         types, priors = bands[0].split([self.cutoff[0], len(self.tail)], dim=-1)
         return torch.cat([types, *(tail + priors[..., n : n + 1] for n, tail in enumerate(bands[1:]))], dim=-1)
+
+    def last_band(self) -> Any:
+        """The output layer of the rarest types.
+
+        Raises:
+            ValueError: it is the head, which has the only band.
+        """
+        if not self.tail:
+            raise ValueError("an adaptive softmax with one band cannot be resized")
+        return self.tail[-1][2]  # type: ignore[index]
 
     def losses(self, features: Tensor, targets: Tensor) -> Tensor:
         """See `target_losses`."""

@@ -63,8 +63,8 @@ class FoldedMask:
     """The bias and what is not seen as one mask, see `PositionMethod.future_mask`.
 
     Args:
-        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; (B, H, T, S) with a bias by key; float32
-            or the dtype of the attention.
+        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; (B, H, T, S) where rows differ;
+            float32 or the dtype of the attention.
     """
 
     mask: Tensor
@@ -88,6 +88,7 @@ class AttentionInputs:
         cache: holds keys and values of the tokens before these and gets those of these; None for whole sequences.
         epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
         plain: the inputs of layers without the position method, where there are such layers.
+        weights: list that each layer appends its attention weights to, under a mask only; None for none.
 
     Raises:
         ValueError: a window or a cache where queries see the keys after them, or a linear bias of the other kind.
@@ -103,6 +104,7 @@ class AttentionInputs:
     cache: Any = None
     epsilon: float = EPSILON
     plain: Optional["AttentionInputs"] = None
+    weights: Optional[list[Tensor]] = None
 
     def __post_init__(self) -> None:
         """Checks the inputs against each other."""
@@ -129,6 +131,16 @@ class AttentionInputs:
             decay = sums[:, :, -queries:, None] - sums[:, :, None, :]
             bias = FoldedMask(self.bias.mask[None, :, -queries:] + decay.to(self.bias.mask.dtype))
         return dataclasses.replace(self, bias=bias)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "AttentionInputs":
+        """The same on another device; accelerate calls it in front of a layer that is on another one."""
+
+        def moved(item: Any) -> Any:
+            tensors = {name: value for name, value in vars(item).items() if isinstance(value, Tensor)}
+            return dataclasses.replace(item, **{name: x.to(device, None, non_blocking) for name, x in tensors.items()})
+
+        plain = None if self.plain is None else self.plain.to(device, non_blocking)
+        return dataclasses.replace(moved(self), bias=moved(self.bias), plain=plain)
 
 
 class TokenSpan(NamedTuple):

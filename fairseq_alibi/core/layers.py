@@ -176,7 +176,11 @@ class SelfAttention(AttentionCore, nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.compute_attention(x, inputs, self.dropout if self.training else 0.0)[0]
+        dropout, kept = self.dropout if self.training else 0.0, inputs.weights
+        out, weights = self.compute_attention(x, inputs, dropout, need_weights=kept is not None)
+        if kept is not None and weights is not None:
+            kept.append(weights)
+        return out
 
     def extend_cache(self, cache: Any, new: CachedTensors, window: Optional[int]) -> CachedTensors:
         """See `AttentionCore.extend_cache`; the cache is one as `Cache`."""

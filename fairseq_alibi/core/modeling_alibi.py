@@ -4,120 +4,40 @@
 
     model = AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
 
-The layers, attention and position methods are those of `layers`, `attention` and `methods`. A text begins with `</s>`,
-the end of the line before it, which fairseq's models read in front of their first token.
+`AlibiModel` is the stack of layers, `AlibiForCausalLM` adds the output layer. Layers, attention and positions are those
+of `layers`, `attention` and `methods`. A text begins with `</s>`, the end of the line before it, which fairseq's
+models read in front of their first token.
 
-Shapes: B batch, T new tokens, S all tokens (the last S positions), C width, V types.
+Shapes: B batch, T new tokens, S all tokens (the last S positions), H heads, C width, V types.
 """
 
-import dataclasses
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import DynamicCache, GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, BorrowedLinear, cross_entropies
-from .attention_inputs import EPSILON, AttentionInputs
-from .embeddings import token_positions
-from .layers import Layer, LayerOptions, checkpoint_activations
-from .methods import ALiBi
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, cross_entropies, resize_rows
+from .attention_inputs import AttentionSettings, AttentionSetup
+from .configuration_alibi import PADDING, AlibiConfig
+from .layers import LayerOptions
+from .pass_inputs import PassInputs
 from .positions import position_methods
-from .transformer import Transformer
-
-#: The token that fairseq pads with.
-PADDING = 1
+from .pretrained_alibi import CACHE, AlibiLayer, AlibiPreTrainedModel, refuse_arguments, wants_dict
 
 #: The label that transformers has no loss for.
 IGNORED = -100
 
-#: The options of the position methods with their defaults.
-METHOD_OPTIONS = {
-    option.name: option.default
-    for method in position_methods().values()
-    if method.options is not None
-    for option in dataclasses.fields(method.options)
-}
 
+class AlibiModel(AlibiPreTrainedModel):
+    """Embeddings and layers, with fairseq's names for the parameters: tokens -> what the output layer reads."""
 
-class AlibiConfig(PretrainedConfig):
-    """The options of a model, under the names that they have as options of `alibi_lm`.
-
-    `adaptive_input_cutoff` and `adaptive_softmax_cutoff` are lists that end with the number of types, None for plain
-    embeddings and a plain softmax.
-    """
-
-    model_type = "alibi_lm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, transformers adds lists to it
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "decoder_embed_dim",
-        "num_hidden_layers": "decoder_layers",
-        "num_attention_heads": "decoder_attention_heads",
-    }
-
-    #: The options with their defaults.
-    OPTIONS = {  # noqa: RUF012
-        "vocab_size": 50264,
-        "decoder_layers": 6,
-        "decoder_embed_dim": 512,
-        "decoder_input_dim": 512,
-        "decoder_output_dim": 512,
-        "decoder_ffn_embed_dim": 2048,
-        "decoder_attention_heads": 8,
-        "decoder_normalize_before": True,
-        "no_decoder_final_norm": False,
-        "layernorm_embedding": False,
-        "no_scale_embedding": False,
-        "activation_fn": "relu",
-        "dropout": 0.1,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "share_decoder_input_output_embed": False,
-        "adaptive_input_cutoff": None,
-        "adaptive_input_factor": 4.0,
-        "adaptive_softmax_cutoff": None,
-        "adaptive_softmax_factor": 4.0,
-        "adaptive_softmax_dropout": 0.0,
-        "tie_adaptive_weights": False,
-        "tie_adaptive_proj": False,
-        "position_method": ALiBi.name,
-        **METHOD_OPTIONS,
-        "tokens_per_sample": 512,
-        "max_target_positions": None,
-        "attention": "auto",
-        "attention_epsilon": EPSILON,
-    }
-
-    def __init__(self, use_cache: bool = True, **kwargs: Any):
-        for name, default in self.OPTIONS.items():
-            setattr(self, name, kwargs.pop(name, default))
-        self.use_cache = use_cache
-        # what is shared has one name here, and nothing is left for transformers to tie
-        super().__init__(**{"tie_word_embeddings": False, "pad_token_id": PADDING, **kwargs})
-
-
-class CheckpointedLayer(Layer):
-    """A layer that computes its activations again in the backward pass if `gradient_checkpointing` is set."""
-
-    gradient_checkpointing = False
-
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """See `Layer.forward`."""
-        if self.gradient_checkpointing and self.training and inputs.cache is None:
-            return checkpoint_activations(super().forward, x, inputs)
-        return super().forward(x, inputs)
-
-
-class ExportedDecoder(Transformer):
-    """The stack with what fairseq's decoder has before and behind it, and with its names for the parameters."""
-
-    layer_type = CheckpointedLayer
-    embeds_tokens = True
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: AlibiConfig):
-        heads, width = config.decoder_attention_heads, config.decoder_embed_dim
-        method = position_methods()[config.position_method].from_options(heads, width, config)
+        super().__init__(config)
+        heads, width, reads = config.decoder_attention_heads, config.decoder_embed_dim, config.decoder_input_dim
         options = LayerOptions(
             ffn_dim=config.decoder_ffn_embed_dim,
             activation=config.activation_fn,
@@ -126,169 +46,258 @@ class ExportedDecoder(Transformer):
             attention_dropout=config.attention_dropout,
             activation_dropout=config.activation_dropout,
         )
-        super().__init__(config.decoder_layers, width, heads, True, method, options, config.attention)
-        self.setup.settings = dataclasses.replace(self.setup.settings, epsilon=config.attention_epsilon)
-        if config.no_decoder_final_norm:
-            self.layer_norm = None
+        self.position_method = position_methods()[config.position_method].from_options(heads, width, config)
+        if self.position_method.bias_kind == "key":
+            raise ValueError(f"position_method {config.position_method}: caches of transformers lack the sums it needs")
+        self.setup = AttentionSetup(
+            self.position_method,
+            AttentionSettings(config.attention, config.attention_epsilon, config.attention_dropout),
+        )
+        self.layers = nn.ModuleList(AlibiLayer(width, heads, options, n) for n in range(config.decoder_layers))
+        final_norm = config.decoder_normalize_before and not config.no_decoder_final_norm
+        self.layer_norm = nn.LayerNorm(width) if final_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
-        adaptive, reads = config.adaptive_input_cutoff is not None, config.decoder_input_dim
+        adaptive = config.adaptive_input_cutoff is not None
         self.embed_tokens: Any = (
             AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING)
             if adaptive
             else nn.Embedding(config.vocab_size, reads, PADDING)
         )
         self.project_in_dim = None if adaptive or reads == width else nn.Linear(reads, width, bias=False)
-        self.embed_positions = method.position_embedding(width, config.max_target_positions, PADDING)
+        self.embed_positions = self.position_method.position_embedding(width, config.max_target_positions, PADDING)
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
-        self.build_output(config)
+        writes = config.decoder_output_dim
+        narrow = writes == width or config.tie_adaptive_weights
+        self.project_out_dim = None if narrow else nn.Linear(width, writes, bias=False)
+        self.post_init()
 
-    def build_output(self, config: AlibiConfig) -> None:
-        """Makes the output projection or the adaptive softmax."""
-        width = config.decoder_embed_dim
-        writes, tied = config.decoder_output_dim, config.tie_adaptive_weights
-        self.project_out_dim = None if tied or writes == width else nn.Linear(width, writes, bias=False)
-        self.adaptive_softmax: Optional[AdaptiveSoftmax] = None
-        self.output_projection: Any = None
-        if config.adaptive_softmax_cutoff is not None:
-            self.adaptive_softmax = AdaptiveSoftmax(
-                config.adaptive_softmax_cutoff,
-                writes,
-                config.adaptive_softmax_factor,
-                config.adaptive_softmax_dropout,
-                self.embed_tokens if tied else None,
-                config.tie_adaptive_proj,
-            )
-        elif config.share_decoder_input_output_embed:
-            self.output_projection = BorrowedLinear(self.embed_tokens)
-        else:
-            self.output_projection = nn.Linear(writes, config.vocab_size, bias=False)
-        self.types = config.vocab_size
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token embeddings, or the adaptive input."""
+        return self.embed_tokens
 
-    def embed(self, tokens: Tensor, padding: Optional[Tensor], earlier: int) -> Tensor:
-        """(B, T) new tokens -> (B, T, C) what the layers read.
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the table."""
+        self.embed_tokens = value
 
-        Args:
-            tokens: int64.
-            padding: (B, S) bool, True at padding; None for none.
-            earlier: S - T.
+    def embed(self, x: Tensor, given: PassInputs) -> Tensor:
+        """(B, T, input dim) vectors of the new tokens -> (B, T, C) what the layers read.
 
         Raises:
             ValueError: a learned position that the table does not have.
         """
-        x = self.embed_scale * self.embed_tokens(tokens)
+        x = self.embed_scale * x
         if self.project_in_dim is not None:
             x = self.project_in_dim(x)
         if self.embed_positions is not None:
-            length = earlier + tokens.size(1)
-            present = tokens.new_ones(len(tokens), length, dtype=torch.bool) if padding is None else ~padding
-            positions = token_positions(present, PADDING)[:, earlier:]
+            positions, length = given.embedding_positions(x)
             x = x + self.embed_positions(positions, length).to(x.dtype)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return self.dropout(x)
 
-    def forward(self, tokens: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:
-        """(B, T) new tokens -> (B, T, C) what the output layer reads. See `Transformer.forward` and `embed`."""
-        x = self.embed(tokens, padding, 0 if cache is None else cache.get_seq_length())
-        x = super().forward(x, padding, cache)
-        return x if self.project_out_dim is None else self.project_out_dim(x)
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        use_cache: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_attentions: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        cache_position: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Union[BaseModelOutputWithPast, tuple]:
+        """(B, T) new tokens -> (B, T, C) what the output layer reads, as `last_hidden_state`.
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, n, C) features -> (B, n, V) scores; log-probabilities, float32, of an adaptive softmax."""
-        return (self.adaptive_softmax or self.output_projection)(features)
+        Args:
+            input_ids: (B, T) new tokens.
+            attention_mask: (B, S), 0 at padding, on the left or the right; or (B, 1, T, S), True or 0 where a token
+                sees another one, False or very negative where not; None for no padding.
+            position_ids: (B, T). Several texts in one row, each from 0, do not see each other. Otherwise positions
+                must be those that `attention_mask` and the cache tell.
+            inputs_embeds: (B, T, input dim) vectors instead of tokens, as `get_input_embeddings` gives them.
+            past_key_values, cache: two names for transformers' cache of the tokens before, extended.
+            output_hidden_states, output_attentions: whether the input of each layer and the last output, and the
+                attention weights, (B, H, T, S) float32, are wanted.
+            return_dict, cache_position: False for a tuple; what transformers 4 passes.
 
-    def losses(self, features: Tensor, targets: Tensor) -> Tensor:
-        """(n, C) features, (n,) targets -> (n,) float32 losses in nats, without a tensor of n x V elements."""
-        if self.adaptive_softmax is not None:
-            return self.adaptive_softmax.losses(features, targets)
-        return cross_entropies(self.output_projection, features, targets, self.types)
+        Raises:
+            ValueError: names what is given or wanted and is not there.
+        """
+        refuse_arguments(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give one of them")
+        if None not in (cache, past_key_values):
+            raise ValueError("cache, past_key_values: two names of one thing; give one of them")
+        cache = past_key_values if cache is None else cache
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given = PassInputs.read(x, attention_mask, position_ids, cache, self.config.sliding_window)
+        x = self.embed(x, given)
+        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        kept = self.config.output_attentions if output_attentions is None else output_attentions
+        inputs = self.position_method(given.attention_inputs, self.setup, x, cache, self.training, bool(kept))
+        states = []
+        for layer in self.layers:
+            states.append(x)
+            x = layer(x, inputs)
+        for last in filter(None, (self.layer_norm, self.project_out_dim)):
+            x = last(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=(*states, x) if states_wanted else None,
+            attentions=tuple(inputs.weights) if inputs.weights is not None else None,
+            **{CACHE: cache if use_cache else None},
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
 
-class AlibiForCausalLM(PreTrainedModel, GenerationMixin):
+class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
     """A causal language model of any length, a checkpoint of fairseq's `alibi_lm`.
 
-    Of an adaptive softmax the logits are log-probabilities of all types, which is much to compute: `forward` with
-    labels makes them only where `logits_to_keep` is given, and the loss without them.
+    Of an adaptive softmax the logits are log-probabilities of all types, which is much to compute: with
+    `config.logits_with_labels` False, `forward` with labels makes them only where `logits_to_keep` is given.
     """
-
-    config_class = AlibiConfig
-    supports_gradient_checkpointing = True
 
     def __init__(self, config: AlibiConfig):
         super().__init__(config)
-        self.decoder = ExportedDecoder(config)
+        self.decoder = AlibiModel(config)
+        self.lm_head: Any = None
+        if config.adaptive_softmax_cutoff is None:
+            self.lm_head = nn.Linear(config.decoder_output_dim, config.vocab_size, bias=False)
+        else:
+            self.lm_head = AdaptiveSoftmax(
+                config.adaptive_softmax_cutoff,
+                config.decoder_output_dim,
+                config.adaptive_softmax_factor,
+                config.adaptive_softmax_dropout,
+                self.decoder.embed_tokens if config.tie_word_embeddings else None,
+                config.tie_adaptive_proj,
+            )
+        self._tied_weights_keys: Any = config.tied_weights()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of token embeddings, or the adaptive input."""
+        """See `AlibiModel.get_input_embeddings`."""
         return self.decoder.embed_tokens
 
-    def get_output_embeddings(self) -> None:
-        """None: transformers has nothing to tie or resize here."""
-        return
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the table."""
+        self.decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output projection, or the adaptive softmax."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the output projection."""
+        self.lm_head = value
+
+    def get_decoder(self) -> nn.Module:
+        """The stack."""
+        return self.decoder
+
+    def resize_token_embeddings(self, new_num_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; of an adaptive input or softmax the band of the rarest types changes.
+
+        Raises:
+            ValueError: the new size leaves this band empty.
+        """
+        config = self.config
+        cutoffs = [each for each in (config.adaptive_input_cutoff, config.adaptive_softmax_cutoff) if each is not None]
+        multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args and args[0] else 1)
+        if not cutoffs or (new_num_tokens is None and multiple == 1):
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        types = -(-(new_num_tokens or config.vocab_size) // multiple) * multiple
+        least = max(0, *(ends[-2] for ends in cutoffs if len(ends) > 1))
+        if types <= least:
+            raise ValueError(f"{types} tokens: the vocabulary has frequent types up to {least}; keep more than those")
+        modules: tuple[Any, ...] = self.get_input_embeddings(), self.lm_head
+        for module in modules:
+            last = module.last_band() if hasattr(module, "last_band") else module
+            resize_rows(last, last.weight.size(0) + types - config.vocab_size)
+            if hasattr(module, "cutoff"):
+                module.cutoff[-1] = types
+        for ends in cutoffs:
+            ends[-1] = types
+        config.vocab_size = types
+        self.tie_weights()
+        return self.get_input_embeddings()
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Optional[Tensor] = None,
         attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        inputs_embeds: Optional[Tensor] = None,
         past_key_values: Any = None,
+        cache: Any = None,
         labels: Optional[Tensor] = None,
         use_cache: Optional[bool] = None,
         logits_to_keep: Union[int, Tensor, None] = None,
         num_items_in_batch: Union[int, Tensor, None] = None,
         return_dict: Optional[bool] = None,
-        position_ids: Optional[Tensor] = None,
         **kwargs: Any,
     ) -> Union[CausalLMOutputWithPast, tuple]:
-        """Logits and, with labels, the loss.
+        """Logits and, with labels, the loss. Other arguments: see `AlibiModel.forward`.
 
         Args:
-            input_ids: (B, T) new tokens.
-            attention_mask: (B, S), 0 at padding, on the left or the right; None for none.
-            past_key_values: transformers' `DynamicCache` of the tokens before, extended.
             labels: (B, T), as `input_ids`; the loss is of each token's prediction of the next label, -100 for none.
-            use_cache: whether a cache is wanted back; default as in the config, and not in training.
-            logits_to_keep: the last n positions, or the positions, that logits are wanted of; 0 for all. Default: all,
-                but with labels and an adaptive softmax none.
+            logits_to_keep: the last n positions, or the positions, that logits are wanted of; 0 for all.
             num_items_in_batch: what the sum of the losses is divided by; default: their number. The Trainer of
                 transformers 4 counts the first label of a row too, which nothing predicts, unless it is -100.
             return_dict: False for a tuple.
-            position_ids: positions go by `attention_mask`; these must agree with it.
 
         Raises:
-            ValueError: what is given or wanted is not there: embeddings as the input, several texts in one row, hidden
-                states or attention weights.
+            ValueError: see `AlibiModel.forward`.
         """
-        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise ValueError(f"{name}: this model has no such thing; leave it out")
-        if position_ids is not None and attention_mask is None and (position_ids.diff(dim=-1) != 1).any():
-            raise ValueError("position_ids: several texts in one row are not kept apart; give each a row")
-        cache = past_key_values
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if cache is None and use_cache:
-            cache = DynamicCache()
-        padding = None if attention_mask is None else attention_mask == 0
-        features = self.decoder(input_ids, padding, cache)
+        outputs = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            cache=cache,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        features = outputs.last_hidden_state
         loss = None if labels is None else self.mean_loss(features, labels, num_items_in_batch)
         logits = None
-        if logits_to_keep is None and (labels is None or self.decoder.adaptive_softmax is None):
+        if logits_to_keep is None and (labels is None or self.config.logits_with_labels):
             logits_to_keep = 0
         if logits_to_keep is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.decoder.logits(features[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
-        wanted = self.config.return_dict if return_dict is None else return_dict
-        return output if wanted else output.to_tuple()
+            logits = self.lm_head(features[:, kept])
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
     def mean_loss(self, features: Tensor, labels: Tensor, items: Union[int, Tensor, None]) -> Tensor:
         """The loss of the labels, each predicted from the features before it: their sum by `items`, or their mean."""
         targets = labels[:, 1:].to(features.device)
         kept = targets != IGNORED
-        losses = self.decoder.losses(features[:, :-1][kept], targets[kept])
+        features, targets = features[:, :-1][kept], targets[kept]
+        adaptive = isinstance(self.lm_head, AdaptiveSoftmax)
+        losses = (
+            self.lm_head.losses(features, targets)
+            if adaptive
+            else cross_entropies(self.lm_head, features, targets, self.config.vocab_size)
+        )
         return losses.sum() / (len(losses) if items is None else torch.as_tensor(items, device=losses.device))
 
 
-AlibiConfig.register_for_auto_class()
+AlibiModel.register_for_auto_class("AutoModel")
 AlibiForCausalLM.register_for_auto_class("AutoModelForCausalLM")

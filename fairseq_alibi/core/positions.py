@@ -80,6 +80,10 @@ class PositionMethod(nn.Module):
         """Whether there is a bias and it depends on the distance alone, so that attention needs no mask."""
         return self.bias_kind in ("linear", "distance")
 
+    def forward(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls what makes attention inputs of this method, so that hooks load and move its parameters before."""
+        return make(*arguments)
+
     def set_evaluation_length(self, length: int) -> None:
         """Adapts the method to the length of the windows, in tokens, that are evaluated next."""
 
@@ -102,7 +106,6 @@ class PositionMethod(nn.Module):
 
         Args:
             first, last: positions first, ..., last - 1.
-            device: of the result.
 
         Returns:
             (2, last - first, D / 2) float32; or (4, last - first, D / 2), those of queries and those of keys.
@@ -166,7 +169,6 @@ class PositionMethod(nn.Module):
         Args:
             query_length, key_length: T and S.
             window: number of keys that a query sees, the last ones, itself included; None for all.
-            device: of the result.
 
         Returns:
             (H, T, S) float32, or (1, T, S) for a method without bias. It is added to the scores of every batch row.

@@ -10,6 +10,7 @@ is written under a temporary name, read again, and gets its name once its log-pr
 """
 
 import dataclasses
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Optional
@@ -26,7 +27,6 @@ from .. import core
 from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import read_checkpoint
 from .data_folders import text_options
-from .errors import one_line
 from .import_checkpoint import plain_options
 from .model_loading import load_model
 
@@ -65,7 +65,7 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
     Raises:
         ValueError: The exported model does not have one of them.
     """
-    from ..core.modeling_alibi import AlibiConfig
+    from ..core.configuration_alibi import AlibiConfig
 
     decoder = model.decoder
     method = type(decoder.position_method)
@@ -114,10 +114,14 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
 
 def exported_weights(model: BaseFairseqModel) -> dict[str, torch.Tensor]:
     """Returns the weights of a model, each once: a shared one has the name under which the exported model holds it."""
+    from ..core.pretrained_alibi import OLD_NAMES
+
     weights, seen = {}, set()
     for name, value in model.state_dict().items():
         if name.rsplit(".", 1)[-1] not in NO_WEIGHTS and value.data_ptr() not in seen:
             seen.add(value.data_ptr())  # the embeddings come first, and only they are shared
+            for fairseqs, ours in OLD_NAMES.items():
+                name = re.sub(fairseqs, ours, name)
             weights[name] = value
     return weights
 
@@ -193,7 +197,8 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     """
     from transformers import GenerationConfig
 
-    from ..core.modeling_alibi import AlibiConfig, AlibiForCausalLM
+    from ..core.configuration_alibi import AlibiConfig
+    from ..core.modeling_alibi import AlibiForCausalLM, AlibiModel
 
     state = read_checkpoint(checkpoint)
     task = state["cfg"]["task"]
@@ -207,10 +212,12 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     defaults = {option.name: option.default for option in dataclasses.fields(language_model_config())}
     options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
     exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model)))
-    try:
-        exported.load_state_dict(exported_weights(model))
-    except RuntimeError as error:  # torch lists every name, a line each
-        raise ValueError(f"{checkpoint} has weights that the exported model lacks: {one_line(error)}") from error
+    missing, unexpected = exported.load_state_dict(exported_weights(model), strict=False)
+    different = [*unexpected, *(set(missing) - set(exported._tied_weights_keys or ()))]
+    if different:
+        raise ValueError(f"{checkpoint} and the exported model have different weights: {', '.join(different[:3])}")
+    # transformers names only the class that it saves
+    exported.config.auto_map = {"AutoModel": f"{AlibiModel.__module__.rpartition('.')[2]}.{AlibiModel.__name__}"}
     dictionary = model.decoder.dictionary
     begin = dictionary.bos() if task.get("add_bos_token") else dictionary.eos()
     exported.generation_config = GenerationConfig(

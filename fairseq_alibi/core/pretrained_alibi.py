@@ -1,0 +1,89 @@
+"""What the classes of an exported model have in common: the layer, loading, ties, and which arguments they refuse."""
+
+import dataclasses
+from typing import Any, Optional
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .attention_inputs import AttentionInputs
+from .configuration_alibi import VERSION, AlibiConfig
+from .layers import Layer, checkpoint_activations
+
+#: The outputs of this transformers, and its name of the cache.
+FIELDS = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"
+
+#: Attention of transformers' that the model stands for; both names run the same code.
+IMPLEMENTATIONS = (None, "sdpa", "eager")
+
+#: Names of parameters in folders that were exported before the output layer left the stack.
+OLD_NAMES = {r"^decoder\.output_projection\.": "lm_head.", r"^decoder\.adaptive_softmax\.": "lm_head."}
+
+
+def refuse_arguments(arguments: dict[str, Any]) -> None:
+    """Refuses arguments that the model does not have, unless they ask for nothing.
+
+    Raises:
+        ValueError: names one.
+    """
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: this model has no such argument; leave it out")
+
+
+def wants_dict(config: Any, given: Optional[bool]) -> bool:
+    """Whether outputs have names."""
+    return bool(config.return_dict if given is None else given)
+
+
+class AlibiLayer(Layer):
+    """A layer that computes its activations again in the backward pass if `gradient_checkpointing` is set."""
+
+    gradient_checkpointing = False
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """See `Layer.forward`."""
+        if self.gradient_checkpointing and self.training and inputs.cache is None:
+            return checkpoint_activations(super().forward, x, inputs)
+        return super().forward(x, inputs)
+
+
+class AlibiPreTrainedModel(PreTrainedModel):
+    """What the stack and the language model have in common."""
+
+    config_class = AlibiConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AlibiLayer", "AdaptiveEmbedding", "AdaptiveSoftmax"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: AlibiConfig):
+        implementation = config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"attn_implementation '{implementation}': the bias of this model needs 'sdpa' or 'eager'")
+        super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; parameters may have the names of folders that were exported before."""
+        loaded = super().from_pretrained(*args, **{"key_mapping": OLD_NAMES, **kwargs})
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers 5 would save under the old names again
+        renamings = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in renamings if not OLD_NAMES.keys() & set(each.source_patterns)]
+        return loaded
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Makes tied parameters one again; transformers 4 knows only how to tie a plain softmax."""
+        if VERSION >= (5, 0):
+            super().tie_weights(*args, **kwargs)
+            return
+        for target, source in (self._tied_weights_keys or {}).items():
+            layer = self.get_submodule(target.rpartition(".")[0])
+            layer.weight = self.get_parameter(source)
+            if isinstance(layer, nn.Linear):
+                layer.out_features = layer.weight.size(0)
