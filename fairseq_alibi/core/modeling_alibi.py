@@ -19,7 +19,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, cross_entropies, resize_rows
-from .attention_inputs import AttentionSettings, AttentionSetup
+from .attention_setup import AttentionSettings, AttentionSetup
 from .configuration_alibi import PADDING, AlibiConfig
 from .layers import LayerOptions
 from .pass_inputs import PassInputs

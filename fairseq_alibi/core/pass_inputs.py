@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from .attention_inputs import AttentionInputs, AttentionSetup, FoldedMask, TokenSpan, compute_dtype
+from .attention_inputs import AttentionInputs, FoldedMask, TokenSpan
+from .attention_setup import AttentionSetup, compute_dtype
 from .configuration_alibi import PADDING, VERSION
 from .kept import in_transform
 
