@@ -53,6 +53,12 @@ def bias_by_distance(method, heads, distance, p=None):
     if method == "sandwich":
         cosines = sum((d / 10000 ** (2 * n / 128)).cos() for n in range(64))
         return of_heads(lambda h: cosines / (8 * (h + 1) / heads))
+    if method == "fire":
+        c, m = p["c"].double().abs(), p["m"].double().abs()
+        i = torch.arange(d.size(-1) - d.size(-2), d.size(-1)).double()[:, None].clamp(min=m * p["training_length"])
+        x = (c * d + 1).log() / ((c * i + 1).log() + 1e-6)
+        units = (x[..., None] * p["hidden_weight"].double()[:, 0] + p["hidden_bias"].double()).clamp(min=0)
+        return of_heads(lambda h: units @ p["out_weight"].double()[h])
     if method in ("kerple", "kerple_power"):
         first, second = p["parameters_of_heads"].double().clamp(min=0.01)
         if method == "kerple":
@@ -116,6 +122,7 @@ def logits(model, tokens, window=math.inf):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
     x = embedded(p, tokens, method)
+    parameters["training_length"] = getattr(model.decoder.position_method, "training_length", None)
     stack, settings = model.decoder.position_method.name, model.decoder.setup.settings
     visible = torch.arange(1, length + 1).double().clamp(max=window)
     for n in range(layers):

@@ -9,7 +9,7 @@ import torch
 from conftest import BIN, fairseqs_own, random_tokens, run
 
 from fairseq_alibi.core import positions
-from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias
+from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias, TokenSpan
 from fairseq_alibi.models.language_model import refresh_config
 
 
@@ -34,6 +34,20 @@ def test_12_heads_equal_a_float64_reference_model(build):
     with torch.no_grad():
         logits, _ = model(tokens)
     torch.testing.assert_close(logits[0].double(), reference.logits(model, tokens[0]), rtol=1e-4, atol=1e-4)
+
+
+def test_fire_makes_no_mask_and_needs_none_up_to_its_limit(build):
+    """Up to |m| L0 its bias goes by distance, past it tile by tile; windows are refused by name."""
+    model = build("alibi_lm_tiny", "--position-method", "fire", "--tokens-per-sample", 500)
+    method, kinds = model.decoder.position_method, []
+    with torch.no_grad():
+        method.m.fill_(-1.0)
+    for length in (400, 501, 502):
+        x = torch.randn(1, length, 128)
+        kinds.append(type(model.decoder.setup.inputs(x, TokenSpan(length, length, 0)).bias).__name__)
+    assert kinds == ["DistanceBias", "DistanceBias", "PairBias"]
+    with pytest.raises(ValueError, match="--position-method fire has no windows"):
+        model.decoder.extract_features_scriptable(random_tokens(model, 1, 9), None, window=4)
 
 
 CHOICES = {
@@ -202,7 +216,7 @@ def test_same_seed_gives_the_parameters_of_transformer_lm(build, method):
     fairseqs = build("transformer_lm_wiki103", *sizes)
     theirs = dict(fairseqs.named_parameters())
     of_the_method = {name for name, _ in ours.named_parameters() if re.search("position_method|embed_pos|gate", name)}
-    assert bool(of_the_method) == (method in ("t5", "learned", "kerple", "kerple_power", "fox", "cable"))
+    assert bool(of_the_method) == (method in ("t5", "learned", "kerple", "kerple_power", "fire", "fox", "cable"))
     assert {name for name, _ in ours.named_parameters()} == set(theirs) | of_the_method
     for name, parameter in ((name, parameter) for name, parameter in ours.named_parameters() if name in theirs):
         assert torch.equal(parameter, theirs[name]), name

@@ -95,6 +95,7 @@ def test_only_learned_biases_are_in_a_checkpoint():
     found = {name: list(method(8).state_dict()) for name, method in position_methods().items()}
     assert {name: keys for name, keys in found.items() if keys} == {
         "t5": ["bucket_bias"],
+        "fire": ["hidden_weight", "out_weight", "hidden_bias", "c", "m"],
         "kerple": ["parameters_of_heads"],
         "kerple_power": ["parameters_of_heads"],
     }

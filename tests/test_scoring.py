@@ -106,7 +106,7 @@ def test_windows_are_scored_as_the_reference_scores_each_block_with_its_context(
         torch.testing.assert_close(losses[start:end], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["alibi", "none", "rotary", "t5"])
+@pytest.mark.parametrize("method", ["alibi", "none", "rotary", "t5", "kerple", "xpos", "fox"])
 @pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
 @pytest.mark.parametrize("window", [1, 2, 5, 24, 64, 500])
 def test_stream_equals_banded_attention(build, method, attention, window, monkeypatch):

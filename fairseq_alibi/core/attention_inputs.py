@@ -5,6 +5,7 @@ Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are t
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
@@ -59,6 +60,17 @@ class KeyBias:
 
 
 @dataclass(frozen=True)
+class PairBias:
+    """A bias that is computed when its tile is; gradients flow through it.
+
+    Args:
+        of_tile: see `PositionMethod.bias_of_tile`.
+    """
+
+    of_tile: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class FoldedMask:
     """The bias and what is not seen as one mask, see `PositionMethod.future_mask`.
 
@@ -70,7 +82,7 @@ class FoldedMask:
     mask: Tensor
 
 
-Bias = Union[NoBias, LinearBias, DistanceBias, KeyBias, FoldedMask]
+Bias = Union[NoBias, LinearBias, DistanceBias, KeyBias, PairBias, FoldedMask]
 
 
 @dataclass(frozen=True, **KEYWORD_ONLY)

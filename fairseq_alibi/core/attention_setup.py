@@ -11,7 +11,17 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from .attention_inputs import EPSILON, AttentionInputs, Bias, DistanceBias, FoldedMask, LinearBias, NoBias, TokenSpan
+from .attention_inputs import (
+    EPSILON,
+    AttentionInputs,
+    Bias,
+    DistanceBias,
+    FoldedMask,
+    LinearBias,
+    NoBias,
+    PairBias,
+    TokenSpan,
+)
 from .kept import KeptTensor, in_transform
 from .positions import PositionMethod
 
@@ -120,10 +130,12 @@ class AttentionSetup:
         # Kernels without a mask cannot be traced or transformed. Compiled code may leave the graph for them.
         leaves_graph = self.settings.kernel == "fused" and torch.compiler.is_dynamo_compiling() and not is_exporting()
         by_distance = leaves_graph or not in_transform(x)
+        if window is not None and method.gives_bias_of_tiles:
+            raise ValueError(f"--position-method {method.name} has no windows: its bias depends on a query's position")
         if span.queries == 0:
             bias: Bias = NoBias()
         elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training):
-            bias = self.bias_by_distance(span, x.device)
+            bias = bias_without_mask(method, span, x.device, self.settings.causal)
         else:
             bias = FoldedMask(self.folded_mask(x, span, window))
         if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
@@ -147,18 +159,6 @@ class AttentionSetup:
             return padding
         hides = (padding[:, :-1] & ~padding[:, 1:]) if self.settings.causal else padding
         return padding if hides.any() else None
-
-    def bias_by_distance(self, span: TokenSpan, device: torch.device) -> Bias:
-        """The bias for attention without a mask."""
-        if self.method.bias_kind in ("none", "key"):  # a layer adds its own bias by key
-            return NoBias()
-        if self.method.bias_kind == "linear":
-            before, after = self.method.slopes(device)
-            if not before.requires_grad:  # gradients of slopes flow through a bias by distance
-                return LinearBias(before, after)
-        distance = torch.arange(1 - span.queries, span.keys, device=device)
-        values = self.method.distance_bias(distance)
-        return DistanceBias(values.masked_fill(distance < 0, -math.inf) if self.settings.causal else values)
 
     def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int]) -> Tensor:
         """The bias folded into the mask: (H, T, S) or, without a bias, one mask for all heads."""
@@ -212,7 +212,7 @@ class AttentionSetup:
         method, kernel = self.method, self.settings.kernel
         single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build
         without_mask_possible = self.settings.causal or method.has_distance_bias
-        if kernel == "mask" or method.bias_kind == "pair" or single_row or not without_mask_possible:
+        if kernel == "mask" or needs_mask(method) or single_row or not without_mask_possible:
             return False
         if kernel == "fused":
             return True
@@ -222,6 +222,27 @@ class AttentionSetup:
         dropped = training and self.settings.dropout > 0
         plain = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped
         return plain or fused_is_faster(device, span.queries, span.keys)
+
+
+def bias_without_mask(method: PositionMethod, span: TokenSpan, device: torch.device, causal: bool) -> Bias:
+    """The bias for attention without a mask."""
+    if method.bias_kind in ("none", "key"):  # a layer adds its own bias by key
+        return NoBias()
+    if method.bias_kind == "linear":
+        before, after = method.slopes(device)
+        if not before.requires_grad:  # gradients of slopes flow through a bias by distance
+            return LinearBias(before, after)
+    distance = torch.arange(1 - span.queries, span.keys, device=device)
+    pairs = method.bias_kind == "pair"
+    values = method.early_bias(distance, span.keys) if pairs else method.distance_bias(distance)
+    if values is None:
+        return PairBias(method.bias_of_tile)
+    return DistanceBias(values.masked_fill(distance < 0, -math.inf) if causal else values)
+
+
+def needs_mask(method: PositionMethod) -> bool:
+    """Whether a method's bias is given as a mask alone."""
+    return method.bias_kind == "pair" and not method.gives_bias_of_tiles
 
 
 def scale_by_count(form: str, visible: Tensor, training_length: int) -> Tensor:

@@ -5,6 +5,7 @@ transformers copies the files of an exported model that are imported by name, so
 
 from .alibi import ALiBi, EncoderALiBi
 from .embeddings import Learned, NoPositions, Sinusoidal
+from .fire import Fire
 from .forgetting import Cable, Fox
 from .kerple import Kerple, KerplePower
 from .rotary import Rotary, XPos
@@ -20,6 +21,7 @@ __all__ = [
     "ALiBi",
     "Cable",
     "EncoderALiBi",
+    "Fire",
     "Fox",
     "Kerple",
     "KerplePower",

@@ -61,6 +61,8 @@ class PositionMethod(nn.Module):
     #: function of the distance (`distance_bias`); "key": a decay per token and head that a module in each layer reads
     #: from the layer's input (`make_gate`), decoders only; "pair": anything else, which needs a mask (`pair_bias`).
     bias_kind: str = "none"
+    #: Whether a "pair" bias is also given tile by tile (`bias_of_tile`), so that attention needs no mask.
+    gives_bias_of_tiles: ClassVar[bool] = False
     #: Whether sequences longer than those of the training have no positions.
     limited_to_training_length: ClassVar[bool] = False
     #: Place in the paper's comparison past the training length, the best first (Press et al. 2022, figures 1 and 4).
@@ -104,22 +106,15 @@ class PositionMethod(nn.Module):
     def rotation(self, first: int, last: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
         """Cosines and sines by which queries and keys are turned if `rotates`, see `rotary.rotate`.
 
-        Args:
-            first, last: positions first, ..., last - 1.
-
-        Returns:
-            (2, last - first, D / 2) float32; or (4, last - first, D / 2), those of queries and those of keys.
+        (2, last - first, D / 2) float32 for the positions first, ..., last - 1; or (4, last - first, D / 2), those of
+        queries and those of keys.
         """
         return None
 
     def query_scale(self, visible: Tensor) -> Optional[Tensor]:
-        """Factors of the queries if `scales_queries`.
+        """Factors of the queries if `scales_queries`, from the number of keys that each sees, itself included.
 
-        Args:
-            visible: (B or 1, T) int64, number of keys that each query sees, itself included.
-
-        Returns:
-            (B or 1, H or 1, T) float32.
+        (B or 1, T) int64 -> (B or 1, H or 1, T) float32.
         """
         return None
 
@@ -134,12 +129,8 @@ class PositionMethod(nn.Module):
     def distance_bias(self, distance: Tensor) -> Tensor:
         """Bias by distance, added to the scores after their division by sqrt(D), for the kinds "linear" and "distance".
 
-        Args:
-            distance: (N,) int64, i - j from query i to key j. It is negative for a key after the query; a causal model
-                does not see such a key, whatever is returned.
-
-        Returns:
-            (H, N) float32 on the device of `distance`, -inf where a head sees nothing.
+        (N,) int64 distances i - j from query i to key j -> (H, N) float32, -inf where a head sees nothing. A causal model
+        does not see keys at negative distances, whatever is returned.
         """
         return linear_bias(*self.slopes(distance.device), distance)
 
@@ -149,6 +140,14 @@ class PositionMethod(nn.Module):
         It maps the layer's input (..., C) to (..., H) float32, at most 0: f_l. The bias of query i and key j <= i is
         the sum of f_l over j < l <= i.
         """
+        return None
+
+    def bias_of_tile(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """A "pair" bias, if `gives_bias_of_tiles`, of queries (T,) and keys (S,): (H, T, S) float32."""
+        raise NotImplementedError
+
+    def early_bias(self, distance: Tensor, positions: int) -> Optional[Tensor]:
+        """`distance_bias` of a "pair" bias that depends on the distance alone up to so many positions; else None."""
         return None
 
     def pair_bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Optional[Tensor]:
@@ -214,6 +213,7 @@ _HOOKS = {
     "adds_embedding": "position_embedding",
     "rotates": "rotation",
     "scales_queries": "query_scale",
+    "gives_bias_of_tiles": "bias_of_tile",
 }
 _BIAS_HOOKS = {"linear": "slopes", "distance": "distance_bias", "key": "make_gate", "pair": "pair_bias"}
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias
+from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, PairBias
 from .key_features import FEATURES, features_of_keys, widen, write_features
 from .positions import linear_bias
 from .reach import distance_reach, oldest_keys, reach
@@ -148,6 +148,10 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
             for part in (parts[2], parts[0].flip(1))
         )
         back, ahead = back.clamp(max=window - 1), torch.zeros_like(ahead) if inputs.causal else ahead
+    elif isinstance(bias, PairBias):  # nothing is skipped, and tiles are small, because a tile's bias is computed
+        oldest, first = torch.zeros(heads, -(-query_length // CHUNKS[0]), dtype=torch.int64), 1 - CHUNKS[0]
+        back, ahead = torch.full((heads,), 8.0 * CHUNKS[0]), torch.zeros(heads)
+        vector = linear_bias(q.new_zeros(heads, dtype=dtype), None, torch.arange(first, key_length, device=q.device))
     elif isinstance(bias, KeyBias):
         oldest = oldest_keys(q.detach(), k.detach(), bias.sums.detach(), CHUNKS[0], epsilon)
         starts = key_length - query_length + torch.arange(0, query_length, CHUNKS[0])
@@ -282,7 +286,9 @@ def supports_recomputed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: 
 
 def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `flash_tiles` supports: the same on a CPU, without dropout and without gradients of the bias."""
-    learned = isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
+    learned = isinstance(inputs.bias, PairBias) or (
+        isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
+    )
     return (
         supports_recomputed(q, k, inputs, dropout)
         and q.device.type == "cpu"
@@ -312,6 +318,9 @@ def recomputed_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, d
         h, t, s = tile
         queries, keys = q[:, h, t], k[:, h, s]
         mask = bias.of(tile)
+        if isinstance(inputs.bias, PairBias):
+            positions = torch.arange(k.size(2), device=q.device)
+            mask = mask + inputs.bias.of_tile(positions[-q.size(2) :][t], positions.flip(0)[s])[None, h].to(mask.dtype)
         if q.device.type != "cpu":  # kernels of a GPU want their own dtype, and rows that lie apart
             mask = mask.to(q.dtype).contiguous()
         if sums is not None:

@@ -22,6 +22,7 @@ from fairseq.utils import safe_getattr
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
+from ..core.attention_setup import needs_mask
 from ..core.positions import DECODER, add_registration_listener
 from .decoder import AlibiDecoder
 from .generator import read_prompts_in_one_pass
@@ -98,7 +99,7 @@ class AlibiLanguageModel(TransformerLanguageModel):
                 f"--position-layers {args.position_layers}: --position-method {args.position_method} adds an embedding "
                 "before all layers; drop one of the two"
             )
-        if position_method.bias_kind == "pair" and args.attention == "auto":
+        if needs_mask(position_method) and args.attention == "auto":
             logger.warning(
                 "--position-method %s needs a mask: attention takes memory that grows with the square of the length",
                 args.position_method,

@@ -17,7 +17,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, open_dict
 
 from ..core.attention_inputs import EPSILON
-from ..core.attention_setup import KERNEL_CHOICES, SCORE_SCALES, AttentionSettings
+from ..core.attention_setup import KERNEL_CHOICES, SCORE_SCALES, AttentionSettings, needs_mask
 from ..core.methods import ALiBi
 from ..core.positions import DECODER, ENCODER, PositionMethod, position_methods
 
@@ -214,8 +214,8 @@ def position_method_of(args: Any, stack: str) -> PositionMethod:
     """
     heads, width = getattr(args, f"{stack}_attention_heads"), getattr(args, f"{stack}_embed_dim")
     method = position_methods(stack)[args.position_method].from_options(heads, width, args)
-    needs_mask = method.bias_kind == "pair" or (stack == ENCODER and not method.has_distance_bias)
-    if needs_mask and args.attention == "fused":
+    impossible = needs_mask(method) or (stack == ENCODER and not method.has_distance_bias)
+    if impossible and args.attention == "fused":
         raise ValueError(f"--attention fused: an {stack} with --position-method {method.name} needs a mask; use auto")
     return method
 
