@@ -129,8 +129,8 @@ class PositionMethod(nn.Module):
     def distance_bias(self, distance: Tensor) -> Tensor:
         """Bias by distance, added to the scores after their division by sqrt(D), for the kinds "linear" and "distance".
 
-        (N,) int64 distances i - j from query i to key j -> (H, N) float32, -inf where a head sees nothing. A causal model
-        does not see keys at negative distances, whatever is returned.
+        (N,) int64 distances i - j from query i to key j -> (H, N) float32, -inf where a head sees nothing. A causal
+        model does not see keys at negative distances, whatever is returned.
         """
         return linear_bias(*self.slopes(distance.device), distance)
 
