@@ -298,9 +298,9 @@ def test_tokenizer_gives_fairseqs_ids_and_the_text_back(kind, data, tmp_path):
     assert len(tokenizer) == len(fairseqs.tgt_dict)
     text = "\n".join(LINES)
     ids = generation.encode_text(fairseqs, text)
-    assert tokenizer(text)["input_ids"] == [2, *ids.tolist()]
+    assert tokenizer(text)["input_ids"] == [0, *ids.tolist()]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids.tolist()
-    assert tokenizer.decode([1, 2, *ids], skip_special_tokens=True) == generation.decode_tokens(fairseqs, ids)
+    assert tokenizer.decode([1, 0, *ids], skip_special_tokens=True) == generation.decode_tokens(fairseqs, ids)
     assert tokenizer.decode(tokenizer(f"{LINES[3]}\n\n{LINES[3]}\n")["input_ids"], skip_special_tokens=True) == (
         f"{LINES[3]}\n\n{LINES[3]}\n"
     )
@@ -321,7 +321,8 @@ def test_texts_begin_as_the_model_was_trained_to(corpus, train, tmp_path, more):
     )
     text = "word1 word2 word3 word3"
     ids = tokenizer(text, return_tensors="pt").input_ids
-    assert ids[0, 0] == (0 if more else 2)
+    assert ids[0, 0] == 0
+    assert model.config.begin_token == (None if more else 2)
     scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(scores, hub.score(text)["positional_scores"], rtol=1e-4, atol=1e-4)
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == text

@@ -20,6 +20,18 @@ from .kept import in_transform
 SCORES = 1 << 22
 
 
+class TokenEmbedding(nn.Embedding):
+    """Token embeddings that read another token where a text has `<s>`, token 0; see `nn.Embedding`."""
+
+    def __init__(self, types: int, dim: int, padding: int, begin: int = 0):
+        super().__init__(types, dim, padding)
+        self.begin = begin
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> (..., C)."""
+        return super().forward(tokens.masked_fill(tokens == 0, self.begin))
+
+
 class AdaptiveEmbedding(nn.Module):
     """Token embeddings, of a width for each band, projected to one width.
 
@@ -29,11 +41,12 @@ class AdaptiveEmbedding(nn.Module):
         factor: what the width is divided by from band to band.
         output_dim: C.
         padding: the token that is padding.
+        begin: what is read where a text has `<s>`, token 0.
     """
 
-    def __init__(self, cutoffs: Sequence[int], dim: int, factor: float, output_dim: int, padding: int):
+    def __init__(self, cutoffs: Sequence[int], dim: int, factor: float, output_dim: int, padding: int, begin: int = 0):
         super().__init__()
-        self.cutoff, self.output_dim = list(cutoffs), output_dim
+        self.cutoff, self.output_dim, self.begin = list(cutoffs), output_dim, begin
         self.embeddings = nn.ModuleList()
         for band, (first, last) in enumerate(zip([0, *cutoffs], cutoffs)):
             width = int(dim // factor**band)
@@ -42,6 +55,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., C)."""
+        tokens = tokens.masked_fill(tokens == 0, self.begin)
         x: Any = None
         for first, last, embedding in zip([0, *self.cutoff], self.cutoff, self.embeddings):
             which = (first <= tokens) & (tokens < last)
@@ -68,27 +82,23 @@ def resize_rows(module: Any, rows: int) -> None:
     setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
 
-class TransposedLinear(nn.Module):
-    """A linear layer without bias whose weight is (inputs, outputs), as that of the layer which it is tied to.
+class TiedLinear(nn.Module):
+    """A linear layer without bias whose weight another module has too.
+
+    It is no `nn.Linear`, or peft would train and merge one of the two uses alone.
 
     Args:
-        weight: the tied weight.
+        weight: (outputs, inputs), or (inputs, outputs) if `transposed`.
+        transposed: whether it is.
     """
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: nn.Parameter, transposed: bool = False):
         super().__init__()
-        self.weight = weight
+        self.weight, self.transposed = weight, transposed
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return F.linear(x, self.weight.t())
-
-
-def linear_of(weight: nn.Parameter) -> nn.Linear:
-    """A linear layer without bias with this weight, (outputs, inputs), which another module has too."""
-    layer = nn.Linear(weight.size(1), weight.size(0), bias=False, device="meta")
-    layer.weight = weight
-    return layer
+        return F.linear(x, self.weight.t() if self.transposed else self.weight)
 
 
 class TiedHead(nn.Module):
@@ -101,7 +111,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, table: nn.Parameter, tails: int):
         super().__init__()
-        self.word_proj, self.class_proj = linear_of(table), nn.Linear(table.size(1), tails, bias=False)
+        self.word_proj, self.class_proj = TiedLinear(table), nn.Linear(table.size(1), tails, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, C) -> (n, types and bands)."""
@@ -141,9 +151,10 @@ class AdaptiveSoftmax(nn.Module):
             width = int(dim // factor**band) if table is None else table.embedding_dim
             narrow: nn.Module = nn.Linear(dim, width, bias=False)
             if projection is not None and tie_projections:
-                narrow = TransposedLinear(projection.weight)
+                narrow = TiedLinear(projection.weight, transposed=True)
+                tied.embeddings[band][1] = TiedLinear(projection.weight)  # type: ignore[index, union-attr, operator]
             types = cutoffs[band] - cutoffs[band - 1]
-            out = nn.Linear(width, types, bias=False) if table is None else linear_of(table.weight)
+            out = nn.Linear(width, types, bias=False) if table is None else TiedLinear(table.weight)
             self.tail.append(nn.Sequential(narrow, nn.Dropout(dropout), out))
 
     def __getattr__(self, name: str) -> Any:

@@ -49,6 +49,7 @@ class AlibiConfig(PretrainedConfig):
     Args:
         adaptive_input_cutoff, adaptive_softmax_cutoff: lists that end with the number of types, None for plain
             embeddings and a plain softmax.
+        begin_token: what the model reads where a text has `<s>`; None for `<s>` itself.
         sliding_window: number of tokens that a token attends to, the last ones, itself included; None for all.
         logits_with_labels: whether a pass with labels returns logits beside the loss.
         tie_word_embeddings: False to give input and output tables of their own, whatever the other options say.
@@ -95,6 +96,7 @@ class AlibiConfig(PretrainedConfig):
         "max_target_positions": None,
         "attention": "auto",
         "attention_epsilon": EPSILON,
+        "begin_token": None,
         "sliding_window": None,
         "logits_with_labels": True,
     }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, cross_entropies, resize_rows
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TokenEmbedding, cross_entropies, resize_rows
 from .attention_setup import AttentionSettings, AttentionSetup
 from .configuration_alibi import PADDING, AlibiConfig
 from .layers import LayerOptions
@@ -58,11 +58,11 @@ class AlibiModel(AlibiPreTrainedModel):
         self.layer_norm = nn.LayerNorm(width) if final_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
-        adaptive = config.adaptive_input_cutoff is not None
+        adaptive, begin = config.adaptive_input_cutoff is not None, config.begin_token or 0
         self.embed_tokens: Any = (
-            AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING)
+            AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING, begin)
             if adaptive
-            else nn.Embedding(config.vocab_size, reads, PADDING)
+            else TokenEmbedding(config.vocab_size, reads, PADDING, begin)
         )
         self.project_in_dim = None if adaptive or reads == width else nn.Linear(reads, width, bias=False)
         self.embed_positions = self.position_method.position_embedding(width, config.max_target_positions, PADDING)
@@ -128,7 +128,7 @@ class AlibiModel(AlibiPreTrainedModel):
         Raises:
             ValueError: names what is given or wanted and is not there.
         """
-        refuse_arguments(kwargs)
+        refuse_arguments({**kwargs, "position_ids": position_ids})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give one of them")
         if None not in (cache, past_key_values):

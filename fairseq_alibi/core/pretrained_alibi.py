@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,12 +23,24 @@ IMPLEMENTATIONS = (None, "sdpa", "eager")
 OLD_NAMES = {r"^decoder\.output_projection\.": "lm_head.", r"^decoder\.adaptive_softmax\.": "lm_head."}
 
 
+#: Arguments of packed rows that transformers' collators add for attention kernels which this model does not have.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
 def refuse_arguments(arguments: dict[str, Any]) -> None:
     """Refuses arguments that the model does not have, unless they ask for nothing.
+
+    Args:
+        arguments: by name. Those of `PACKING` say again what `position_ids` of one row say.
 
     Raises:
         ValueError: names one.
     """
+    ids, lengths = arguments.pop("position_ids", None), arguments.get("cu_seq_lens_q")
+    if ids is not None and lengths is not None and len(ids) == 1:
+        starts = (ids[0] == 0).nonzero()[:, 0].to(lengths.device)
+        if torch.equal(starts, lengths[:-1].to(starts.dtype)):
+            arguments = {name: value for name, value in arguments.items() if name not in PACKING}
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise ValueError(f"{name}: this model has no such argument; leave it out")

@@ -4,8 +4,9 @@
 
     tokenizer = AutoTokenizer.from_pretrained(OUT, trust_remote_code=True)
 
-It gives the ids that the text has in fairseq. `</s>` ends a line: a line break becomes one, and one stands in front of
-the text, which is what the models read first; `add_special_tokens=False` leaves that out.
+It gives the ids that the text has in fairseq. A line break is a `</s>`, the end of a line. `<s>` stands in front of the
+text, for what the model reads first; `add_special_tokens=False` leaves it out. fairseq reads `</s>` there, which nobody
+could tell from a line break, so the model reads `<s>` as `</s>` (`begin_token` of its configuration).
 """
 
 import shutil
@@ -30,7 +31,6 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: the types, a line each, by id.
         codes_file: BPE codes of subword-nmt; None for whole words.
         moses: whether lines are split into words by the Moses tokenizer; else at white space.
-        begin: the token in front of a text; `<s>` for a model that was trained with --add-bos-token.
     """
 
     vocab_files_names = {"vocab_file": "vocab.txt", "codes_file": "bpe.codes"}  # noqa: RUF012
@@ -41,22 +41,31 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: str,
         codes_file: Optional[str] = None,
         moses: bool = False,
-        begin: str = END,
         **kwargs: Any,
     ):
         self.vocab_file, self.codes_file = vocab_file, codes_file
         self.types = Path(vocab_file).read_bytes().decode().split("\n")  # no other line break than this one
         self.ids = {word: number for number, word in enumerate(self.types)}
-        self.moses, self.begin = moses, begin  # transformers saves what has an argument's name
+        self.moses = moses  # transformers saves what has an argument's name
         self.tokenizer, self.detokenizer = MosesTokenizer("en"), MosesDetokenizer("en")
         self.bpe = None
         if codes_file:
             with open(codes_file, encoding="utf-8") as codes:
                 self.bpe = BPE(codes, separator=SEPARATOR)
-        names = {"bos_token": begin, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
+        names = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
         # not split at what looks like special tokens: in fairseq a text has none
         options = {"padding_side": "left", "split_special_tokens": True, **names, **kwargs}
-        super().__init__(moses=moses, begin=begin, **options)
+        super().__init__(moses=moses, **options)
+
+    def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
+        """See transformers.
+
+        Raises:
+            NotImplementedError: offsets are wanted, which the tokens of Moses do not have.
+        """
+        if return_offsets_mapping:
+            raise NotImplementedError("return_offsets_mapping: this tokenizer knows no offsets; leave it out")
+        return super().__call__(*args, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -105,20 +114,27 @@ class AlibiTokenizer(PreTrainedTokenizer):
     def _decode(  # type: ignore[override]
         self, token_ids: Union[int, list[int]], skip_special_tokens: bool = False, **kwargs: Any
     ) -> str:
-        # A line end inside the text is text, and special only in front of it.
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
         if skip_special_tokens:
-            tokens = [token for token in tokens if token != PADDING]
-            tokens = tokens[tokens[:1] == [self.begin] :]
-            tokens = [token for token in tokens if token != BEGIN]
+            tokens = [token for token in tokens if token not in (BEGIN, PADDING)]  # a line end is text
         return self.convert_tokens_to_string(tokens)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None
     ) -> list[int]:
         """The first token in front of a text, and in front of the second one."""
-        begin = [self.ids[self.begin]]
+        begin = [self.ids[BEGIN]]
         return begin + token_ids_0 + ([] if token_ids_1 is None else begin + token_ids_1)
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 at tokens that are no text, of ids as they are or of those to come in front of which there will be one."""
+        if not already_has_special_tokens:
+            token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        elif token_ids_1 is not None:
+            token_ids_0 = token_ids_0 + token_ids_1
+        return [int(token in (self.ids[BEGIN], self.ids[PADDING])) for token in token_ids_0]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> tuple[str, ...]:
         """Copies dictionary and codes into a folder; returns their paths there."""

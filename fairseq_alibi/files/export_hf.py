@@ -13,7 +13,7 @@ import dataclasses
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fairseq import tasks
@@ -159,14 +159,16 @@ def check_texts(folder: Path, model: BaseFairseqModel, cfg: Any) -> None:
     if len(log_probs) != len(scores) or not (log_probs - scores).abs().max() <= TOLERANCE:
         raise ValueError(f"the exported model and fairseq score the text '{text}' differently, so nothing was written")
     longest = min(len(ids[0]) + 8, model.max_positions())
-    continued = exported.generate(ids, max_length=longest, do_sample=False, eos_token_id=None)
-    theirs = model.get_normalized_probs(model(continued), log_probs=True)[0, len(ids[0]) - 1 : -1]
+    continued = exported.generate(ids, max_length=longest, do_sample=False, eos_token_id=None, suppress_tokens=[0, 1])
+    read = continued.masked_fill(continued == 0, exported.config.begin_token or 0)
+    theirs = model.get_normalized_probs(model(read), log_probs=True)[0, len(ids[0]) - 1 : -1]
+    theirs[:, :2] = -torch.inf  # beginning and padding, which fairseq would not read as text
     chosen = theirs.gather(1, continued[0, len(ids[0]) :, None])[:, 0]
     if len(chosen) and not (theirs.amax(1) - chosen).max() <= 2 * TOLERANCE:
         raise ValueError(f"the exported model continues the text '{text}' in another way, so nothing was written")
 
 
-def export_tokenizer(dictionary: Dictionary, data: Path, out: Path, begin: Optional[int] = None) -> str:
+def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
     """Writes the tokenizer of a data folder, and returns a description of how it splits a text."""
     from ..core.tokenization_alibi import AlibiTokenizer
 
@@ -175,8 +177,7 @@ def export_tokenizer(dictionary: Dictionary, data: Path, out: Path, begin: Optio
         types = Path(folder) / AlibiTokenizer.vocab_files_names["vocab_file"]
         types.write_bytes("\n".join(dictionary.symbols).encode())
         moses = options["tokenizer"] == "moses"
-        first = dictionary[dictionary.eos() if begin is None else begin]
-        AlibiTokenizer(str(types), options["bpe_codes"], moses, first).save_pretrained(out)
+        AlibiTokenizer(str(types), options["bpe_codes"], moses).save_pretrained(out)
     return f"{'Moses tokens' if moses else 'white space'}{', BPE' if options['bpe'] else ''}"
 
 
@@ -211,7 +212,8 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
         )
     defaults = {option.name: option.default for option in dataclasses.fields(language_model_config())}
     options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
-    exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model)))
+    begin = None if task.get("add_bos_token") else model.decoder.dictionary.eos()
+    exported = AlibiForCausalLM(AlibiConfig(**exported_options(options, model), begin_token=begin))
     missing, unexpected = exported.load_state_dict(exported_weights(model), strict=False)
     different = [*unexpected, *(set(missing) - set(exported._tied_weights_keys or ()))]
     if different:
@@ -219,15 +221,14 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     # transformers names only the class that it saves
     exported.config.auto_map = {"AutoModel": f"{AlibiModel.__module__.rpartition('.')[2]}.{AlibiModel.__name__}"}
     dictionary = model.decoder.dictionary
-    begin = dictionary.bos() if task.get("add_bos_token") else dictionary.eos()
     exported.generation_config = GenerationConfig(
-        bos_token_id=begin, eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
+        bos_token_id=dictionary.bos(), eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
         partial = Path(folder) / out.name
         exported.save_pretrained(partial)
-        splits = export_tokenizer(dictionary, Path(data), partial, begin)
+        splits = export_tokenizer(dictionary, Path(data), partial)
         difference = largest_difference(AlibiForCausalLM.from_pretrained(partial).eval(), model)
         if not difference <= TOLERANCE:
             raise ValueError(
