@@ -260,6 +260,7 @@ def test_keys_beyond_the_reach_of_any_bias_weigh_less_than_epsilon(name, scale):
     q, k = (scale * torch.randn(1, 4, length, 16) for _ in range(2))
     bias = method.distance_bias(torch.arange(length)).detach()
     reaches = distance_reach(q, k, bias[:, 1:], bias[:, 0], epsilon)
+    assert torch.equal(distance_reach(q, k, bias[:, 1:] - 40, bias[:, 0] - 40, epsilon), reaches), "differences count"
     if name == "alibi":
         torch.testing.assert_close(
             reaches, reach(q, k, method.slopes()[0], epsilon).clamp(max=length - 1), rtol=1e-6, atol=1

@@ -357,12 +357,18 @@ def test_checkpoints_older_than_an_option_load(corpus, train, tmp_path):
     assert "Warning" not in output, "a calm console"
 
 
-def test_length_scale_is_overridden_at_evaluation(corpus, train):
+OVERRIDES = {
+    "alibi": [{"alibi_length_scale": scale} for scale in ("auto", 4, 1)],
+    "rotary": [{"rotary_scaling": "yarn"}, {"rotary_scaling": "yarn", "rotary_scaling_factor": 4}, {}],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_length_scale_is_overridden_at_evaluation(corpus, train, name):
     """The same loss with the number as with auto, another one without."""
-    checkpoint = train(updates=3)
+    checkpoint = train("--position-method", name, updates=3)
     losses = []
-    for scale in ("'auto'", 4, 1):
-        overrides = f"{{'alibi_length_scale': {scale}}}"
+    for overrides in map(str, OVERRIDES[name]):
         loss, _ = fairseqs_own(corpus, checkpoint, "--tokens-per-sample", 128, "--model-overrides", overrides)
         losses.append(loss)
     assert losses[0] == losses[1] != losses[2]

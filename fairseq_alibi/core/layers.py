@@ -97,7 +97,7 @@ class AttentionCore:
             if self.score_scale is not None:
                 scale = scale * self.score_scale.float()[:, None, None]
             q = (q * scale).to(k.dtype)
-        decay = None if self.gate is None else self.decays(x, inputs)
+        decay = None if self.gate is None else self.decays(x)
         if inputs.cache is not None:
             k, v, decay = self.extend_cache(inputs.cache, (k, v, decay), inputs.window)
         if decay is not None:
@@ -106,12 +106,13 @@ class AttentionCore:
         out = attend(q, k, v, inputs, dropout)
         return self.out_proj(out.movedim((0, 1, 2), (1 - time, 2, time)).flatten(-2)), weights
 
-    def decays(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        """Running sums of the decays of the new tokens, none at padding: (B, H, T) float64."""
+    def decays(self, x: Tensor) -> Tensor:
+        """Running sums of the decays of the new tokens: (B, H, T) float64.
+
+        Those of padding in front of a sequence are in all sums of its tokens, and so in no difference of two.
+        """
         assert self.gate is not None
         decay = self.gate(x).movedim((1 - self.time_dim, -1, self.time_dim), (0, 1, 2)).double()
-        if inputs.padding is not None:
-            decay = decay.masked_fill(inputs.padding[:, None, -decay.size(2) :], 0.0)
         return decay.cumsum(2)
 
     def extend_cache(self, cache: Any, new: CachedTensors, window: Optional[int]) -> CachedTensors:
