@@ -57,10 +57,10 @@ setup(
         "tensorboardX",
     ],
     extras_require={
-        "transformers": ["transformers>=4.57", "safetensors"],
+        "transformers": ["transformers>=4.57,<5.25", "safetensors"],
         "test": [
             *("accelerate", "codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
-            *("safetensors", "transformers>=4.57"),
+            *("safetensors", "transformers>=4.57,<5.25"),
         ],
     },
 )

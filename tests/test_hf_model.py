@@ -88,10 +88,9 @@ def test_greedy_tokens_of_every_method_are_those_of_whole_passes(method, cache):
 @pytest.mark.parametrize("form", FORMS)
 def test_generation_in_every_way(form):
     model = build_model(form)
-    x = text(1, 12)
-    wanted = whole_passes(model, x, 10)
+    tried = ((x, whole_passes(model, x, 10)) for x in (text(1, 12, seed=seed) for seed in range(20)))
+    x, wanted = next(pair for pair in tried if len(pair[1][0, 12:].unique()) > 1)
     end = next(token for token in range(60) if token not in wanted)  # transformers 4 looks up no prompt without one
-    assert len(set(wanted[0, 12:].tolist())) > 1, "a text that says little"
     start = {"max_new_tokens": 10, **GREEDY}
     assert torch.equal(model.generate(x, **start), wanted)
     looked_up = model.generate(x, prompt_lookup_num_tokens=3, **{**start, "eos_token_id": end})

@@ -152,6 +152,16 @@ def check_text_tools() -> str:
     return " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("sacremoses", "subword-nmt"))
 
 
+def check_transformers() -> str:
+    """Compares the version of transformers with the tested ones."""
+    import transformers
+
+    from ..core.configuration_alibi import NEWEST, OLDEST, check_version
+
+    check_version()
+    return f"transformers {transformers.__version__}; exported models are tested with {OLDEST} to {NEWEST}"
+
+
 def check_plots() -> str:
     """Draws a plot."""
     import matplotlib
@@ -217,6 +227,7 @@ PARTS = (
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),
     Part("processes", check_distributed, "training in several processes"),
     Part("text", check_text_tools, "scripts/prepare_text.sh"),
+    Part("transformers", check_transformers, "fairseq-alibi export-hf", "pip install 'transformers>=4.57,<5.25'"),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
     Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", "pip install --force-reinstall fairscale"),

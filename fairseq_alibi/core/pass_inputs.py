@@ -300,10 +300,11 @@ def explicit_mask(given: PassInputs, setup: AttentionSetup, x: Tensor) -> tuple[
     if method.has_distance_bias:
         bias = method.distance_bias(distance.flatten()).unflatten(-1, distance.shape)
     elif method.bias_kind == "pair":
-        if not layout.is_plain:
-            raise ValueError(f"position method {method.name} needs a DynamicCache without a sliding window")
-        pairs = method.pair_bias(layout.queries, layout.keys, x.device)
-        bias = bias if pairs is None else pairs
+        if isinstance(layout.first, Tensor) or layout.offset:
+            raise ValueError(f"position method {method.name} needs a cache that does not slide, and no compilation")
+        written = layout.first + layout.queries
+        pairs = method.pair_bias(layout.queries, written, x.device)
+        bias = bias if pairs is None else F.pad(pairs, (0, layout.keys - written))
     if given.mask is not None and given.mask.dtype != torch.bool:
         bias = bias + given.mask
     # A very low number, not -inf: a row of padding, which sees nothing, must stay finite.
