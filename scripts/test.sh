@@ -12,4 +12,5 @@ for argument in "$@"; do
   if [ "$argument" = --slow ]; then selection=(); else arguments+=("$argument"); fi
 done
 bash scripts/setup.sh
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 "${VENV:-.venv}/bin/python" -m pytest --numprocesses auto --dist worksteal ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

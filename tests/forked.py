@@ -23,6 +23,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("fairseq_cli.eval_lm", "fairseq_cli.generate", "fairseq_cli.interactive", "fairseq_cli.preprocess"),
         *("fairseq_cli.train", "fairseq_cli.hydra_train", "matplotlib.pyplot", "tabulate", "tensorboardX", "torch"),
+        "torch._dynamo",  # every optimizer of torch imports it
     ]
 )
 
