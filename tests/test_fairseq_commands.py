@@ -47,7 +47,7 @@ def refusal(monkeypatch, command, corpus, *arguments):
         (["--memory-efficient-bf16"], "--bf16 needs a GPU"),
         (["--fp16"], "--fp16 needs a GPU: drop it, or pass --cpu-bf16"),
         (["--memory-efficient-fp16"], "--fp16 needs a GPU"),
-        (["--fp16", "--amp"], "--fp16 and --amp exclude each other: drop one of them"),
+        (["--fp16", "--amp"], "--fp16 and --amp exclude each other: pass one of them"),
         (["--tpu"], "--tpu: torch_xla is not installed; drop --tpu"),
     ],
     ids=str,

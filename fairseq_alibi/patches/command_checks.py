@@ -1,19 +1,28 @@
 """Options that cannot work: fairseq's commands end with one line before any work, or are repaired."""
 
+import contextlib
+import errno
+import functools
 import importlib.util
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed.utils import is_master
 from omegaconf import OmegaConf
 
+from ..files.locks import locked
 from .option_checks import check_criterion, check_overrides, is_message_for_user
 from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
+
+#: Seconds to wait for the lock of a save folder. The data loaders of a run that was killed keep it for 5 seconds.
+LOCK_WAIT = 10.0
 
 
 def check_precision(cfg: FairseqConfig, training: bool) -> None:
@@ -40,10 +49,29 @@ def check_precision(cfg: FairseqConfig, training: bool) -> None:
         return
     if common.bf16 and not (gpu or common.tpu):
         raise CommandError("--bf16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
-    if common.fp16 and common.amp:
-        raise CommandError("--fp16 and --amp exclude each other: drop one of them")
+    precisions = [f"--{name}" for name in ("fp16", "bf16", "amp") if common[name]]
+    if len(precisions) > 1:
+        raise CommandError(f"{' and '.join(precisions)} exclude each other: pass one of them")
     if common.fp16 and not gpu and (common.memory_efficient_fp16 or not common.fp16_no_flatten_grads):
         raise CommandError("--fp16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
+
+
+def train_alone(main: Callable[..., None], cfg: FairseqConfig, **kwargs: Any) -> None:
+    """Calls fairseq's training under a lock on --save-dir, into which a second run would mix its checkpoints.
+
+    Raises:
+        CommandError: Another process trains into the folder.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
+            try:
+                stack.enter_context(locked(Path(cfg.checkpoint.save_dir) / "checkpoint_last.pt", LOCK_WAIT))
+            except (ValueError, OSError, NotImplementedError) as error:
+                has_locks = getattr(error.__cause__, "errno", None) not in (errno.ENOLCK, errno.EOPNOTSUPP)
+                if has_locks and not isinstance(error, NotImplementedError):
+                    raise CommandError(str(error)) from None
+                logger.warning("%s: this file system has no locks; start no second run there", cfg.checkpoint.save_dir)
+        main(cfg, **kwargs)
 
 
 def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
@@ -56,6 +84,7 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
     check_overrides(cfg)
     if training:
         check_criterion(cfg)
+        main = functools.partial(train_alone, main)
     try:
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
     except ValueError as error:
