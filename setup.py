@@ -35,7 +35,8 @@ setup(
     packages=find_packages(include=["fairseq_alibi", "fairseq_alibi.*"]),
     cmdclass={"build_py": BuildWithStartup},
     entry_points={"console_scripts": ["fairseq-alibi = fairseq_alibi.__main__:main"]},
-    python_requires=">=3.9,<3.14",
+    # 3.15 has not been tried: torch has wheels for it from 2.15 on, which is newer than what is tested.
+    python_requires=">=3.9,<3.15",
     # fairseq 0.12.2 itself is not listed: its metadata pins releases that no current pip accepts, so it is installed
     # with --no-deps, and the libraries it really needs stand here.
     install_requires=[
@@ -44,10 +45,10 @@ setup(
         "omegaconf>=2.3,<2.4",
         "numpy>=2",
         "bitarray",
-        "filelock",
         "cffi",
-        "regex",
         "filelock",
+        "packaging",
+        "regex",
         "sacrebleu",
         "tqdm",
         "matplotlib",

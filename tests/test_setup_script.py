@@ -1,6 +1,9 @@
 """scripts/setup.sh: nothing to do ends at once; what is missing is named in one line, with the remedy."""
 
+import fcntl
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -31,7 +34,7 @@ def setup(tmp_path, **environment):
     return done.returncode, done.output.strip().splitlines()
 
 
-@pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.14"])
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.15"])
 def test_wrong_python(tmp_path, version):
     status, lines = setup(tmp_path, PYTHON=str(fake_python(tmp_path, version)))
     assert status == 1
@@ -87,20 +90,31 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path):
     assert (tmp_path / "venv" / "precious").read_text() == "mine"
 
 
-def test_second_run_calls_neither_pip_nor_network(tmp_path):
-    """With a stand-in for the environment that writes down what pip is asked for."""
-    calls = tmp_path / "calls"
-    stub = tmp_path / "stub"
-    stub.write_text(f'#!/bin/bash\necho "$*" >>{calls}\n')
-    stub.chmod(0o755)
-    python = tmp_path / "python3"
+@pytest.fixture
+def stub(tmp_path):
+    """A Python whose environments write down what pip is asked for; returns its path and that of the list."""
+    calls, python, environment = tmp_path / "calls", tmp_path / "python3", tmp_path / "stub"
+    environment.write_text(
+        f"""#!/bin/bash
+case "$1 $2" in
+  "- "* | *sys.version* | *_base_executable*) exec {sys.executable} "$@" ;;
+  *) echo "$*" >>{calls} ;;
+esac
+"""
+    )
     python.write_text(
         f"""#!/bin/bash
 [ "$2" = venv ] || exec {sys.executable} "$@"
-mkdir -p "$4/bin" && cp {stub} "$4/bin/python" && cp {stub} "$4/bin/fairseq-alibi"
+mkdir -p "$3/bin" && cp {environment} "$3/bin/python" && cp -n {environment} "$3/bin/fairseq-alibi"
 """
     )
-    python.chmod(0o755)
+    for path in (python, environment):
+        path.chmod(0o755)
+    return python, calls
+
+
+def test_second_run_calls_neither_pip_nor_network(tmp_path, stub):
+    python, calls = stub
     status, lines = setup(tmp_path, PYTHON=str(python))
     assert status == 0, lines
     installs = [line for line in calls.read_text().splitlines() if "pip install" in line]
@@ -113,3 +127,72 @@ mkdir -p "$4/bin" && cp {stub} "$4/bin/python" && cp {stub} "$4/bin/fairseq-alib
     assert status == 0
     assert "up to date" in lines[0]
     assert not calls.exists()
+
+
+def test_an_environment_keeps_its_python_unless_another_is_named(tmp_path):
+    """Its Python is asked for, here a stand-in that says it was made with 3.8."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "fairseq-alibi-setup").write_text("unfinished\n")
+    theirs = fake_python(tmp_path, "3.8")
+    (tmp_path / "venv" / "bin" / "python").write_text(f"#!/bin/bash\necho {theirs}\n")
+    (tmp_path / "venv" / "bin" / "python").chmod(0o755)
+    status, lines = setup(tmp_path, PYTHON="")
+    assert (status, lines[0].startswith(f"setup: {theirs} is Python 3.8")) == (1, True)
+    status, lines = setup(tmp_path, PYTHON="no-such-python")
+    assert "no-such-python not found" in lines[0]
+
+
+def test_a_moved_environment_is_adapted(tmp_path, stub):
+    python, _ = stub
+    setup(tmp_path, PYTHON=str(python))
+    before, now = tmp_path / "venv", tmp_path / "moved"
+    (before / "bin" / "torchrun").write_text(f"#!{before}/bin/python\nprint()\n")
+    before.rename(now)
+    status, lines = setup(tmp_path, PYTHON=str(python), VENV=str(now))
+    assert status == 0, lines
+    assert f"setup: the environment was made in {before}; its commands are adapted" in lines
+    assert (now / "bin" / "torchrun").read_text() == f"#!{now}/bin/python\nprint()\n"
+    status, lines = setup(tmp_path, PYTHON=str(python), VENV=str(now))
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("left", [[], ["fairseq-alibi-setup"], ["fairseq-alibi-setup", "bin/", "lib/"]], ids=str)
+def test_an_interrupted_setup_is_gone_on_with(tmp_path, stub, left):
+    venv, (python, _) = tmp_path / "venv", stub
+    venv.mkdir()
+    for name in left:
+        (venv / name).mkdir() if name.endswith("/") else (venv / name).touch()
+    packages = venv / "lib" / "python3.11" / "site-packages"
+    for name, files in (("whole", ["METADATA", "RECORD"]), ("half", ["METADATA"])):
+        (packages / f"{name}.dist-info").mkdir(parents=True)
+        for file in files if "lib/" in left else ():
+            (packages / f"{name}.dist-info" / file).touch()
+    if "lib/" not in left:
+        shutil.rmtree(venv / "lib")
+    status, lines = setup(tmp_path, PYTHON=str(python))
+    assert status == 0, lines
+    assert not (packages / "half.dist-info").exists()
+
+
+def test_a_second_setup_waits_for_the_first(tmp_path, stub):
+    python, calls = stub
+    setup(tmp_path, PYTHON=str(python))
+    stamp = tmp_path / "venv" / "fairseq-alibi-setup"
+    with stamp.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("unfinished")
+        file.flush()
+        calls.unlink()
+        environment = {**os.environ, "VENV": str(tmp_path / "venv"), "PYTHON": str(python)}
+        second = subprocess.Popen(["bash", SETUP], env=environment, stdout=subprocess.PIPE, text=True)
+        assert second.stdout.readline() == "setup: waiting for another setup of this environment\n"
+        assert not calls.exists()
+    assert second.wait(60) == 0
+    assert calls.exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    status, lines = setup(tmp_path, VENV=str(tmp_path / "file" / "venv"))
+    assert (status, len(lines)) == (1, 1)
+    assert "cannot be written: choose another folder with VENV=..." in lines[0]

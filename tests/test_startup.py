@@ -173,3 +173,62 @@ import fairseq.models
 print("alibi_lm" in fairseq.models.MODEL_REGISTRY)
 """
     assert python(code).strip() == "True"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 has no `X | None`")
+def test_an_option_of_a_union_with_none_is_one_of_the_other_type():
+    """Python 3.14 makes `str | None` of `Optional[str]`."""
+    code = """
+from typing import List, Optional
+from fairseq.dataclass.utils import interpret_dc_type
+print(*(interpret_dc_type(kind) for kind in (str | None, None | int, Optional[str], int, List[int] | None, int | str)))
+"""
+    expected = "<class 'str'> <class 'int'> <class 'str'> <class 'int'> typing.List[int] int | str"
+    assert expected in python(code)
+
+
+#: What Python 3.14 does: it formats the help of an option when the option is added.
+STRICT_HELP = """
+import argparse
+add = argparse._ActionsContainer.add_argument
+def add_argument(self, *args, **kwargs):
+    action = add(self, *args, **kwargs)
+    if hasattr(self, "_check_help") and action.help:
+        self._check_help(action)
+    return action
+def check_help(self, action):
+    "%" in action.help
+argparse._ActionsContainer.add_argument = add_argument
+argparse.ArgumentParser._check_help = check_help
+"""
+
+
+@pytest.mark.parametrize("first", ["import fairseq", "import hydra._internal.utils, fairseq"])
+def test_hydras_parser_is_built_where_help_is_checked_and_others_stay_checked(first):
+    code = f"""{STRICT_HELP}
+{first}
+from hydra._internal.utils import get_args_parser
+print(type(get_args_parser()).__name__)
+try:
+    argparse.ArgumentParser().add_argument("--x", help=object())
+except TypeError as error:
+    print("refused:", error)
+"""
+    assert re.search(r"ArgumentParser\nrefused: .*not (iterable|a container)", python(code))
+    without = f"{STRICT_HELP}\nfrom hydra._internal.utils import get_args_parser\nget_args_parser()"
+    assert "TypeError" in run(sys.executable, "-c", without, check=False).output, "nothing is repaired without fairseq"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork")
+@pytest.mark.parametrize(("chosen", "method"), [("", "fork"), ("set_start_method('forkserver')", "forkserver")])
+def test_processes_are_forked_unless_somebody_chose_otherwise(chosen, method):
+    """Python 3.14 starts them from a server, which outlives a run that is killed."""
+    code = f"""
+import multiprocessing.context as context
+context._default_context._default_context = context._concrete_contexts["forkserver"]
+from multiprocessing import get_start_method, set_start_method
+{chosen}
+import fairseq
+print(get_start_method())
+"""
+    assert python(code).endswith(f"{method}\n")

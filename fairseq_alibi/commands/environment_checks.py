@@ -8,15 +8,30 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-#: The command that installs everything required, and repairs it.
-SETUP = "bash scripts/setup.sh"
+
+def setup_command() -> str:
+    """Returns the command that installs everything required, and repairs it, as this copy was installed."""
+    if (Path(__file__).parents[2] / "scripts" / "setup.sh").is_file():
+        return "bash scripts/setup.sh"
+    if "pipx" in Path(sys.prefix).parts:
+        return "pipx reinstall fairseq-alibi"
+    try:
+        uv = (importlib.metadata.distribution("fairseq-alibi").read_text("INSTALLER") or "").strip() == "uv"
+    except importlib.metadata.PackageNotFoundError:
+        uv = False
+    return f"{'uv pip' if uv else f'{sys.executable} -m pip'} install --upgrade --force-reinstall ., in a clone"
+
+
+SETUP = setup_command()
 
 GIB = 2**30
 
@@ -39,8 +54,8 @@ class Part(NamedTuple):
 
 def check_python() -> str:
     """Checks the version of Python."""
-    if not (3, 9) <= sys.version_info < (3, 14):
-        raise RuntimeError(f"{platform.python_version()}, but 3.9 to 3.13 is needed")
+    if not (3, 9) <= sys.version_info < (3, 15):
+        raise RuntimeError(f"{platform.python_version()}, but 3.9 to 3.14 is needed")
     return f"{platform.python_version()}, {platform.platform()}"
 
 
@@ -61,6 +76,37 @@ def installed(package: str, module: Optional[str] = None) -> Callable[[], str]:
         return importlib.metadata.version(package)
 
     return check_package
+
+
+def check_versions() -> str:
+    """Compares the versions of the libraries with those that this package needs."""
+    from packaging.requirements import Requirement
+
+    requirements = [Requirement(text) for text in importlib.metadata.requires("fairseq-alibi") or ()]
+    requirements = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for requirement in requirements:
+        version = importlib.metadata.version(requirement.name)
+        if not requirement.specifier.contains(version, prereleases=True):
+            raise RuntimeError(f"{requirement.name} {version} is installed, but {requirement.specifier} is needed")
+    return f"{len(requirements)} libraries have versions that are known to work"
+
+
+def check_commands() -> str:
+    """Starts the commands of fairseq and of this package, as a folder that was moved leaves some that cannot start."""
+    names = ("fairseq-alibi", "fairseq-eval-lm", "fairseq-generate", "fairseq-preprocess", "fairseq-train")
+    folders = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    started = {}
+    for name in names:
+        path = shutil.which(name, path=folders)
+        if path is None:
+            raise RuntimeError(f"{name} is not installed")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        quiet = subprocess.DEVNULL
+        started[name] = subprocess.Popen([path, "--help"], env=environment, stdout=quiet, stderr=quiet)
+    broken = [name for name, process in started.items() if process.wait() != 0]
+    if broken:
+        raise RuntimeError(f"{', '.join(broken)} --help fails")
+    return f"{', '.join(names)} start"
 
 
 def check_torch() -> str:
@@ -222,6 +268,8 @@ PARTS = (
     Part("tabulate", installed("tabulate")),
     Part("tqdm", installed("tqdm")),
     Part("filelock", installed("filelock")),
+    Part("versions", check_versions),
+    Part("commands", check_commands),
     Part("alibi_lm", check_model),
     Part("CPU", check_cpu),
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),

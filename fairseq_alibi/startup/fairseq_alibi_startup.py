@@ -1,16 +1,28 @@
 """Lets fairseq 0.12.2 be imported on Python 3.11 and newer, in every process of the environment.
 
-From Python 3.11 on, `dataclasses` refuses a default value whose class is unhashable. fairseq's configuration classes
-nest each other as such defaults, so `import fairseq` fails. The `.pth` file beside this module calls `install` at every
-start of Python: in `fairseq-train`, torchrun's workers and spawned data loaders too. Until something imports fairseq
-that costs one entry in `sys.meta_path`; no further module is imported.
+The `.pth` file beside this module calls `install` at every start of Python: in `fairseq-train`, torchrun's workers and
+spawned data loaders too. Until something imports fairseq that costs one entry in `sys.meta_path`; no further module is
+imported. What is repaired when fairseq is imported:
 
-Only defaults of fairseq's own classes inside fairseq's own dataclasses are accepted; all others are refused as before.
+Python 3.11   `dataclasses` refuses a default value whose class is unhashable. fairseq's configuration classes nest each
+              other as such defaults. Only defaults of fairseq's own classes inside its own dataclasses are accepted.
+Python 3.14   `Optional[str]` is `str | None`, which fairseq's options do not know.
+              `argparse` refuses the help of an option of hydra that is no string, when that option is added.
+              New processes come from a fork server, which outlives a killed run, and fairseq's data loaders end with a
+              warning. fairseq was written for forked processes, so they are the default again; a choice that
+              was made before stays.
 
 hydra's warnings about fairseq's calls of 2022 come before any plugin is imported, so they are silenced here too.
 """
 
+from __future__ import annotations
+
 import sys
+
+TYPE_CHECKING = False  # as in typing, which is not imported
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
 
 
 def _is_of_fairseq(cls: type) -> bool:
@@ -51,6 +63,50 @@ def _silence_hydra() -> None:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
+def _accept_unions(utils: ModuleType) -> None:
+    """Repairs `fairseq.dataclass.utils`: an option of the type `X | None` is one of the type X."""
+    interpret = utils.interpret_dc_type
+
+    def interpret_union(field_type: object) -> object:
+        if type(field_type).__name__ in ("UnionType", "Union"):  # the second from Python 3.14 on
+            members = [member for member in field_type.__args__ if member is not type(None)]  # type: ignore[attr-defined]
+            if len(members) == 1:
+                return members[0]
+        return interpret(field_type)
+
+    utils.interpret_dc_type = interpret_union  # type: ignore[attr-defined]
+
+
+def _accept_help_objects(utils: ModuleType) -> None:
+    """Repairs `hydra._internal.utils`: its parser is built without the check of help texts of Python 3.14."""
+    from argparse import ArgumentParser
+
+    make_parser = utils.get_args_parser
+
+    def make_unchecked_parser() -> ArgumentParser:
+        check = ArgumentParser._check_help  # type: ignore[attr-defined]
+        ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
+        try:
+            return make_parser()  # type: ignore[no-any-return]
+        finally:
+            ArgumentParser._check_help = check  # type: ignore[attr-defined]
+
+    if hasattr(ArgumentParser, "_check_help"):
+        utils.get_args_parser = make_unchecked_parser  # type: ignore[attr-defined]
+
+
+def _fork_by_default() -> None:
+    import multiprocessing.context as context
+
+    default: Any = context._default_context  # type: ignore[attr-defined]
+    if default._actual_context is None and default._default_context._name == "forkserver":
+        default._default_context = context._concrete_contexts["fork"]  # type: ignore[attr-defined]
+
+
+#: Modules that are repaired after their import, each with its repair.
+_REPAIRS = {"fairseq.dataclass.utils": _accept_unions, "hydra._internal.utils": _accept_help_objects}
+
+
 class _BeforeFairseq:
     """Notices that fairseq is about to be imported, acts once and leaves; it never finds a module itself."""
 
@@ -61,6 +117,33 @@ class _BeforeFairseq:
             _silence_hydra()
             if sys.version_info >= (3, 11):
                 _accept_defaults_of_fairseq()
+            _fork_by_default()
+            for module in _REPAIRS.keys() & sys.modules.keys():
+                _REPAIRS.pop(module)(sys.modules[module])
+            sys.meta_path.insert(0, _AfterImport)
+
+
+class _AfterImport:
+    """Finds the modules of `_REPAIRS` as Python does, and repairs each when it has been imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _REPAIRS:
+            return None
+        from importlib.machinery import PathFinder
+
+        repair, spec = _REPAIRS.pop(name), PathFinder.find_spec(name, path, target)
+        if not _REPAIRS:
+            sys.meta_path.remove(cls)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_repair(module: ModuleType) -> None:
+                execute(module)
+                repair(module)
+
+            spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
+        return spec
 
 
 def install() -> None:
