@@ -4,6 +4,8 @@
 #   bash scripts/setup.sh                      # with python3, or the Python of an environment that is there already
 #   PYTHON=python3.12 bash scripts/setup.sh    # with another one, 3.9 to 3.14
 #   VENV=/tmp/env bash scripts/setup.sh        # somewhere else
+#   NEWEST=1 VENV=/tmp/env bash scripts/setup.sh        # the newest release of everything but torch
+#   NEWEST=torch VENV=/tmp/env bash scripts/setup.sh    # of torch too
 #
 # Safe to run again, after an interruption too: with nothing to do it ends at once and needs no network.
 set -euo pipefail
@@ -30,7 +32,7 @@ case $version in
 esac
 
 # What this environment is made from: while it stays the same there is nothing to do.
-state=$("$python" - "$root" constraints.txt setup.py scripts/setup.sh fairseq_alibi/startup/*.p* <<'EOF'
+state=$("$python" - "$root ${NEWEST:+$NEWEST $(date +%F)}" constraints.txt setup.py scripts/setup.sh fairseq_alibi/startup/*.p* <<'EOF'
 import hashlib, sys
 digest = hashlib.sha256(f"{sys.version} {sys.base_prefix} {sys.argv[1]}".encode())
 for name in sys.argv[2:]:
@@ -94,12 +96,17 @@ EOF
 fi
 printf '%s\n' unfinished "$venv" >"$stamp"
 log=$venv/setup.log
+constraints=(--constraint constraints.txt)
+if [ -n "${NEWEST:-}" ]; then
+  if [ "$NEWEST" = torch ]; then : >"$venv/constraints.txt"; else grep '^torch==' constraints.txt >"$venv/constraints.txt"; fi
+  constraints=(--constraint "$venv/constraints.txt" --upgrade --upgrade-strategy eager)
+fi
 
 install() {
   local look=(--quiet --progress-bar off)
   [ -t 1 ] && look=()
   if ! "$venv/bin/python" -m pip install "${look[@]}" --disable-pip-version-check --no-warn-conflicts --no-build-isolation \
-    --constraint constraints.txt --log "$log" "$@" 2>"$venv/setup.err"; then
+    "${constraints[@]}" --log "$log" "$@" 2>"$venv/setup.err"; then
     if grep -qi "No space left on device" "$log" "$venv/setup.err"; then
       fail "the disk is full: the environment needs 3 GB in $venv; make room, or choose another folder with VENV=..., then run this again"
     fi

@@ -1,4 +1,4 @@
-"""The startup module: fairseq imports in every process, other dataclasses stay strict, starting costs nothing."""
+"""The startup module: fairseq imports in every process, other dataclasses stay strict, starting imports nothing."""
 
 import re
 import shutil
@@ -56,20 +56,15 @@ def test_without_it_fairseq_is_refused():
 
 
 @needs_startup
-def test_start_of_python_costs_less_than_a_millisecond():
-    """The best of several starts: its import and the call, by Python's own clock; and it imports nothing."""
+def test_the_start_of_python_imports_nothing_else():
     code = """
-import sys, time
+import sys
 del sys.modules["fairseq_alibi_startup"]
 before = set(sys.modules)
-start = time.perf_counter()
 __import__("fairseq_alibi_startup").install()
-seconds = time.perf_counter() - start
 assert set(sys.modules) - before == {"fairseq_alibi_startup"}
-print("seconds", seconds)
 """
-    best = min(float(python(code).split("seconds")[1]) for _ in range(5))
-    assert best < 1e-3
+    python(code)
     assert "dataclasses" not in python("import sys; print(*sys.modules)")
 
 

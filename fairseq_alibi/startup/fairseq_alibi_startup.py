@@ -11,6 +11,7 @@ Python 3.14   `Optional[str]` is `str | None`, which fairseq's options do not kn
               New processes come from a fork server, which outlives a killed run, and fairseq's data loaders end with a
               warning. fairseq was written for forked processes, so they are the default again; a choice that
               was made before stays.
+torch 2.14    `torch.jit.script`, which fairseq calls when it is imported, gives a warning. On Python 3.14 it may fail.
 
 hydra's warnings about fairseq's calls of 2022 come before any plugin is imported, so they are silenced here too.
 """
@@ -21,6 +22,7 @@ import sys
 
 TYPE_CHECKING = False  # as in typing, which is not imported
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Any
 
@@ -63,8 +65,9 @@ def _silence_hydra() -> None:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
-def _accept_unions(utils: ModuleType) -> None:
+def _accept_unions(execute: Callable[[ModuleType], None], utils: ModuleType) -> None:
     """Repairs `fairseq.dataclass.utils`: an option of the type `X | None` is one of the type X."""
+    execute(utils)
     interpret = utils.interpret_dc_type
 
     def interpret_union(field_type: object) -> object:
@@ -77,10 +80,11 @@ def _accept_unions(utils: ModuleType) -> None:
     utils.interpret_dc_type = interpret_union  # type: ignore[attr-defined]
 
 
-def _accept_help_objects(utils: ModuleType) -> None:
+def _accept_help_objects(execute: Callable[[ModuleType], None], utils: ModuleType) -> None:
     """Repairs `hydra._internal.utils`: its parser is built without the check of help texts of Python 3.14."""
     from argparse import ArgumentParser
 
+    execute(utils)
     make_parser = utils.get_args_parser
 
     def make_unchecked_parser() -> ArgumentParser:
@@ -95,6 +99,18 @@ def _accept_help_objects(utils: ModuleType) -> None:
         utils.get_args_parser = make_unchecked_parser  # type: ignore[attr-defined]
 
 
+def _leave_functions_unscripted(execute: Callable[[ModuleType], None], utils: ModuleType) -> None:
+    """Repairs `fairseq.models.model_utils`: its functions are plain ones, which compute the same."""
+    import torch
+
+    script = torch.jit.script
+    torch.jit.script = lambda function: function  # type: ignore[assignment]
+    try:
+        execute(utils)
+    finally:
+        torch.jit.script = script  # type: ignore[assignment]
+
+
 def _fork_by_default() -> None:
     import multiprocessing.context as context
 
@@ -103,8 +119,12 @@ def _fork_by_default() -> None:
         default._default_context = context._concrete_contexts["fork"]  # type: ignore[attr-defined]
 
 
-#: Modules that are repaired after their import, each with its repair.
-_REPAIRS = {"fairseq.dataclass.utils": _accept_unions, "hydra._internal.utils": _accept_help_objects}
+#: Modules that are repaired when they are imported, each with the function that imports and repairs it.
+_REPAIRS = {
+    "fairseq.dataclass.utils": _accept_unions,
+    "fairseq.models.model_utils": _leave_functions_unscripted,
+    "hydra._internal.utils": _accept_help_objects,
+}
 
 
 class _BeforeFairseq:
@@ -119,12 +139,12 @@ class _BeforeFairseq:
                 _accept_defaults_of_fairseq()
             _fork_by_default()
             for module in _REPAIRS.keys() & sys.modules.keys():
-                _REPAIRS.pop(module)(sys.modules[module])
-            sys.meta_path.insert(0, _AfterImport)
+                _REPAIRS.pop(module)(lambda _: None, sys.modules[module])
+            sys.meta_path.insert(0, _DuringImport)
 
 
-class _AfterImport:
-    """Finds the modules of `_REPAIRS` as Python does, and repairs each when it has been imported."""
+class _DuringImport:
+    """Finds the modules of `_REPAIRS` as Python does, and repairs each."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
@@ -137,12 +157,7 @@ class _AfterImport:
             sys.meta_path.remove(cls)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-
-            def execute_and_repair(module: ModuleType) -> None:
-                execute(module)
-                repair(module)
-
-            spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
+            spec.loader.exec_module = lambda module: repair(execute, module)  # type: ignore[method-assign]
         return spec
 
 
