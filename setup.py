@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -14,6 +15,8 @@ class BuildWithStartup(build_py):
     """
 
     def run(self):
+        if not self.editable_mode:  # an earlier build may have left files there that the package no longer has
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         site_packages = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
         for name in ("fairseq_alibi_startup.py", "fairseq_alibi_startup.pth"):
