@@ -2,12 +2,13 @@
 
 import contextlib
 import sys
-from argparse import ArgumentParser
-from typing import Any
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any, Optional
 
 from fairseq.data import Dictionary
 from fairseq.models import register_model, register_model_architecture
-from fairseq.models.roberta import RobertaEncoder, RobertaModel
+from fairseq.models.roberta import RobertaEncoder, RobertaHubInterface, RobertaModel
 from fairseq.models.roberta import base_architecture as roberta_architecture
 from fairseq.modules.transformer_sentence_encoder import init_bert_params
 from fairseq.tasks import FairseqTask
@@ -25,6 +26,9 @@ from .options import (
     position_method_of,
     position_options,
 )
+
+#: The training length where no option says one; fairseq's longest sequence.
+UNKNOWN_LENGTH = 512
 
 
 def check_masked_model_options(args: Any) -> None:
@@ -53,6 +57,24 @@ class MaskedLanguageModelEncoder(RobertaEncoder):
         return encoder
 
 
+class WholeWords:
+    """In the place of a BPE: the words of the text are the tokens."""
+
+    def encode(self, text: str) -> str:
+        """Returns the text."""
+        return text
+
+    decode = encode
+
+
+class HubInterface(RobertaHubInterface):
+    """RoBERTa's hub interface for text whose tokens do not begin with a space."""
+
+    def fill_mask(self, masked_input: str, topk: int = 5) -> list[tuple[str, float, str]]:
+        """See `RobertaHubInterface.fill_mask`, which takes away the space that GPT-2's tokens begin with."""
+        return super().fill_mask(masked_input.replace(" <mask>", "  <mask>"), topk)
+
+
 @register_model("alibi_masked_lm")
 class AlibiMaskedLanguageModel(RobertaModel):
     """A masked language model without position embeddings, unless its position method adds some.
@@ -65,6 +87,25 @@ class AlibiMaskedLanguageModel(RobertaModel):
     def hub_models(cls) -> dict[str, str]:
         """None to download: those of RoBERTa have position embeddings."""
         return {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str = ".",
+        bpe: Optional[str] = None,
+        **kwargs: Any,
+    ) -> RobertaHubInterface:
+        """See `RobertaModel.from_pretrained`; without `bpe`, as the data folder was prepared and not as GPT-2's."""
+        codes = Path(data_name_or_path) / "bpe.codes"
+        if bpe is None and codes.is_file():
+            bpe = "subword_nmt"
+            kwargs.setdefault("bpe_codes", str(codes))
+        hub = super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, bpe, **kwargs)
+        hub = HubInterface(hub.cfg, hub.task, hub.model)
+        hub.bpe = hub.bpe or WholeWords()
+        return hub
 
     @staticmethod
     def add_args(parser: ArgumentParser) -> None:
@@ -87,10 +128,15 @@ class AlibiMaskedLanguageModel(RobertaModel):
         with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
             fill_in_options(args, position_options(ENCODER), AttentionOptions)
             check_masked_model_options(args)
-            args.tokens_per_sample = safe_getattr(args, "tokens_per_sample", task.cfg.tokens_per_sample)
+            options = task.cfg or safe_getattr(task, "args")  # older tasks of fairseq have the latter
+            if safe_getattr(args, "tokens_per_sample") is None:  # fine-tuning has a longest length at most
+                known = (safe_getattr(options, name) for name in ("tokens_per_sample", "max_positions"))
+                args.tokens_per_sample = next(filter(None, known), UNKNOWN_LENGTH)
             if safe_getattr(args, "max_positions") is None:
                 limited = position_methods(ENCODER)[args.position_method].limited_to_training_length
                 args.max_positions = args.tokens_per_sample if limited else sys.maxsize
+            if isinstance(options, Namespace) and safe_getattr(options, "max_positions") is None:
+                options.max_positions = args.max_positions  # sentence_ranking reads the model's option
             return cls(args, MaskedLanguageModelEncoder(args, task.source_dictionary))
 
 

@@ -120,6 +120,22 @@ PATCHES = (
         removable="when fairseq checks its options",
     ),
     Patch(
+        target="fairseq.tasks.denoising:DenoisingTask.add_args",
+        replacement=option_checks.add_denoising_args,
+        what="Lets transformers be trained in the tasks denoising and multilingual_denoising.",
+        why="argparse refuses --max-source-positions, which the model has added already.",
+        source="fairseq/tasks/denoising.py:39",
+        removable="when the task does not add it",
+    ),
+    Patch(
+        target="fairseq_cli.train:convert_namespace_to_omegaconf",
+        replacement=option_checks.convert_namespace_to_omegaconf,
+        what="Refuses a model in a task that it cannot be used in.",
+        why="fairseq ends with a traceback about options that the task does not have.",
+        source="fairseq/dataclass/utils.py:386",
+        removable="when tasks name the models that they can train",
+    ),
+    Patch(
         target="fairseq_cli.eval_lm:eval_lm",
         replacement=command_checks.eval_lm,
         what="Ends with an error if no token was scored.",

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed.utils import is_master
+from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf
 
 from ..files.locks import locked
-from .option_checks import check_criterion, check_overrides, is_message_for_user
+from .option_checks import check_criterion, check_overrides, check_task, is_message_for_user
 from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
     check_precision(cfg, training)
     check_overrides(cfg)
     if training:
+        architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
+        check_task(architecture, safe_getattr(cfg.task, "_name"))
         check_criterion(cfg)
         main = functools.partial(train_alone, main)
     try:

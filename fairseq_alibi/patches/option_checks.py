@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
-from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +18,41 @@ from omegaconf import DictConfig, OmegaConf
 from .patch import CommandError, original
 
 PACKAGE = Path(__file__).resolve().parents[1]
+
+
+#: The tasks of fairseq that each model can be used in; tasks of others are not known, and so not refused.
+TASKS = {
+    "alibi_lm": ("language_modeling",),
+    "alibi_masked_lm": ("masked_lm", "multilingual_masked_lm", "sentence_prediction", "sentence_ranking"),
+    "alibi_transformer": (
+        *("translation", "translation_multi_simple_epoch", "translation_from_pretrained_xlm"),
+        *("denoising", "multilingual_denoising"),
+    ),
+}
+
+
+def check_task(architecture: Optional[str], task: Optional[str]) -> None:
+    """Checks that a model can be trained in a task.
+
+    Raises:
+        CommandError: It cannot.
+    """
+    model = ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture)
+    of_fairseq = task in TASK_REGISTRY and TASK_REGISTRY[task].__module__.startswith("fairseq.tasks.")
+    if of_fairseq and task not in TASKS.get(model, (task,)):
+        raise CommandError(f"--arch {architecture} cannot be used in --task {task}, only in {', '.join(TASKS[model])}")
+
+
+def add_denoising_args(parser: argparse.ArgumentParser) -> None:
+    """Replaces `DenoisingTask.add_args`, which adds options of every transformer again."""
+    parser._optionals.conflict_handler = "resolve"
+    original("fairseq.tasks.denoising:DenoisingTask.add_args")(parser)
+
+
+def convert_namespace_to_omegaconf(args: argparse.Namespace) -> DictConfig:
+    """Replaces `fairseq_cli.train.convert_namespace_to_omegaconf`, which fails for a task that lacks an option."""
+    check_task(safe_getattr(args, "arch"), safe_getattr(args, "task"))
+    return original("fairseq_cli.train:convert_namespace_to_omegaconf")(args)
 
 
 def check_criterion(cfg: FairseqConfig) -> None:
