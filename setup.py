@@ -61,6 +61,7 @@ setup(
         "tensorboardX",
     ],
     extras_require={
+        "sentencepiece": ["sentencepiece"],
         "transformers": ["transformers>=4.57,<5.25", "safetensors"],
         "test": [
             *("accelerate", "codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),

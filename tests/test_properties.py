@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fairseq_alibi.core.alibi import alibi_slopes
 from fairseq_alibi.data.binarize import SPLITS, check_text
-from fairseq_alibi.data.plain_text import learn_codes, moses_encoder
+from fairseq_alibi.data.plain_text import TextSettings, learn_codes
 from fairseq_alibi.evaluation.curves import pool_positions, read_curves
 from fairseq_alibi.evaluation.tables import length_table, position_table
 from fairseq_alibi.evaluation.windows import batches, windows
@@ -138,7 +138,7 @@ def test_any_text_is_encoded_line_by_line_as_a_prompt_is(lines, merges):
             (folder / f"{split}.txt").write_bytes("\n".join(text).encode())
         moses = MosesTokenizer(MosesTokenizerConfig())
         tokenized = [moses.encode(one) for one in text]
-        assert list(map(moses_encoder(), text)) == tokenized
+        assert list(map(TextSettings().moses_encoder(), text)) == tokenized
         (folder / "train.moses").write_bytes("".join(one + "\n" for one in tokenized).encode())
         assert check_text(folder / "train.txt")[0] == len(text) - (not text[-1])
         learn_codes(folder / "train.moses", folder / "bpe.codes", merges)
@@ -149,5 +149,5 @@ def test_any_text_is_encoded_line_by_line_as_a_prompt_is(lines, merges):
             encoded = bpe.encode(after)
             assert len(dictionary.encode_line(encoded)) == len(encoded.split()) + 1
             assert bpe.decode(encoded).split() == after.split()
-            if before and set(before) <= set("abcdefgh "):
+            if before == " ".join(before.split()) and set(before) <= set("abcdefgh "):
                 assert moses.decode(bpe.decode(encoded)) == before

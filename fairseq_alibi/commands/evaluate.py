@@ -21,6 +21,9 @@ from .arguments import model_options, positive_integer, shorten, subset_name
 #: A share of the length that is written as a fraction.
 SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")
 
+#: How the subword units of a data folder are marked, by its BPE.
+MARKERS = {"subword_nmt": "@@ ", "sentencepiece": "sentencepiece"}
+
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
 join_processes = processes.join
 
@@ -105,8 +108,8 @@ def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
         ValueError: two arguments contradict each other.
     """
     marker = args.remove_bpe
-    if marker is None and text_options(first_folder(args.data))["bpe"] == "subword_nmt":
-        marker = "@@ "
+    if marker is None:
+        marker = MARKERS.get(text_options(first_folder(args.data))["bpe"])
     return EvaluationSettings(
         data=args.data,
         subset=args.subset,

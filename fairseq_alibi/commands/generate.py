@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fairseq import utils
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
     parser.add_argument("--length-scale", help="alibi_length_scale of the model: a number or auto")
     parser.add_argument("--tokenizer", choices=["moses", "nltk", "space", "none"], help="default: as DATA was prepared")
-    parser.add_argument("--bpe", choices=["subword_nmt", "fastbpe", "none"], help="default: as DATA was prepared")
+    parser.add_argument(
+        "--bpe", choices=["subword_nmt", "fastbpe", "sentencepiece", "none"], help="default: as DATA was prepared"
+    )
     parser.add_argument("--bpe-codes", help="default: DATA/bpe.codes")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.add_argument("--fp16", action="store_true", help="compute in half precision")
@@ -132,7 +134,7 @@ def decode_argument(text: str) -> str:
         raise ValueError(f"a prompt is not UTF-8 ({error.reason}): convert it") from error
 
 
-def chosen_text_options(args: argparse.Namespace) -> dict[str, Optional[str]]:
+def chosen_text_options(args: argparse.Namespace) -> dict[str, Any]:
     """Tokenizer and BPE: as the arguments say, else as the data folder was prepared.
 
     Raises:
@@ -143,7 +145,7 @@ def chosen_text_options(args: argparse.Namespace) -> dict[str, Optional[str]]:
         value = getattr(args, name)
         if value is not None:
             chosen[name] = None if value == "none" else value
-    codes = chosen["bpe_codes"] or str(first_folder(args.data) / "bpe.codes")
+    codes = chosen["bpe_codes"] or chosen.get("sentencepiece_model") or str(first_folder(args.data) / "bpe.codes")
     if chosen["bpe"] and not Path(codes).is_file():
         raise ValueError(f"--bpe {chosen['bpe']}: there are no codes {codes}, name them with --bpe-codes")
     return chosen

@@ -2,12 +2,24 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from ..data import builtin_corpus
 from ..data.binarize import SPLITS, check_workers
-from ..data.plain_text import MERGES, prepare_text
-from .arguments import positive_integer
+from ..data.plain_text import MERGES, TextSettings, prepare_text
+from .arguments import positive_integer, shorten
+
+
+def language(text: str) -> str:
+    """Reads the code of a language.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    if not re.fullmatch("[a-z]{2,3}", text):
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no code of a language: pass one such as de or zh")
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"size limit of --builtin (default: {builtin_corpus.BYTES})",
     )
-    merges = f"BPE merges (default: {MERGES}, with --builtin {builtin_corpus.MERGES})"
+    merges = f"BPE merges, or pieces of sentencepiece (default: {MERGES}, with --builtin {builtin_corpus.MERGES})"
     add("--bpe-merges", type=positive_integer, metavar="N", help=merges)
-    add("--word-level", action="store_true", help="Moses tokens only, no BPE")
+    add(
+        "--tokenizer",
+        choices=("moses", "none", "sentencepiece"),
+        default="moses",
+        help="moses (default), white space alone, or a model of sentencepiece, which keeps the text of any language",
+    )
+    add("--language", type=language, default="en", metavar="XX", help="of Moses' tokenizer (default: en)")
+    add("--no-escape", action="store_true", help="Moses' tokenizer writes quotes, brackets and & as they are")
+    add("--no-dash-splits", action="store_true", help="Moses' tokenizer does not split words at dashes")
+    add("--word-level", action="store_true", help="tokens of the tokenizer only, no BPE")
     add("--workers", type=positive_integer, metavar="N", default=os.cpu_count(), help="processes (default: all cores)")
 
 
@@ -44,10 +65,17 @@ def run(args: argparse.Namespace) -> None:
     if args.max_bytes and not args.builtin:
         raise ValueError(f"--max-bytes {args.max_bytes} is for --builtin only: leave it out")
     merges = None if args.word_level else args.bpe_merges or (builtin_corpus.MERGES if args.builtin else MERGES)
+    chosen = [name for name in ("no_escape", "no_dash_splits") if getattr(args, name)]
+    chosen += ["language"] if args.language != "en" else []
+    if chosen and args.tokenizer != "moses":
+        raise ValueError(f"--{chosen[0].replace('_', '-')} is for Moses' tokenizer only: drop it")
+    if args.word_level and args.tokenizer == "sentencepiece":
+        raise ValueError("--word-level: a model of sentencepiece has no words; pass --tokenizer moses or none")
+    settings = TextSettings(args.tokenizer, merges, args.language, not args.no_escape, not args.no_dash_splits)
     destination = args.dest.resolve()
     if args.builtin:
-        builtin_corpus.prepare_builtin(destination, args.max_bytes or builtin_corpus.BYTES, merges, args.workers)
+        builtin_corpus.prepare_builtin(destination, args.max_bytes or builtin_corpus.BYTES, settings, args.workers)
     else:
         texts = {split: getattr(args, split) for split in SPLITS}
         sources = {split: str(path) for split, path in texts.items()}
-        prepare_text(destination, texts, sources, merges, args.workers)
+        prepare_text(destination, texts, sources, settings, args.workers)

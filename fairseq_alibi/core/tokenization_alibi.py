@@ -31,6 +31,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: the types, a line each, by id.
         codes_file: BPE codes of subword-nmt; None for whole words.
         moses: whether lines are split into words by the Moses tokenizer; else at white space.
+        language, escape, dash_splits: of the Moses tokenizer, as `prepare_text.sh` has them.
     """
 
     vocab_files_names = {"vocab_file": "vocab.txt", "codes_file": "bpe.codes"}  # noqa: RUF012
@@ -41,13 +42,17 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: str,
         codes_file: Optional[str] = None,
         moses: bool = False,
+        language: str = "en",
+        escape: bool = True,
+        dash_splits: bool = True,
         **kwargs: Any,
     ):
         self.vocab_file, self.codes_file = vocab_file, codes_file
         self.types = Path(vocab_file).read_bytes().decode().split("\n")  # no other line break than this one
         self.ids = {word: number for number, word in enumerate(self.types)}
         self.moses = moses  # transformers saves what has an argument's name
-        self.tokenizer, self.detokenizer = MosesTokenizer("en"), MosesDetokenizer("en")
+        self.tokenizer, self.detokenizer = MosesTokenizer(language), MosesDetokenizer(language)
+        self.rules = {"escape": escape, "aggressive_dash_splits": dash_splits}
         self.bpe = None
         if codes_file:
             with open(codes_file, encoding="utf-8") as codes:
@@ -55,7 +60,8 @@ class AlibiTokenizer(PreTrainedTokenizer):
         names = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
         # not split at what looks like special tokens: in fairseq a text has none
         options = {"padding_side": "left", "split_special_tokens": True, **names, **kwargs}
-        super().__init__(moses=moses, **options)
+        chosen = {"language": language, "escape": escape, "dash_splits": dash_splits}
+        super().__init__(moses=moses, **chosen, **options)
 
     def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
         """See transformers.
@@ -79,7 +85,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
     def words(self, line: str) -> list[str]:
         """The types of a line; `<s>` and `<pad>`, which are not fairseq's in a text, are unknown."""
         if self.moses:
-            line = self.tokenizer.tokenize(line, aggressive_dash_splits=True, return_str=True, escape=True)
+            line = self.tokenizer.tokenize(line, return_str=True, **self.rules)
         if self.bpe:
             line = self.bpe.process_line(line)
         return [UNKNOWN if word in (BEGIN, PADDING) else word for word in line.split()]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 from .binarize import SPLITS
-from .plain_text import prepare_text
+from .plain_text import TextSettings, prepare_text
 
 #: Size and BPE merges where nothing else is asked for.
 BYTES, MERGES = 6_000_000, 2_000
@@ -60,14 +60,17 @@ def write_builtin_corpus(folder: Path, max_bytes: int) -> dict[str, Path]:
 
 
 def prepare_builtin(
-    destination: Path, max_bytes: int = BYTES, bpe_merges: Optional[int] = MERGES, workers: Optional[int] = None
+    destination: Path,
+    max_bytes: int = BYTES,
+    settings: Optional[TextSettings] = None,
+    workers: Optional[int] = None,
 ) -> None:
     """Makes a data folder of the corpus.
 
     Args:
         destination: The data folder.
         max_bytes: See `write_builtin_corpus`.
-        bpe_merges: Number of BPE merges; None for Moses tokens alone.
+        settings: How the text is split into tokens.
         workers: Number of processes; default: one for each core.
 
     Raises:
@@ -77,4 +80,4 @@ def prepare_builtin(
     with tempfile.TemporaryDirectory() as folder:
         texts = write_builtin_corpus(Path(folder), max_bytes)
         source = f"standard library of Python {platform.python_version()}"
-        prepare_text(destination, texts, source, bpe_merges, workers or os.cpu_count() or 1)
+        prepare_text(destination, texts, source, settings or TextSettings(units=MERGES), workers or os.cpu_count() or 1)

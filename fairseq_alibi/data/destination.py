@@ -110,5 +110,5 @@ def publish(data: Path, destination: Path, description: dict[str, Any], next_com
     (data / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     os.rename(data, destination)
     counts = description["counts"]
-    print(tabulate([{"split": split, **counts[split]} for split in SPLITS], headers="keys", intfmt=","))
+    print(tabulate([{"split": split, **counts[split]} for split in SPLITS], headers="keys", intfmt=",", floatfmt=".1%"))
     print(f"{destination} is ready: {counts['types']:,} types. Next:\n  {next_command}")

@@ -1,4 +1,4 @@
-"""Plain-text files to a data folder: Moses tokens, then BPE that is learned on the training text alone."""
+"""Plain-text files to a data folder: words, then subword units that are learned on the training text alone."""
 
 import contextlib
 import functools
@@ -7,19 +7,23 @@ import itertools
 import shlex
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
-from sacremoses import MosesTokenizer
+from fairseq.data import Dictionary
+from sacremoses import MosesDetokenizer, MosesTokenizer
 from sacremoses.util import parallelize_preprocess
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
+from ..files.errors import one_line
 from .binarize import SPLITS, check_text, count_tokens, run_preprocess
 from .destination import is_prepared, publish, work_folder
 
 MERGES = 10_000  # of BPE, where nothing else is asked for
+RESTORED_LINES = 10_000  # of each split, which are decoded to see whether they come back
 BATCH_LINES = 20_000  # lines in memory at a time while they are encoded
 
 
@@ -36,9 +40,106 @@ def encode_splits(folder: Path, source: str, target: str, encode: Callable[[str]
                 bar.update(len(batch))
 
 
-def moses_encoder() -> Callable[[str], str]:
-    """Returns the function of fairseq's `--tokenizer moses`, without fairseq, so that workers need not load it."""
-    return functools.partial(MosesTokenizer("en").tokenize, aggressive_dash_splits=True, return_str=True, escape=True)
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is split into tokens; every choice has the same name and meaning in fairseq.
+
+    Args:
+        tokenizer: moses, sentencepiece, or none for white space alone.
+        units: BPE merges, or types of sentencepiece; None for whole words.
+        language: of Moses' tokenizer, as sacremoses names it.
+        escape: whether Moses' tokenizer writes quotes, brackets and & as XML does.
+        dash_splits: whether Moses' tokenizer splits words at dashes.
+    """
+
+    tokenizer: str = "moses"
+    units: Optional[int] = MERGES
+    language: str = "en"
+    escape: bool = True
+    dash_splits: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """Returns what `prepared.json` says, in which English, escapes and splits at dashes are not written out."""
+        chosen = {"language": self.language, "escape": self.escape, "dash_splits": self.dash_splits}
+        others = {name: value for name, value in chosen.items() if value != getattr(TextSettings, name)}
+        return {"corpus": "text", "tokenizer": self.tokenizer, "bpe_merges": self.units, **others}
+
+    def moses_encoder(self) -> Callable[[str], str]:
+        """Returns the function of fairseq's `--tokenizer moses`, without fairseq, so that workers need not load it."""
+        tokenize = MosesTokenizer(self.language).tokenize
+        return functools.partial(tokenize, aggressive_dash_splits=self.dash_splits, return_str=True, escape=self.escape)
+
+    def decoder(self) -> Callable[[str], str]:
+        """Returns what fairseq makes of a line of tokens."""
+        if self.tokenizer == "sentencepiece":
+            return lambda line: line.replace(" ", "").replace("\u2581", " ").strip()
+        marker = "@@ " if self.units else None
+        detokenizer = MosesDetokenizer(self.language) if self.tokenizer == "moses" else None
+
+        def decode(line: str) -> str:
+            line = f"{line} ".replace(marker, "").rstrip() if marker else line
+            return detokenizer.detokenize(line.split()) if detokenizer else line
+
+        return decode
+
+
+def count_restored(
+    data: Path, texts: dict[str, Path], folder: Path, suffix: str, settings: TextSettings
+) -> dict[str, float]:
+    """Returns for each split the share of its first `RESTORED_LINES` lines that come back from their tokens unchanged.
+
+    Args:
+        data: The data folder, for its dictionary: a line with an unknown token does not come back.
+        texts: The file of every split, as it was given.
+        folder: Holds the tokens of every split, in SPLIT.`suffix`.
+        suffix: See `folder`.
+        settings: How the text was split.
+    """
+    dictionary, decode, shares = Dictionary.load(str(data / "dict.txt")), settings.decoder(), {}
+    for split, path in texts.items():
+        with (
+            open(path, encoding="utf-8", newline="\n") as lines,
+            open(folder / f"{split}.{suffix}", encoding="utf-8", newline="\n") as encoded,
+        ):
+            restored = []
+            for line, tokens in itertools.islice(zip(lines, encoded), RESTORED_LINES):
+                words = tokens.split()
+                known = all(dictionary.index(word) != dictionary.unk() for word in words)
+                restored.append(known and decode(" ".join(words)) == line.rstrip("\n"))
+            shares[split] = sum(restored) / len(restored)
+    return shares
+
+
+def learn_pieces(text: Path, model: Path, pieces: int, workers: int) -> None:
+    """Learns a model of sentencepiece that changes no character of the text, and writes it to `model`.
+
+    Raises:
+        ValueError: The library is missing, or the text does not suffice.
+    """
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ValueError("--tokenizer sentencepiece needs the library: pip install sentencepiece") from error
+    content = io.BytesIO()
+    try:
+        with open(text, encoding="utf-8", newline="\n") as lines:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line.rstrip("\n") for line in lines),
+                model_writer=content,
+                vocab_size=pieces,
+                model_type="bpe",
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                hard_vocab_limit=False,  # a small text has fewer pieces
+                num_threads=min(workers, 128),
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        raise ValueError(
+            f"sentencepiece cannot learn {pieces:,} pieces ({one_line(error)}): pass other --bpe-merges"
+        ) from error
+    model.write_bytes(content.getvalue())
 
 
 def learn_codes(text: Path, codes: Path, merges: int) -> None:
@@ -64,11 +165,51 @@ def learn_codes(text: Path, codes: Path, merges: int) -> None:
         raise ValueError("the training text is too small to learn BPE: give more text, or use --word-level")
 
 
+def encode_texts(work: Path, settings: TextSettings, workers: int) -> tuple[str, Optional[Path]]:
+    """Encodes SPLIT.txt of a folder.
+
+    Returns:
+        The suffix of the files with the tokens, and the file that subword units were learned into.
+
+    Raises:
+        ValueError: See `learn_codes` and `learn_pieces`.
+    """
+    suffix = "txt"
+    if settings.tokenizer == "moses":
+        encode_splits(work, suffix, "moses", settings.moses_encoder(), workers)
+        suffix = "moses"
+    if settings.units is None:
+        return suffix, None
+    if settings.tokenizer == "sentencepiece":
+        model = work / "sentencepiece.model"
+        learn_pieces(work / "train.txt", model, settings.units, workers)
+        encode_splits(work, suffix, "pieces", functools.partial(encode_pieces, str(model)), workers)
+        return "pieces", model
+    codes = work / "bpe.codes"
+    learn_codes(work / f"train.{suffix}", codes, settings.units)
+    with open(codes, encoding="utf-8") as file:
+        encode_splits(work, suffix, "bpe", BPE(file).process_line, workers)
+    return "bpe", codes
+
+
+@functools.lru_cache(1)
+def read_pieces(model: str) -> Any:
+    """Reads a model of sentencepiece, once in each process."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def encode_pieces(model: str, line: str) -> str:
+    """Encodes a line as fairseq's `--bpe sentencepiece` does."""
+    return " ".join(read_pieces(model).encode(line, out_type=str))
+
+
 def prepare_text(
     destination: Path,
     texts: dict[str, Path],
     source: Union[str, dict[str, str]],
-    bpe_merges: Optional[int],
+    settings: TextSettings,
     workers: int,
 ) -> None:
     """Makes a data folder of plain-text files.
@@ -77,35 +218,29 @@ def prepare_text(
         destination: The data folder.
         texts: The file of every split.
         source: Description of the texts, for `prepared.json`.
-        bpe_merges: Number of BPE merges; None for Moses tokens alone.
+        settings: How the text is split into tokens.
         workers: Number of processes.
 
     Raises:
-        ValueError: Bad input, see `check_text`, `is_prepared` and `learn_codes`.
+        ValueError: Bad input, see `check_text`, `is_prepared` and `encode_texts`.
         OSError: The folder cannot be written.
     """
     summaries = {split: check_text(path) for split, path in texts.items()}
-    identity = {
-        "inputs": {split: summary.sha256 for split, summary in summaries.items()},
-        "settings": {"corpus": "text", "tokenizer": "moses", "bpe_merges": bpe_merges},
-    }
+    inputs = {split: summary.sha256 for split, summary in summaries.items()}
+    identity = {"inputs": inputs, "settings": settings.record()}
     if is_prepared(destination, identity):
         return
     with work_folder(destination) as work:
         for split, path in texts.items():
             (work / f"{split}.txt").symlink_to(path.resolve())
-        encode_splits(work, "txt", "moses", moses_encoder(), workers)
-        suffix, options, codes = "moses", ["--tokenizer", "moses"], work / "bpe.codes"
-        if bpe_merges is not None:
-            learn_codes(work / "train.moses", codes, bpe_merges)
-            with open(codes, encoding="utf-8") as file:
-                encode_splits(work, "moses", "bpe", BPE(file).process_line, workers)
-            suffix = "bpe"
-            options += ["--bpe", "subword_nmt", "--bpe-codes", str(destination / codes.name)]
+        suffix, units = encode_texts(work, settings, workers)
         data = run_preprocess(work, suffix, workers)
-        if bpe_merges is not None:
-            codes.rename(data / codes.name)
         counts = count_tokens(data, summaries)
+        for split, share in count_restored(data, texts, work, suffix, settings).items():
+            counts[split]["restored"] = share
+        if units is not None:
+            units.rename(data / units.name)
+        options = interactive_options(settings, destination / units.name if units else None)
         common = [str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "language_modeling"]
         save_dir = f"checkpoints/{destination.name}"
         training = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", "256", "--max-tokens", "4096"]
@@ -114,3 +249,21 @@ def prepare_text(
         publish(data, destination, {**identity, "source": source, "counts": counts}, shlex.join(command))
         command = ["fairseq-interactive", *common, "--path", f"{save_dir}/checkpoint_best.pt", *options]
         print(f"The model then continues lines of plain text:\n  {shlex.join(command)}")
+
+
+def interactive_options(settings: TextSettings, units: Optional[Path]) -> list[str]:
+    """Returns the options by which fairseq's commands split text as the preparation did."""
+    options = []
+    if settings.tokenizer == "moses":
+        options = ["--tokenizer", "moses"]
+        options += [] if settings.escape else ["--moses-no-escape"]
+        options += [] if settings.dash_splits else ["--moses-no-dash-splits"]
+        if settings.language != "en":
+            options += ["--source-lang", settings.language, "--target-lang", settings.language]
+    if units is not None:
+        bpe = {
+            "bpe.codes": ["subword_nmt", "--bpe-codes"],
+            "sentencepiece.model": ["sentencepiece", "--sentencepiece-model"],
+        }
+        options += ["--bpe", *bpe[units.name], str(units)]
+    return options

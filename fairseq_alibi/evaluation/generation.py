@@ -20,7 +20,7 @@ from ..models.generator import Generator
 
 
 def load_text_model(
-    data: str, checkpoint: str, length_scale: Optional[str] = None, **text_options: Optional[str]
+    data: str, checkpoint: str, length_scale: Optional[str] = None, **text_options: Any
 ) -> GeneratorHubInterface:
     """Loads a language model with its dictionary, tokenizer and BPE.
 
@@ -28,7 +28,7 @@ def load_text_model(
         data: fairseq data folder.
         checkpoint: of a language model.
         length_scale: the model's `alibi_length_scale`; None for that of the checkpoint.
-        text_options: `tokenizer`, `bpe` and `bpe_codes`; None for none.
+        text_options: see `files.data_folders.text_options`; None for none.
 
     Raises:
         ValueError: a file is missing or is not a checkpoint, or the two do not fit each other.

@@ -1,6 +1,7 @@
 """Results as plots: PNG files."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "
 
 
 @contextlib.contextmanager
-def chart(path: Path, labels: Sequence[str]) -> Iterator[Any]:
+def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterator[Any]:
     """A context with the matplotlib axes of a chart, which is saved at its end.
 
     Args:
         path: of the PNG file.
         labels: of all curves, for the legend below the chart.
+        logarithmic: whether the axis of values is logarithmic if the values are far apart.
     """
     import matplotlib
 
@@ -31,7 +33,9 @@ def chart(path: Path, labels: Sequence[str]) -> Iterator[Any]:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     yield axes
-    if axes.get_ylim()[0] > 0 and axes.dataLim.ymax > 5 * axes.dataLim.ymin:
+    values = [value for line in axes.lines if line.get_label() in labels for value in line.get_ydata()]
+    finite = [value for value in values if math.isfinite(value)]
+    if logarithmic and finite and min(finite) > 0 and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -44,8 +48,11 @@ def chart(path: Path, labels: Sequence[str]) -> Iterator[Any]:
 
 def curve_styles(count: int) -> list[dict[str, str]]:
     """Line style and marker for each of `count` curves."""
-    repeated = STYLES * (count // len(STYLES) + 1)
-    return [{"linestyle": line, "marker": marker} for line, marker in repeated[:count]]
+    colors = [f"C{number}" for number in range(10)] + ["black", "gold", "navy", "lime"]
+    return [
+        {"linestyle": line, "marker": marker, "color": colors[number % len(colors)]}
+        for number, (line, marker) in zip(range(count), itertools.cycle(STYLES))
+    ]
 
 
 def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
@@ -57,9 +64,17 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
         measure: perplexity, where dotted lines mark the training lengths, or tokens_per_second.
     """
     subsets = ", ".join(sorted({curve.subset for curve in curves}))
-    with chart(path, [curve.label for curve in curves]) as axes:
+    with chart(path, [curve.label for curve in curves], measure == "perplexity") as axes:
         for curve, style in zip(curves, curve_styles(len(curves))):
-            axes.plot(*zip(*sorted(getattr(curve, measure).items())), label=curve.label, **style)
+            # A length that was not evaluated leaves no gap, one without a finite value does.
+            points = sorted(getattr(curve, measure).items())
+            axes.plot(*zip(*((x, y if math.isfinite(y) else math.nan) for x, y in points)), label=curve.label, **style)
+            infinite = [x for x, y in points if not math.isfinite(y)]
+            top = axes.get_xaxis_transform()  # lengths, and shares of the height
+            axes.plot(infinite, [0.985] * len(infinite), "^", transform=top, color=style["color"], clip_on=False)
+            for x in infinite:
+                note = {"textcoords": "offset points", "in_layout": False}
+                axes.annotate("\u221e", (x, 0.985), xycoords=top, xytext=(4, -4), **note)
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
         lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
@@ -84,6 +99,7 @@ def mark_training_lengths(axes: Any, lengths: set[int]) -> None:
             verticalalignment="top",
             color="gray",
             fontsize="small",
+            in_layout=False,
         )
 
 

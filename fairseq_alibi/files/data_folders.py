@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fairseq import utils
@@ -76,12 +76,21 @@ def read_preparation(data: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({one_line(error)}): prepare the folder anew") from error
 
 
-def text_options(data: Path) -> dict[str, Optional[str]]:
-    """Returns the tokenizer and BPE of a data folder, see `read_preparation`; None for none."""
-    codes, settings = data / "bpe.codes", read_preparation(data)["settings"]
+def text_options(data: Path) -> dict[str, Any]:
+    """Returns fairseq's options for the tokenizer and BPE of a data folder, see `read_preparation`; None for none."""
+    codes, model, settings = data / "bpe.codes", data / "sentencepiece.model", read_preparation(data)["settings"]
+    tokenizer = settings.get("tokenizer", "moses" if codes.is_file() else None)
+    options: dict[str, Any] = {"tokenizer": tokenizer if tokenizer == "moses" else None, "bpe": None, "bpe_codes": None}
     if codes.is_file():
-        return {"tokenizer": "moses", "bpe": "subword_nmt", "bpe_codes": str(codes)}
-    return {"tokenizer": settings.get("tokenizer"), "bpe": None, "bpe_codes": None}
+        options.update(bpe="subword_nmt", bpe_codes=str(codes))
+    elif model.is_file():
+        options.update(bpe="sentencepiece", sentencepiece_model=str(model))
+    if options["tokenizer"] and "language" in settings:
+        options.update(source_lang=settings["language"], target_lang=settings["language"])
+    for name, option in (("escape", "moses_no_escape"), ("dash_splits", "moses_no_dash_splits")):
+        if options["tokenizer"] and name in settings:
+            options[option] = not settings[name]
+    return options
 
 
 def check_index(path: Path) -> None:

@@ -173,11 +173,16 @@ def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
     from ..core.tokenization_alibi import AlibiTokenizer
 
     options = text_options(data)
+    if options["bpe"] == "sentencepiece":
+        raise ValueError(f"{data} was prepared with --tokenizer sentencepiece, which the exported tokenizer has not")
     with tempfile.TemporaryDirectory() as folder:
         types = Path(folder) / AlibiTokenizer.vocab_files_names["vocab_file"]
         types.write_bytes("\n".join(dictionary.symbols).encode())
         moses = options["tokenizer"] == "moses"
-        AlibiTokenizer(str(types), options["bpe_codes"], moses).save_pretrained(out)
+        language = options.get("source_lang", "en")
+        rules = {"escape": not options.get("moses_no_escape"), "dash_splits": not options.get("moses_no_dash_splits")}
+        tokenizer = AlibiTokenizer(str(types), options["bpe_codes"], moses, language=language, **rules)
+        tokenizer.save_pretrained(out)
     return f"{'Moses tokens' if moses else 'white space'}{', BPE' if options['bpe'] else ''}"
 
 
