@@ -33,7 +33,8 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     yield axes
-    values = [value for line in axes.lines if line.get_label() in labels for value in line.get_ydata()]
+    lines: list[Any] = [line for line in axes.lines if line.get_label() in labels]
+    values = [float(value) for line in lines for value in line.get_ydata()]
     finite = [value for value in values if math.isfinite(value)]
     if logarithmic and finite and min(finite) > 0 and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
@@ -71,9 +72,10 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
             axes.plot(*zip(*((x, y if math.isfinite(y) else math.nan) for x, y in points)), label=curve.label, **style)
             infinite = [x for x, y in points if not math.isfinite(y)]
             top = axes.get_xaxis_transform()  # lengths, and shares of the height
-            axes.plot(infinite, [0.985] * len(infinite), "^", transform=top, color=style["color"], clip_on=False)
             for x in infinite:
-                note = {"textcoords": "offset points", "in_layout": False}
+                mark = {"marker": "^", "color": style["color"], "transform": top}
+                axes.plot([x], [0.985], clip_on=False, in_layout=False, **mark)
+                note: dict[str, Any] = {"textcoords": "offset points", "in_layout": False}
                 axes.annotate("\u221e", (x, 0.985), xycoords=top, xytext=(4, -4), **note)
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
