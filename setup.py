@@ -65,7 +65,7 @@ setup(
         "transformers": ["transformers>=4.57,<5.25", "safetensors"],
         "test": [
             *("accelerate", "codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
-            *("safetensors", "transformers>=4.57,<5.25"),
+            *("safetensors", "sentencepiece", "transformers>=4.57,<5.25"),
         ],
     },
 )

@@ -60,6 +60,7 @@ def test_an_array_of_objects_cannot_smuggle_code(tmp_path):
         torch.load(tmp_path / "file.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_eval_bleu_is_read_resumed_and_generated_from(tmp_path, monkeypatch, capsys):
     """fairseq's own translation recipe: the counts of n-grams are numpy arrays."""
     for split in ("train", "valid"):

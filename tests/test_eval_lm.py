@@ -34,6 +34,7 @@ def test_nonoverlapping_script_gives_what_fairseq_eval_lm_gives(corpus, checkpoi
     assert not list(tmp_path.glob("**/*.partial"))
 
 
+@pytest.mark.slow
 def test_sliding_window_script_gives_what_fairseq_eval_lm_gives(corpus, checkpoint, tmp_path):
     output = tmp_path / "results.json"
     script(

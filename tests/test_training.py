@@ -198,6 +198,7 @@ COUNTERS += ["--max-tokens=2048", "--patience=4", "--lr=0.03", "--max-update=400
 COUNTERS += ["--validate-interval-updates=7", "--store-ema", "--ema-update-freq=3", "--optimizer=nag"]
 
 
+@pytest.mark.slow
 def test_counters_that_fairseq_forgets_are_kept(start, tmp_path):
     """Those of --patience, of the plateau of the learning rate and of the moving average of the parameters."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

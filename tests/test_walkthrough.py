@@ -60,6 +60,7 @@ def test_walkthrough_runs_as_written(clone):
     assert "if the value is not" in done.output.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_quickstart_with_a_corpus_of_ones_own(clone, corpus):
     arguments = ["--data", corpus, "--lengths", "128 256", "--updates", 4, "--", "--decoder-layers", 1]
     (clone / "scripts" / "setup.sh").write_text("")  # this environment is the one it makes
