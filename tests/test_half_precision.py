@@ -72,6 +72,10 @@ def test_autocast_is_within_the_error_of_a_model_without_bias(build, attention, 
 def test_a_model_in_half_precision_decodes_as_it_reads(build, method, attention, dtype):
     model = build("alibi_lm_tiny", "--attention", attention, "--position-method", method).to(dtype)
     tokens = random_tokens(model, 2, 40)
+    if method == "xpos" and dtype == torch.float16:
+        with pytest.raises(ValueError, match="float16 cannot hold its factors; use another precision"):
+            model(tokens)
+        return
     state = {}
     with torch.no_grad():
         expected, _ = model(tokens)

@@ -227,7 +227,7 @@ def test_command(capsys):
         "--config-name wikitext103 task.tokens_per_sample=1024 dataset.max_tokens=3072 'optimization.update_freq=[1]'"
     )
     assert command in printed
-    assert printed.splitlines()[-1].endswith("distributed_training.distributed_world_size=3")
+    assert printed.splitlines()[-1].endswith("distributed_training.distributed_world_size=3 task.data=DATA")
 
 
 def test_the_command_trains_what_was_planned():

@@ -56,25 +56,26 @@ class Fire(PositionMethod):
 
     def network(self, x: Tensor) -> Tensor:
         """(...) -> (H, ...)."""
-        hidden = (x[..., None] * self.hidden_weight[:, 0] + self.hidden_bias).relu_()
-        return (hidden @ self.out_weight.t()).movedim(-1, 0)
+        hidden = (x[..., None] * self.hidden_weight[:, 0].float() + self.hidden_bias.float()).relu_()
+        return (hidden @ self.out_weight.t().float()).movedim(-1, 0)
 
     def limit(self) -> Tensor:
         """|m| L0, the position up to which all queries have the same bias."""
-        return self.m.abs() * self.training_length
+        return self.m.float().abs() * self.training_length
 
     def bias_of_tile(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """See `PositionMethod.bias_of_tile`."""
-        scale = (self.c.abs() * torch.maximum(query_positions.float(), self.limit()) + 1).log() + 1e-6
+        c = self.c.float().abs()
+        scale = (c * torch.maximum(query_positions.float(), self.limit()) + 1).log() + 1e-6
         parts = []
         for keys in key_positions.split(KEYS):
             distance = (query_positions[:, None] - keys).clamp(min=0)
-            parts.append(self.network((self.c.abs() * distance + 1).log() / scale[:, None]))
+            parts.append(self.network((c * distance + 1).log() / scale[:, None]))
         return torch.cat(parts, dim=2)
 
     def early_bias(self, distance: Tensor, positions: int) -> Optional[Tensor]:
         """See `PositionMethod.early_bias`."""
-        limit, c = self.limit(), self.c.abs()
+        limit, c = self.limit(), self.c.float().abs()
         if positions - 1 > float(limit.detach()):
             return None
         return self.network((c * distance.clamp(min=0) + 1).log() / ((c * limit + 1).log() + 1e-6))
