@@ -84,6 +84,7 @@ more=("$@")
 train_more() { train "$1" ${more[@]+"${more[@]}"}; }
 
 echo "quickstart: training alibi and sinusoidal on $train_length tokens, $updates updates (logs in $output)"
+echo "quickstart: on the CPU, with a GPU too, so that the numbers are those of the README"
 both train_more
 echo "quickstart: evaluating both at $lengths tokens"
 both evaluate

@@ -105,7 +105,7 @@ fi
 install() {
   local look=(--quiet --progress-bar off)
   [ -t 1 ] && look=()
-  if ! "$venv/bin/python" -m pip install "${look[@]}" --disable-pip-version-check --no-warn-conflicts --no-build-isolation \
+  if ! "$venv/bin/python" -m pip install ${look[@]+"${look[@]}"} --disable-pip-version-check --no-warn-conflicts --no-build-isolation \
     "${constraints[@]}" --log "$log" "$@" 2>"$venv/setup.err"; then
     if grep -qi "No space left on device" "$log" "$venv/setup.err"; then
       fail "the disk is full: the environment needs 3 GB in $venv; make room, or choose another folder with VENV=..., then run this again"
