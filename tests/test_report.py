@@ -64,6 +64,21 @@ def test_several_files_of_one_model_make_one_series(results, tmp_path):
     assert one.perplexity == {128: 32.0, 256: 31.0}
 
 
+def test_a_result_of_eval_lm_keeps_the_measures_that_only_evaluate_has(results, tmp_path):
+    first = results("alibi", {(128, 128): 32.0, (256, 256): 31.0})
+    content = json.loads(first.read_text())
+    for result in content["results"]:
+        result.update(tokens_per_second=500.0, bits_per_byte=1.5)
+    first.write_text(json.dumps(content))
+    content["results"] = [{"length": 128, "stride": 128, "perplexity": 32.0}]
+    second = tmp_path / "eval-lm.json"
+    second.write_text(json.dumps(content))
+    (one,) = read_curves([first, second])
+    assert (one.tokens_per_second, one.bits_per_byte) == ({128: 500.0, 256: 500.0}, {128: 1.5, 256: 1.5})
+    (timed,) = read_curves([first, second], by_speed=True)
+    assert timed.label == "alibi, trained on 128", "the file without speeds is no second curve"
+
+
 def test_sliding_windows_are_one_curve_by_equal_stride_or_by_equal_share(results):
     by_stride = {(length, 32): 30.0 for length in (64, 128, 256)}
     by_share = {(length, length // 2): 30.0 for length in (64, 128, 256)}
@@ -214,7 +229,7 @@ def test_speeds_of_different_machines_or_batches_are_curves_of_their_own(results
     assert [list(curve.perplexity) for curve in read_curves([path])] == [[32, 64, 128]]
     curves = read_curves([path], by_speed=True)
     assert [list(curve.tokens_per_second) for curve in curves] == [[32, 128], [64]]
-    assert curves[1].label == "alibi, trained on 128 (small GPU, 1 processes, 9 tokens in a batch)"
+    assert curves[1].label == "alibi, trained on 128 (small GPU, 9 tokens in a batch)"
     write_report([path], tmp_path / "report")
     assert "(big GPU" in (tmp_path / "report" / "report.md").read_text()
 

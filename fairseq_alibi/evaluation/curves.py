@@ -133,7 +133,7 @@ def split_by_speed(content: dict[str, Any]) -> list[dict[str, Any]]:
     for result in content["results"]:
         run = as_dictionary(runs.get(str(result.get("run"))))
         device = as_dictionary(run.get("environment")).get("device")
-        others = (f"{run[name]} {title}" for name, title in SPEED_SETTINGS if name in run)
+        others = (f"{run[name]} {title}" for name, title in SPEED_SETTINGS if name in run and run[name] != 1)
         speed = ", ".join(filter(None, (device and str(device), *others)))
         part = parts.setdefault(speed, {**content, "speed": speed, "results": []})
         part["results"].append(result)
@@ -192,7 +192,8 @@ def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
 
     Args:
         files: JSON files of `fairseq-alibi evaluate` or `fairseq-alibi eval-lm`.
-        by_speed: whether results whose speeds cannot be compared are curves of their own, see `split_by_speed`.
+        by_speed: whether to return curves of speed: results whose speeds cannot be compared are on curves of their own,
+            see `split_by_speed`, and those without a speed are left out.
 
     Raises:
         ValueError: see `read_result_file`.
@@ -216,6 +217,8 @@ def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
         else:
             groups.append((details, [content]))
     curves = [curve for details, members in groups for curve in curves_of_model(members, details)]
+    if by_speed:
+        curves = [curve for curve in curves if curve.tokens_per_second]
     distinguish_labels(curves)
     return curves
 
@@ -224,12 +227,15 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
     """The curves of one evaluated model, one per kind of window.
 
     Args:
-        contents: of its result files. Of two results with equal windows the last is taken.
+        contents: of its result files. Of two results with equal windows the last one's measures are taken, and those of
+            the first that it lacks.
         details: see `evaluation_details`.
     """
     content = contents[-1]
     model = content["model"]
-    points = {(result["length"], result["stride"]): result for file in contents for result in file["results"]}
+    points: dict[tuple[int, Optional[int]], dict[str, Any]] = {}
+    for result in (result for file in contents for result in file["results"]):
+        points.setdefault((result["length"], result["stride"]), {}).update(result)
     names = window_names(list(points))
     curves: dict[str, Curve] = {}
     for (length, stride), point in points.items():

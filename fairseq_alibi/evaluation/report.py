@@ -36,7 +36,7 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -
         existing = [output / name for name in REPORT_FILES if (output / name).exists()]
         if existing and not overwrite:
             raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
-        timed = [curve for curve in read_curves(files, by_speed=True) if curve.tokens_per_second]
+        timed = read_curves(files, by_speed=True)
         write_report_files(curves, timed, output)
     return length_table(curves, "simple")
 
