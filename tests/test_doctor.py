@@ -1,5 +1,6 @@
 """`fairseq-alibi doctor`: all parts are tried, what does not work is named, with the first thing to fix."""
 
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -9,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.commands import doctor
+from fairseq_alibi.commands import doctor, environment_checks
 from fairseq_alibi.commands.environment_checks import PARTS
 
 
@@ -78,3 +79,26 @@ def test_it_runs_where_torch_is_broken_and_the_other_commands_name_it(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.output
     assert done.output.splitlines()[-1].endswith("see what to fix first: fairseq-alibi doctor")
+
+
+def test_a_version_that_is_too_old_is_named(monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
+    with pytest.raises(RuntimeError, match=r"torch 2\.6\.0 is installed, but >=2\.7 is needed"):
+        environment_checks.check_versions()
+
+
+def test_a_command_that_cannot_start_is_named(tmp_path, monkeypatch):
+    """As in a folder that was moved: the interpreter of the script is gone."""
+    for name in ("fairseq-alibi", "fairseq-eval-lm", "fairseq-generate", "fairseq-preprocess", "fairseq-train"):
+        script = tmp_path / name
+        first = {"fairseq-train": "#!/gone/python", "fairseq-generate": "#!/bin/sh\nexit 1"}.get(name, "#!/bin/sh")
+        script.write_text(f"{first}\n")
+        script.chmod(0o755)
+    monkeypatch.setattr(environment_checks.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^fairseq-train, fairseq-generate --help fails$"):
+        environment_checks.check_commands()
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "fairseq-generate").unlink()
+    with pytest.raises(RuntimeError, match="fairseq-generate is not installed"):
+        environment_checks.check_commands()

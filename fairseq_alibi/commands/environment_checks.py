@@ -95,15 +95,17 @@ def check_commands() -> str:
     """Starts the commands of fairseq and of this package, as a folder that was moved leaves some that cannot start."""
     names = ("fairseq-alibi", "fairseq-eval-lm", "fairseq-generate", "fairseq-preprocess", "fairseq-train")
     folders = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    started = {}
+    environment, quiet = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.DEVNULL
+    broken, started = [], {}
     for name in names:
         path = shutil.which(name, path=folders)
         if path is None:
             raise RuntimeError(f"{name} is not installed")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        quiet = subprocess.DEVNULL
-        started[name] = subprocess.Popen([path, "--help"], env=environment, stdout=quiet, stderr=quiet)
-    broken = [name for name, process in started.items() if process.wait() != 0]
+        try:
+            started[name] = subprocess.Popen([path, "--help"], env=environment, stdout=quiet, stderr=quiet)
+        except OSError:  # the interpreter that the script names is gone
+            broken.append(name)
+    broken += [name for name, process in started.items() if process.wait() != 0]
     if broken:
         raise RuntimeError(f"{', '.join(broken)} --help fails")
     return f"{', '.join(names)} start"
