@@ -125,6 +125,7 @@ TABLE = {
     "report pipe.npz": "pipe.npz cannot be read .it is no file.: name JSON files",
     "report /dev/zero": "/dev/zero cannot be read .it is no file.",
     "generate data good.pt x --tokens 10000000000000000000000000": "--tokens 1.*: pass a whole number of at most",
+    "generate data good.pt x --tokens 10000000 --beam 1000": "the keys and values of 1,000 texts of 10,000,.* take",
     "generate data good.pt x --beam 10000000000000000000000000": "--beam 1.*: pass a whole number of at most",
     "generate data good.pt x --beam 2 --lenpen 1e308 --tokens 3": "generation failed: ",
     "show-bias --heads 1000000000 --output x.png": "1,000,000,000 heads of 32 tokens take too much memory",

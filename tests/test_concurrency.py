@@ -61,11 +61,12 @@ def test_a_lock_that_was_removed_while_it_was_awaited_is_taken_anew(owner, tmp_p
         locked(path).__enter__()
 
 
-def test_waiting_for_a_lock(owner, tmp_path):
+def test_waiting_for_a_lock(owner, tmp_path, capsys):
     process = owner(tmp_path / "x")
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(ValueError, match="is being written"):
         locked(tmp_path / "x", wait=0.2).__enter__()
+    assert f"waiting up to 0.2 seconds for process {process.pid}, which writes" in capsys.readouterr().err
     process.kill()
     with locked(tmp_path / "x", wait=60):
         pass

@@ -1,5 +1,6 @@
 """fairseq's own commands with the plugin: what cannot work ends with one line before the work; repairs work."""
 
+import re
 import shutil
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq_cli import eval_lm, generate, interactive, train
 
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.patches.batching import SKIP
 from fairseq_alibi.patches.whole_words import get_whole_word_mask
 
 COMMANDS = {"train": train, "eval-lm": eval_lm, "generate": generate, "interactive": interactive}
@@ -47,7 +49,10 @@ def refusal(monkeypatch, command, corpus, *arguments):
         (["--memory-efficient-bf16"], "--bf16 needs a GPU"),
         (["--fp16"], "--fp16 needs a GPU: drop it, or pass --cpu-bf16"),
         (["--memory-efficient-fp16"], "--fp16 needs a GPU"),
+        (["--fp16", "--fp16-no-flatten-grads"], "--fp16 needs a GPU"),
         (["--fp16", "--amp"], "--fp16 and --amp exclude each other: pass one of them"),
+        (["--fp16", "--bf16"], "--fp16 excludes --bf16 and --tpu: pass one of them"),
+        (["--memory-efficient-fp16", "--memory-efficient-bf16"], "--fp16 excludes --bf16"),
         (["--tpu"], "--tpu: torch_xla is not installed; drop --tpu"),
     ],
     ids=str,
@@ -66,10 +71,26 @@ def test_bf16_of_an_evaluation_is_said_to_be_ignored(monkeypatch, corpus, checkp
     assert any("--bf16 is ignored by this command" in record.getMessage() for record in caplog.records)
 
 
-def test_an_evaluation_that_scores_nothing_fails(monkeypatch, corpus, train):
+def test_samples_that_a_model_cannot_read_are_left_out_on_request_only(monkeypatch, corpus, train, caplog):
     path = train("--position-method", "learned", "--max-target-positions", "32")
-    message = refusal(monkeypatch, "eval-lm", corpus, "--path", path, "--tokens-per-sample", "9999", "--cpu")
-    assert "no token was scored: all samples are longer than the model's longest sequence" in message
+    arguments = ["--path", path, "--gen-subset", "valid", "--cpu", "--tokens-per-sample"]
+    message = refusal(monkeypatch, "eval-lm", corpus, *arguments, "33")
+    assert re.match(
+        r"63 of 64 samples are longer than the longest sequence of the model, 32; sample \d+ has 33", message
+    )
+    assert message.endswith(SKIP)
+    assert "no token was scored" in refusal(monkeypatch, "eval-lm", corpus, *arguments, "9999", SKIP)
+    monkeypatch.setattr("sys.argv", [*sys.argv[:-2], "33", SKIP])
+    with caplog.at_level("INFO", "fairseq_cli.eval_lm"):
+        eval_lm.cli_main()
+    assert "Evaluated 7 tokens" in caplog.text
+
+
+def test_lines_for_validation_that_are_too_long_are_named_before_the_first_update(monkeypatch, corpus):
+    monkeypatch.setattr("fairseq.trainer.Trainer.train_step", lambda *_: pytest.fail("an update"))
+    short = ["--max-target-positions", "8", "--tokens-per-sample", "8", "--sample-break-mode", "eos", "--cpu"]
+    message = refusal(monkeypatch, "train", corpus, *TRAINING, *short)
+    assert "samples are longer than the longest sequence of the model, 8" in message
 
 
 class Malicious:

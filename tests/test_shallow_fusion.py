@@ -159,3 +159,34 @@ def test_a_prompt_read_in_one_pass_has_the_summed_scores_too(corpus, build):
 def test_references_are_scored_for_reranking(pairs, translation):
     found = generated(pairs, translation("alibi_transformer_tiny"), "--score-reference")
     assert len(found) == 20
+
+
+@pytest.mark.parametrize("method", ["lm_only", "noisy_channel"])
+def test_a_noisy_channel_reranker_adds_up_the_three_models(pairs, translation, train, method):
+    """fairseq's examples/fast_noisy_channel: forward model, language model, and a model of the source."""
+    from fairseq.examples.fast_noisy_channel.noisy_channel_sequence_generator import NoisyChannelSequenceGenerator
+
+    (model,), task = load(translation("alibi_transformer_tiny"))
+    (lm,), lm_task = load(train())
+    generator = NoisyChannelSequenceGenerator(
+        *(method, task.target_dictionary, task.source_dictionary),
+        **{"beam_size": 2, "k2": 2, "max_len_b": 8, "normalize_scores": False, "channel_models": [model]},
+        **{"ch_weight": 0.7, "lm_models": [lm], "lm_dict": lm_task.dictionary, "lm_weight": WEIGHT},
+    )
+    task.load_dataset("valid")
+    source = task.dataset("valid")[0]["source"]
+    (found, *_), *_ = generator.generate([model], task.dataset("valid").collater([task.dataset("valid")[0]]))
+    target = found["tokens"]
+
+    def log_probs(net, targets, *inputs):
+        shifted = torch.cat([targets.new_tensor([2]), targets[:-1]])[None]
+        inputs = [inputs[0][None], torch.tensor([len(inputs[0])])] if inputs else []
+        with torch.no_grad():
+            return net.get_normalized_probs(net(*inputs, shifted), log_probs=True)[0].gather(1, targets[:, None])
+
+    forward, prior = log_probs(model, target, source).sum(), WEIGHT * log_probs(lm, target).sum()
+    channel = 0.7 * log_probs(model, source, target)[:-1].sum()  # the end of the source is not scored
+    expected = forward + prior
+    if method == "noisy_channel":
+        expected = forward / len(target) + (channel + prior) / len(source)
+    assert found["score"] == pytest.approx(expected.item(), abs=1e-3)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_alibi.core import EncoderALiBi, Rotary, Transformer
@@ -139,6 +140,24 @@ def test_gradients_of_single_samples(kind):
         model(x[number : number + 1]).square().mean().backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(found[name][number], p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_second_derivatives_of_the_math_kernel(kind):
+    """Against a difference quotient in float64; the ReLU between has none, so it is replaced."""
+    model, x = copy.deepcopy(stack(kind, "mask")).double(), torch.randn(1, 9, 32, dtype=torch.float64)
+    for layer in model.layers:
+        layer.activation = torch.tanh
+    direction = torch.randn_like(x)
+
+    def gradient(x):
+        x.requires_grad_()
+        return torch.autograd.grad(model(x).sin().sum(), x, create_graph=True)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        second = torch.autograd.grad((gradient(x) * direction).sum(), x)[0]
+        quotient = (gradient(x.detach() + 1e-6 * direction) - gradient(x.detach() - 1e-6 * direction)) / 2e-6
+    torch.testing.assert_close(second, quotient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", STACKS)

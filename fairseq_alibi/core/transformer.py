@@ -74,7 +74,8 @@ class Transformer(nn.Module):
         causal: whether a token sees none after it: a decoder; else an encoder.
         position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
         options: how the layers compute. A norm follows the last layer if `normalize_before`.
-        attention: `kernel` of `AttentionSettings`.
+        attention: `kernel` of `AttentionSettings`. Second derivatives, as of a gradient penalty, need "mask" and a pass
+            under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; PyTorch's other kernels have none and say so.
 
     Raises:
         ValueError: see `Attention`.

@@ -172,9 +172,11 @@ def prepare_wikitext103(
         counts = count_tokens(data, summaries)
         if whole:
             check_counts(counts)
-        next_command = shlex.join(
-            ["bash", "scripts/train_wikitext103.sh", str(destination), "checkpoints/alibi-512", "512"]
-        )
+        script = Path(__file__).parents[2] / "scripts" / "train_wikitext103.sh"
+        if Path.cwd() in script.parents or not script.exists():  # a wheel holds no scripts
+            script = script.relative_to(script.parents[1])
+        next_command = shlex.join(["bash", str(script), str(destination), "checkpoints/alibi-512", "512"])
+        next_command += "" if script.exists() else "  # in a clone of fairseq-alibi"
         description = {**identity, "source": str(source or "download"), "counts": counts}
         publish(data, destination, description, next_command)
     part.unlink(missing_ok=True)

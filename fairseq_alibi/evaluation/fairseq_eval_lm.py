@@ -32,6 +32,7 @@ from ..files.data_folders import read_dictionary, read_subset, subset_tokens
 from ..files.errors import one_line
 from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
+from ..patches.batching import SampleTooLongError
 from ..patches.patch import CommandError
 from .description import describe_evaluated, reading_options
 from .result_files import checksum
@@ -54,7 +55,6 @@ class TokenCounter(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = self.tokens = 0
-        self.finished = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler.emit`."""
@@ -65,7 +65,7 @@ class TokenCounter(logging.Handler):
         if blocks := re.search(r" ([\d,]+) examples$", str(record.msg)):
             self.blocks = int(blocks[1].replace(",", ""))
         if tokens := re.match(r"Evaluated ([\d,]+) tokens", str(record.msg)):
-            self.tokens, self.finished = int(tokens[1].replace(",", "")), True
+            self.tokens = int(tokens[1].replace(",", ""))
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,8 @@ def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
         passed_overrides(["--model-overrides", args.model_overrides])
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
-    except CommandError:
-        if not counter.finished:
-            raise
-        return 0.0, 0  # no token was scored, which the caller explains
+    except SampleTooLongError:
+        return 0.0, 0  # which the caller explains
     finally:
         logger.removeHandler(counter)
     # fairseq counts the <s> in front of each block, though it does not score it.

@@ -1,5 +1,6 @@
 """Text that continues a prompt, plain text in and out."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -67,6 +68,26 @@ def decode_tokens(model: GeneratorHubInterface, tokens: Tensor) -> str:
     return "\n".join(model.decode(torch.tensor(line, dtype=torch.long)) for line in lines)
 
 
+def check_memory(model: GeneratorHubInterface, sequences: int, length: int) -> None:
+    """Checks that the keys and values of all layers fit the memory of the device.
+
+    Raises:
+        ValueError: They do not.
+    """
+    layers, device = model.models[0].decoder.layers, model.device
+    weight = layers[0].self_attn.k_proj.weight
+    needed = 2 * weight.size(0) * weight.element_size() * len(layers) * sequences * length
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[1]
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ValueError(
+            f"the keys and values of {sequences:,} texts of {length:,} tokens take {needed / 2**30:,.1f} GiB, there "
+            f"are {memory / 2**30:,.1f}: pass fewer --tokens, fewer prompts or a smaller --beam"
+        )
+
+
 def continue_batch(
     model: GeneratorHubInterface,
     prompts: Sequence[Tensor],
@@ -98,6 +119,7 @@ def continue_batch(
             f"a prompt of {longest:,} tokens and {tokens:,} new ones are too many for a model built with a longest "
             f"sequence of {limit:,}: shorten them, or train without --max-target-positions"
         )
+    check_memory(model, len(prompts) * options["beam"], length)
     for member in model.models:
         if isinstance(member.decoder, AlibiDecoder):  # it may scale its slopes to the length
             member.decoder.set_evaluation_length(length)

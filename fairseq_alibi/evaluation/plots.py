@@ -42,6 +42,8 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(alpha=0.3)
+    if not finite:
+        axes.set_yticks([])
     figure.legend(loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -83,7 +85,7 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xlabel("evaluation length (tokens)")
         axes.set_ylabel(f"{measure.replace('_', ' ')} ({subsets})")
-        if measure != "perplexity":
+        if measure != "perplexity" and math.isfinite(axes.dataLim.ymax):
             axes.set_ylim(bottom=0, top=1.08 * axes.dataLim.ymax)
 
 

@@ -8,6 +8,7 @@ The lock belongs to the system: when its process ends, however that happens, it 
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
     lock = filelock.FileLock(file)
     try:
         with naming(path):
-            acquire(lock, file, wait)
+            try:
+                acquire(lock, file, 0)
+            except filelock.Timeout:
+                if not wait:
+                    raise
+                print(f"waiting up to {wait:g} seconds for {process}, which writes {path}", file=sys.stderr, flush=True)
+                acquire(lock, file, wait)
     except OSError as error:
         if not isinstance(error.__cause__, filelock.Timeout):
             raise

@@ -17,6 +17,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf
 
 from ..files.locks import locked
+from .batching import SKIP
 from .option_checks import check_criterion, check_overrides, check_task, is_message_for_user
 from .patch import CommandError, original
 
@@ -53,7 +54,7 @@ def check_precision(cfg: FairseqConfig, training: bool) -> None:
     precisions = [f"--{name}" for name in ("fp16", "bf16", "amp") if common[name]]
     if len(precisions) > 1:
         raise CommandError(f"{' and '.join(precisions)} exclude each other: pass one of them")
-    if common.fp16 and not gpu and (common.memory_efficient_fp16 or not common.fp16_no_flatten_grads):
+    if common.fp16 and not gpu:  # with --fp16-no-flatten-grads it ends at the first gradient that overflows
         raise CommandError("--fp16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
 
 
@@ -105,7 +106,7 @@ def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
     results = original("fairseq_cli.eval_lm:eval_lm")(*args, **kwargs)
     if not results["loss"]:
         raise CommandError(
-            "no token was scored: all samples are longer than the model's longest sequence, or the subset is empty; "
-            "pass a smaller --tokens-per-sample, or --model-overrides \"{'max_target_positions': N}\" with a larger N"
+            f"no token was scored: the subset is empty, or all samples are longer than the model's longest sequence; "
+            f"drop {SKIP}, which leaves them out"
         )
     return results

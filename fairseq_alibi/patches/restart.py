@@ -14,6 +14,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from ..files.safe_reading import count_updates, find_damage
+from .batching import check_validation_sizes
 from .patch import original
 from .saving import remove_temporary_files
 from .termination import handle_sigterm
@@ -104,6 +105,7 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
     from .catalogue import apply  # the catalogue imports this file
 
     apply(in_command=True)
+    check_validation_sizes(trainer)
     forget_earlier_run()
     restore_for_all_processes(cfg, trainer)
     handle_sigterm()
