@@ -84,7 +84,8 @@ more=("$@")
 train_more() { train "$1" ${more[@]+"${more[@]}"}; }
 
 echo "quickstart: training alibi and sinusoidal on $train_length tokens, $updates updates (logs in $output)"
-echo "quickstart: on the CPU, with a GPU too, so that the numbers are those of the README"
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null &&
+  echo "quickstart: the GPU is not used: these tiny models take minutes on a CPU, where their numbers are those of the README"
 both train_more
 echo "quickstart: evaluating both at $lengths tokens"
 both evaluate

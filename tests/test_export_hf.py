@@ -216,19 +216,7 @@ def test_loss_in_trainer_is_ours(both, tmp_path):
     agree(ours(stream[None], labels=ignored, num_items_in_batch=torch.tensor(8)).loss, some / 2)
 
 
-@pytest.mark.parametrize("method", [name for name, kind in position_methods().items() if kind.bias_kind == "key"])
-def test_a_bias_by_key_is_not_exported(build, method, tmp_path):
-    with pytest.raises(SystemExit, match=f"--position-method {method}: caches of transformers hold keys and values"):
-        main(
-            [
-                "export-hf",
-                str(saved(build("alibi_lm_tiny", "--position-method", method), tmp_path)),
-                str(tmp_path / "o"),
-            ]
-        )
-
-
-@pytest.mark.parametrize("method", [name for name, kind in position_methods().items() if kind.bias_kind != "key"])
+@pytest.mark.parametrize("method", position_methods())
 @torch.no_grad()
 def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, tmp_path):
     """Each method with other options of the layers, the embeddings and the output."""
@@ -239,6 +227,9 @@ def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, 
         "t5": ["--adaptive-softmax-cutoff", "10,20", "--activation-fn", "gelu"],
         "learned": ["--adaptive-input", *WIKI103[-4:], "--tie-adaptive-weights", "--max-target-positions", 400],
         "none": ["--adaptive-input", "--adaptive-input-cutoff", "10", "--decoder-normalize-before"],
+        "fox": ["--score-scale", "ssmax"],
+        "kerple": ["--score-scale", "log_n", "--position-layers", "10"],
+        "cable": ["--position-layers", "01"],
     }.get(method, ["--share-decoder-input-output-embed"])
     sizes = ["--decoder-layers", 2, "--decoder-embed-dim", 64, "--decoder-ffn-embed-dim", 64]
     if "--decoder-input-dim" not in form:

@@ -34,8 +34,7 @@ FORMS = {
     "adaptive_output": {"adaptive_softmax_cutoff": [20, 60], "decoder_output_dim": 32},
     "untied": {**CUTOFFS},
 }
-#: The methods that can be exported.
-METHODS = [name for name, method in position_methods().items() if method.bias_kind != "key"]
+METHODS = list(position_methods())
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
 
 
@@ -74,11 +73,12 @@ def agree(found, wanted):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "rotary ssmax 10", "none log_n 1", "fox none 01"])
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_greedy_tokens_of_every_method_are_those_of_whole_passes(method, cache):
     """With padding on the left, for the cache that grows and the one of a fixed size."""
-    model = build_model(position_method=method)
+    names = ("position_method", "score_scale", "position_layers")
+    model = build_model(**dict(zip(names, method.split())), tokens_per_sample=5)
     x, mask = left_padded(text(2, 12), 12, 7)
     found = model.generate(x, attention_mask=mask, max_new_tokens=8, cache_implementation=cache, **GREEDY)
     assert torch.equal(found, whole_passes(model, x, 8, mask))
@@ -108,7 +108,7 @@ def test_generation_in_every_way(form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["alibi", "learned", "rotary"])
+@pytest.mark.parametrize("method", ["alibi", "learned", "rotary", "cable"])
 def test_caches_given_by_hand(method):
     """Both names, in chunks; a static one; one that slides as the model does, grown and of a fixed size."""
     model = build_model(position_method=method)
@@ -251,6 +251,14 @@ def test_an_untied_copy_stays_untied(tmp_path):
     again = AlibiForCausalLM.from_pretrained(tmp_path)
     assert again.lm_head.weight is not again.get_input_embeddings().weight
     assert torch.equal(again(text(1, 5)).logits, model(text(1, 5)).logits)
+    tied = build_model("tied")
+    tied.save_pretrained(tmp_path)
+    again = AlibiForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
+    assert again.lm_head.weight is not again.get_input_embeddings().weight
+    assert torch.equal(again(text(1, 5)).logits, tied(text(1, 5)).logits)
+    build_model("adaptive").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the adaptive softmax of this folder is tied"):
+        AlibiForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=False)
 
 
 @torch.no_grad()

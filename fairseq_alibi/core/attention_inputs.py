@@ -135,13 +135,14 @@ class AttentionInputs:
         """The same with the bias by key of a layer, folded into the mask if there is one.
 
         Args:
-            sums: see `KeyBias`.
+            sums: see `KeyBias`; where the queries are not the last keys, their own follow those of the keys.
             queries: number of queries, the last ones, that the layer computes.
         """
         bias: Bias = KeyBias(sums)
         if isinstance(self.bias, FoldedMask):
-            decay = sums[:, :, -queries:, None] - sums[:, :, None, :]
-            bias = FoldedMask(self.bias.mask[None, :, -queries:] + decay.to(self.bias.mask.dtype))
+            mask = self.bias.mask if self.bias.mask.dim() == 4 else self.bias.mask[None]
+            decay = sums[:, :, -queries:, None] - sums[:, :, None, : mask.size(-1)]
+            bias = FoldedMask(mask[:, :, -queries:] + decay.to(mask.dtype))
         return dataclasses.replace(self, bias=bias)
 
     def to(self, device: Any, non_blocking: bool = False) -> "AttentionInputs":

@@ -184,21 +184,24 @@ class AttentionSetup:
         self, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], device: torch.device
     ) -> Optional[Tensor]:
         """The factors of the queries, by the number of keys that each sees."""
-        form, length = self.settings.score_scale, self.settings.training_length
-        if form == "log_n" and self.plain is not None:
-            form = "none"
-        if form == "none" and not self.method.scales_queries:
+        if self.settings.score_scale == "none" and not self.method.scales_queries:
             return None
         present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
         if self.settings.causal:
             visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
         else:
             visible = present.sum(1, keepdim=True).expand(-1, span.queries)
-        visible = visible.clamp(min=1, max=window)
+        return self.scale_of_counts(visible.clamp(min=1, max=window))
+
+    def scale_of_counts(self, visible: Tensor) -> Optional[Tensor]:
+        """The factors, (B or 1, H or 1, T), of queries that see so many keys, (B or 1, T) int64; None for none."""
+        form, visible = self.settings.score_scale, visible.clamp(min=1)
+        if form == "log_n" and self.plain is not None:
+            form = "none"
         scale = self.method.query_scale(visible) if self.method.scales_queries else None
         if form == "none":
             return scale
-        return scale_by_count(form, visible, length) * (1 if scale is None else scale)
+        return scale_by_count(form, visible, self.settings.training_length) * (1 if scale is None else scale)
 
     def runs_without_mask(
         self,

@@ -96,6 +96,8 @@ class AlibiConfig(PretrainedConfig):
         "max_target_positions": None,
         "attention": "auto",
         "attention_epsilon": EPSILON,
+        "score_scale": "none",
+        "position_layers": "1",
         "begin_token": None,
         "sliding_window": None,
         "logits_with_labels": True,

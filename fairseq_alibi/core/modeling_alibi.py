@@ -47,13 +47,18 @@ class AlibiModel(AlibiPreTrainedModel):
             activation_dropout=config.activation_dropout,
         )
         self.position_method = position_methods()[config.position_method].from_options(heads, width, config)
-        if self.position_method.bias_kind == "key":
-            raise ValueError(f"position_method {config.position_method}: caches of transformers lack the sums it needs")
-        self.setup = AttentionSetup(
-            self.position_method,
-            AttentionSettings(config.attention, config.attention_epsilon, config.attention_dropout),
+        settings = AttentionSettings(
+            config.attention,
+            config.attention_epsilon,
+            config.attention_dropout,
+            score_scale=config.score_scale,
+            position_layers=config.position_layers,
+            training_length=config.tokens_per_sample,
         )
+        self.setup = AttentionSetup(self.position_method, settings)
         self.layers = nn.ModuleList(AlibiLayer(width, heads, options, n) for n in range(config.decoder_layers))
+        for number, layer in enumerate(self.layers):
+            layer.self_attn.use_positions(self.position_method, settings, number)  # type: ignore[union-attr, operator]
         final_norm = config.decoder_normalize_before and not config.no_decoder_final_norm
         self.layer_norm = nn.LayerNorm(width) if final_norm else None
         self.dropout = nn.Dropout(config.dropout)
@@ -114,16 +119,14 @@ class AlibiModel(AlibiPreTrainedModel):
         """(B, T) new tokens -> (B, T, C) what the output layer reads, as `last_hidden_state`.
 
         Args:
-            input_ids: (B, T) new tokens.
             attention_mask: (B, S), 0 at padding, on the left or the right; or (B, 1, T, S), True or 0 where a token
                 sees another one, False or very negative where not; None for no padding.
             position_ids: (B, T). Several texts in one row, each from 0, do not see each other. Otherwise positions
                 must be those that `attention_mask` and the cache tell.
             inputs_embeds: (B, T, input dim) vectors instead of tokens, as `get_input_embeddings` gives them.
             past_key_values, cache: two names for transformers' cache of the tokens before, extended.
-            output_hidden_states, output_attentions: whether the input of each layer and the last output, and the
-                attention weights, (B, H, T, S) float32, are wanted.
-            return_dict, cache_position: False for a tuple; what transformers 4 passes.
+            output_hidden_states, output_attentions: whether the layers' inputs and weights, (B, H, T, S), are wanted.
+            return_dict: False for a tuple.
 
         Raises:
             ValueError: names what is given or wanted and is not there.
@@ -137,13 +140,15 @@ class AlibiModel(AlibiPreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x: Any = inputs_embeds
+        if input_ids is not None:  # as the embedding does too, but peft wraps it and reads the tokens itself
+            x = self.embed_tokens(input_ids.masked_fill(input_ids == 0, self.config.begin_token or 0))
         given = PassInputs.read(x, attention_mask, position_ids, cache, self.config.sliding_window)
         x = self.embed(x, given)
-        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kept = self.config.output_attentions if output_attentions is None else output_attentions
         inputs = self.position_method(given.attention_inputs, self.setup, x, cache, self.training, bool(kept))
         states = []
+        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         for layer in self.layers:
             states.append(x)
             x = layer(x, inputs)
@@ -152,7 +157,7 @@ class AlibiModel(AlibiPreTrainedModel):
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=(*states, x) if states_wanted else None,
-            attentions=tuple(inputs.weights) if inputs.weights is not None else None,
+            attentions=None if inputs.weights is None else tuple(inputs.weights),
             **{CACHE: cache if use_cache else None},
         )
         return output if wants_dict(self.config, return_dict) else output.to_tuple()

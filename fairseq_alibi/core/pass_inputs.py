@@ -17,6 +17,7 @@ from .attention_inputs import AttentionInputs, FoldedMask, TokenSpan
 from .attention_setup import AttentionSetup, compute_dtype
 from .configuration_alibi import PADDING, VERSION
 from .kept import in_transform
+from .layers import CachedTensors
 
 #: Numbers up to this one in a mask that is added to the scores hide a key.
 HIDDEN = -1e4
@@ -52,14 +53,34 @@ class KeyLayout:
 
 
 class CacheWithPositions:
-    """A cache of transformers' as attention uses it: version 4 wants the positions of the new tokens too."""
+    """A cache of transformers' as attention uses it: version 4 wants the positions of the new tokens too.
 
-    def __init__(self, cache: TransformersCache, positions: Tensor):
-        self.cache, self.positions = cache, positions
+    Args:
+        cache: transformers'.
+        layout: of the pass.
+        device: of its first layer.
+    """
+
+    def __init__(self, cache: TransformersCache, layout: KeyLayout, device: torch.device):
+        self.cache, self.layout, self.positions = cache, layout, layout.new_positions(device)
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """See `layers.Cache.update`."""
         return self.cache.update(k, v, layer, {"cache_position": self.positions.to(k.device)})
+
+    def extend(self, new: CachedTensors, layer: int) -> CachedTensors:
+        """See `layers.Cache.extend`: in the cache the decays of a bias by key are a further dimension of the keys.
+
+        The sums start from the first key. See `AttentionInputs.with_decay` for queries that are not the last keys.
+        """
+        k, v, sums = new
+        assert sums is not None
+        decays = torch.cat([sums[..., :1], sums.diff(dim=-1)], dim=-1).to(torch.promote_types(k.dtype, torch.float32))
+        keys, v = self.update(torch.cat([k, decays[..., None]], dim=-1), v, layer)  # float32, where k is less precise
+        sums = keys[..., -1].cumsum(2, dtype=torch.float64)
+        if not self.layout.is_plain:
+            sums = torch.cat([sums, sums[:, :, self.positions.to(k.device) - self.layout.offset]], dim=2)
+        return keys[..., :-1].to(k.dtype), v, sums
 
 
 def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
@@ -255,7 +276,7 @@ class PassInputs:
         """The attention inputs of the pass, of one that keeps the attention weights if `weights`."""
         layout = self.layout
         if isinstance(cache, TransformersCache):
-            cache = CacheWithPositions(cache, layout.new_positions(x.device))
+            cache = CacheWithPositions(cache, layout, x.device)
         if layout.is_plain and self.mask is None and self.texts is None:
             span = TokenSpan(layout.queries, layout.keys, int(layout.first))
             if weights:
@@ -263,19 +284,18 @@ class PassInputs:
             inputs = setup.inputs(x, span, self.padding, self.window, cache, training)
             return dataclasses.replace(inputs, weights=[] if weights else None)
         visible, mask = explicit_mask(self, setup, x)
-        method, scale = setup.method, None
+        method, plain = setup.method, setup.plain
         if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
             raise ValueError(f"position method {method.name}: float16 cannot hold its factors; use another precision")
         rotation = method.rotation(0, layout.offset + layout.keys, x.device)
         if rotation is not None:
             rotation = rotation[:, layout.new_positions(x.device)]
-        if method.scales_queries:
-            scale = method.query_scale(visible.any(1).sum(-1).clamp(min=1))
         return AttentionInputs(
             bias=FoldedMask(mask),
             rotation=rotation,
-            query_scale=scale,
+            query_scale=setup.scale_of_counts(visible.any(1).sum(-1)),
             cache=cache,
+            plain=None if plain is None else self.attention_inputs(plain, x, cache, training),
             weights=[] if weights else None,
         )
 

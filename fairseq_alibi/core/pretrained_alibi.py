@@ -82,13 +82,25 @@ class AlibiPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; parameters may have the names of folders that were exported before."""
-        loaded = super().from_pretrained(*args, **{"key_mapping": OLD_NAMES, **kwargs})
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """See transformers; parameters may have the names of folders that were exported before.
+
+        With tie_word_embeddings=False the output layer of a tied folder is a copy of the embeddings.
+
+        Raises:
+            ValueError: bands of a tied adaptive softmax, which have the embeddings' parameters alone.
+        """
+        wanted = {"key_mapping": OLD_NAMES, **kwargs, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(*args, **wanted)
+        model, report = loaded
+        if any(name.startswith("lm_head.") for name in report["missing_keys"]) and not model.config.tie_word_embeddings:
+            if model.config.adaptive_softmax_cutoff is None and model.config.share_decoder_input_output_embed:
+                model.lm_head.weight.data.copy_(model.get_input_embeddings().weight)
+            elif model.config.adaptive_softmax_cutoff is not None and model.config.tie_adaptive_weights:
+                raise ValueError("tie_word_embeddings=False: the adaptive softmax of this folder is tied; leave it out")
         # transformers 5 would save under the old names again
         renamings = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in renamings if not OLD_NAMES.keys() & set(each.source_patterns)]
-        return loaded
+        return loaded if kwargs.get("output_loading_info") else model
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Makes tied parameters one again; transformers 4 knows only how to tie a plain softmax."""

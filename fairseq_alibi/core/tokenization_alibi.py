@@ -31,7 +31,11 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: the types, a line each, by id.
         codes_file: BPE codes of subword-nmt; None for whole words.
         moses: whether lines are split into words by the Moses tokenizer; else at white space.
-        language, escape, dash_splits: of the Moses tokenizer, as `prepare_text.sh` has them.
+        add_bos_token: False to leave out `<s>` in front of every text.
+        kwargs: those of transformers' tokenizers, and of Moses': `language`, `escape` and `dash_splits`, as
+            `prepare_text.sh` has them, and `word_by_word`, True to give it one word between spaces at a time. It splits
+            off a full stop by what follows, so the tokens of a text are not the first ones of a longer text. Word by
+            word they are, but "No. 5" is "No . 5".
     """
 
     vocab_files_names = {"vocab_file": "vocab.txt", "codes_file": "bpe.codes"}  # noqa: RUF012
@@ -42,17 +46,17 @@ class AlibiTokenizer(PreTrainedTokenizer):
         vocab_file: str,
         codes_file: Optional[str] = None,
         moses: bool = False,
-        language: str = "en",
-        escape: bool = True,
-        dash_splits: bool = True,
+        add_bos_token: bool = True,
         **kwargs: Any,
     ):
         self.vocab_file, self.codes_file = vocab_file, codes_file
         self.types = Path(vocab_file).read_bytes().decode().split("\n")  # no other line break than this one
         self.ids = {word: number for number, word in enumerate(self.types)}
-        self.moses = moses  # transformers saves what has an argument's name
-        self.tokenizer, self.detokenizer = MosesTokenizer(language), MosesDetokenizer(language)
-        self.rules = {"escape": escape, "aggressive_dash_splits": dash_splits}
+        self.moses, self.adds_begin = moses, add_bos_token
+        kwargs = {"language": "en", "escape": True, "dash_splits": True, "word_by_word": False, **kwargs}
+        self.word_by_word = kwargs["word_by_word"]
+        self.tokenizer, self.detokenizer = (kind(kwargs["language"]) for kind in (MosesTokenizer, MosesDetokenizer))
+        self.rules = {"escape": kwargs["escape"], "aggressive_dash_splits": kwargs["dash_splits"]}
         self.bpe = None
         if codes_file:
             with open(codes_file, encoding="utf-8") as codes:
@@ -60,8 +64,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
         names = {"bos_token": BEGIN, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PADDING}
         # not split at what looks like special tokens: in fairseq a text has none
         options = {"padding_side": "left", "split_special_tokens": True, **names, **kwargs}
-        chosen = {"language": language, "escape": escape, "dash_splits": dash_splits}
-        super().__init__(moses=moses, **chosen, **options)
+        super().__init__(moses=moses, add_bos_token=add_bos_token, **options)  # which transformers saves
 
     def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
         """See transformers.
@@ -85,7 +88,8 @@ class AlibiTokenizer(PreTrainedTokenizer):
     def words(self, line: str) -> list[str]:
         """The types of a line; `<s>` and `<pad>`, which are not fairseq's in a text, are unknown."""
         if self.moses:
-            line = self.tokenizer.tokenize(line, return_str=True, **self.rules)
+            parts = line.split() if self.word_by_word else [line]
+            line = " ".join(self.tokenizer.tokenize(part, return_str=True, **self.rules) for part in parts)
         if self.bpe:
             line = self.bpe.process_line(line)
         return [UNKNOWN if word in (BEGIN, PADDING) else word for word in line.split()]
@@ -129,7 +133,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
         self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None
     ) -> list[int]:
         """The first token in front of a text, and in front of the second one."""
-        begin = [self.ids[BEGIN]]
+        begin = [self.ids[BEGIN]] if self.adds_begin else []
         return begin + token_ids_0 + ([] if token_ids_1 is None else begin + token_ids_1)
 
     def get_special_tokens_mask(

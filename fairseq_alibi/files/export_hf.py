@@ -41,8 +41,6 @@ WITHOUT = {
     "scale_heads": False,
     "scale_resids": False,
     "cpu_bf16": False,
-    "score_scale": "none",
-    "position_layers": "1",
 }
 
 #: Activation functions that the exported layers have.
@@ -73,11 +71,6 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
         raise ValueError(
             f"--position-method {method.name}: the exported model has the methods of fairseq_alibi.core only, and this "
             f"one is of {method.__module__}"
-        )
-    if method.bias_kind == "key":
-        raise ValueError(
-            f"--position-method {method.name}: caches of transformers hold keys and values alone, and this method also "
-            "needs the sums of its gates, so the model cannot be exported"
         )
     for name, value in WITHOUT.items():
         if options.get(name, value) not in (value, None):
