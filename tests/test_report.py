@@ -1,6 +1,7 @@
 """Results to table and plot."""
 
 import json
+import math
 
 import pytest
 from conftest import BIN, run
@@ -122,6 +123,25 @@ def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, t
     assert ["0", "7.000"] in rows, "300 tokens of 8 bits and 100 of 4"
     assert ["1", "6.000"] in rows
     assert not any(row and row[0] == "4 - 7" for row in rows), "too few windows"
+
+
+def test_a_curve_without_a_finite_value_is_marked_and_has_no_scale(results, tmp_path, monkeypatch):
+    """Perplexity, speed and loss by position."""
+    from matplotlib import pyplot as plt
+
+    path, seen = results("alibi", {(4, 4): math.inf}), []
+    content = json.loads(path.read_text())
+    bins = [{"first": 0, "last": 3, "tokens": 300, "loss": math.inf}] * 2
+    content["results"][0].update(tokens_per_second=math.inf, by_position=bins)
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(plt, "close", lambda figure: seen.append(figure.axes[0]))
+    write_report([path], tmp_path / "report")
+    assert len(seen) == 3
+    for axes in seen:
+        assert next(text.get_text() for text in axes.texts) == "\u221e"
+        assert not len(axes.get_yticks())
+    assert "inf" in (tmp_path / "report" / "report.md").read_text()
+    assert "nan" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_more_series_than_styles_are_all_drawn(results, tmp_path):

@@ -312,8 +312,8 @@ def pool_positions(curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
             for part in bins:
                 whole = pooled.setdefault(part["first"], {"first": part["first"], "last": 0, "tokens": 0, "loss": 0.0})
                 tokens = whole["tokens"] + part["tokens"]
-                whole["loss"] += (part["loss"] - whole["loss"]) * part["tokens"] / tokens
-                whole.update(tokens=tokens, last=max(whole["last"], part["last"]))
+                loss = (whole["loss"] * whole["tokens"] + part["loss"] * part["tokens"]) / tokens
+                whole.update(tokens=tokens, loss=loss, last=max(whole["last"], part["last"]))
             bins = [pooled[first] for first in sorted(pooled)]
             bins = [part for part in bins if part["tokens"] >= MINIMUM_WINDOWS * (part["last"] - part["first"] + 1)]
             if bins:

@@ -49,13 +49,24 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
     plt.close(figure)
 
 
-def curve_styles(count: int) -> list[dict[str, str]]:
+def curve_styles(count: int) -> list[dict[str, Any]]:
     """Line style and marker for each of `count` curves."""
     colors = [f"C{number}" for number in range(10)] + ["black", "gold", "navy", "lime"]
     return [
         {"linestyle": line, "marker": marker, "color": colors[number % len(colors)]}
         for number, (line, marker) in zip(range(count), itertools.cycle(STYLES))
     ]
+
+
+def draw_curve(axes: Any, points: Sequence[tuple[float, float]], label: str, style: dict[str, Any]) -> None:
+    """Draws a curve, whose infinite values are marked at the upper edge."""
+    axes.plot(*zip(*((x, y if math.isfinite(y) else math.nan) for x, y in points)), label=label, **style)
+    top = axes.get_xaxis_transform()  # lengths, and shares of the height
+    for x in (x for x, y in points if not math.isfinite(y)):
+        mark = {"marker": "^", "color": style["color"], "transform": top}
+        axes.plot([x], [0.985], clip_on=False, in_layout=False, **mark)
+        note: dict[str, Any] = {"textcoords": "offset points", "in_layout": False}
+        axes.annotate("\u221e", (x, 0.985), xycoords=top, xytext=(4, -4), **note)
 
 
 def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
@@ -70,15 +81,7 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
     with chart(path, [curve.label for curve in curves], measure == "perplexity") as axes:
         for curve, style in zip(curves, curve_styles(len(curves))):
             # A length that was not evaluated leaves no gap, one without a finite value does.
-            points = sorted(getattr(curve, measure).items())
-            axes.plot(*zip(*((x, y if math.isfinite(y) else math.nan) for x, y in points)), label=curve.label, **style)
-            infinite = [x for x, y in points if not math.isfinite(y)]
-            top = axes.get_xaxis_transform()  # lengths, and shares of the height
-            for x in infinite:
-                mark = {"marker": "^", "color": style["color"], "transform": top}
-                axes.plot([x], [0.985], clip_on=False, in_layout=False, **mark)
-                note: dict[str, Any] = {"textcoords": "offset points", "in_layout": False}
-                axes.annotate("\u221e", (x, 0.985), xycoords=top, xytext=(4, -4), **note)
+            draw_curve(axes, sorted(getattr(curve, measure).items()), curve.label, style)
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
         lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
@@ -117,6 +120,7 @@ def plot_positions(pooled: dict[str, list[dict[str, Any]]], path: Path) -> None:
     with chart(path, list(pooled)) as axes:
         for (label, bins), style in zip(pooled.items(), curve_styles(len(pooled))):
             centres = [math.sqrt((part["first"] + 1) * (part["last"] + 1)) for part in bins]
-            axes.plot(centres, [part["loss"] for part in bins], label=label, **{**style, "markersize": 3})
+            points = list(zip(centres, (part["loss"] for part in bins)))
+            draw_curve(axes, points, label, {**style, "markersize": 3})
         axes.set_xlabel("tokens that are seen, from the window's start on")
         axes.set_ylabel("loss (bits per token)")
