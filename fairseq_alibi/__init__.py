@@ -1,18 +1,9 @@
 """ALiBi (attention with linear biases) for fairseq: train short, test long.
 
-Folders, each of which imports only those above it:
-    core/         position methods, attention, layers, adaptive softmax; needs torch only
-    models/       fairseq's models: alibi_lm, alibi_masked_lm, alibi_transformer
-    files/        checkpoints, data folders, results and locks: read safely, written whole
-    patches/      every function of fairseq that is replaced, in one list
-    data/         corpora: download, tokenize, binarize
-    evaluation/   windows, scoring, tables and plots
-    experiments/  many runs as one; the planner
-    commands/     the subcommands of fairseq-alibi, one file each
-    startup/      lets fairseq be imported on Python 3.11 and newer
+The README has a table of the folders, each of which imports only those above it.
 
-The models are registered with fairseq as soon as fairseq is imported, before or after this package
-(`--user-dir fairseq_alibi` imports it). Without fairseq nothing is registered and nothing is patched.
+The models are registered with fairseq as soon as fairseq is imported, before or after this package (`--user-dir
+fairseq_alibi` imports it). Without fairseq nothing is registered and nothing is patched.
 """
 
 import sys

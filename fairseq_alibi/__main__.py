@@ -28,8 +28,7 @@ COMMANDS = {
 }
 
 
-#: The modules whose warnings are not about what a command is given.
-LIBRARIES = r"(?!fairseq_alibi)"
+LIBRARIES = r"(?!fairseq_alibi)"  # the modules whose warnings are not about what a command is given
 
 #: The command that installs fairseq, whose own requirements no current pip accepts.
 GET_FAIRSEQ = "pip install --no-deps fairseq==0.12.2"
@@ -46,10 +45,7 @@ def import_command(name: str) -> Any:
 
 
 def import_user_dir(argv: list[str]) -> list[str]:
-    """Imports the folder that `--user-dir` names, as fairseq's commands do; returns the other arguments.
-
-    The option may stand before or behind the subcommand, but not behind `--`.
-    """
+    """Imports the folder of `--user-dir`, before or behind the subcommand but not `--`; returns the other arguments."""
     end = argv.index("--") if "--" in argv else len(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--user-dir")
@@ -82,11 +78,7 @@ def prepare_streams_and_warnings() -> None:
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    """Runs a subcommand; bad input ends it with one line and status 1.
-
-    Args:
-        argv: The arguments; by default those of the command line.
-    """
+    """Runs a subcommand, by default of the command line; bad input ends it with one line and status 1."""
     prepare_streams_and_warnings()
     argv = import_user_dir(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")

@@ -31,9 +31,8 @@ from fairseq_alibi.core.tiled_attention import tiles
 from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings, run_eval_lm
 from fairseq_alibi.evaluation.measurement import Windowing, evaluate_model
 from fairseq_alibi.evaluation.text import read_evaluation_text
-from fairseq_alibi.files.checkpoints import read_checkpoint
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 from fairseq_alibi.files.data_folders import made_up_dictionary
-from fairseq_alibi.files.model_loading import load_model
 from fairseq_alibi.models.layers import autocast_products
 
 #: Number of types in the vocabulary; with --full that of WikiText-103.

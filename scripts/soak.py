@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.evaluation.scoring import score_stream, score_windows
-from fairseq_alibi.files.checkpoints import read_checkpoint
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 from fairseq_alibi.files.data_folders import read_dictionary, read_subset
-from fairseq_alibi.files.model_loading import load_model
 from fairseq_alibi.files.results import check_writable, describe_environment, write_json, written_whole
 
 #: Lengths are drawn between the first and the last, evenly by their logarithm; there is a mask up to the second.

@@ -13,8 +13,7 @@ import torch
 from conftest import ROOT, run
 from fairseq.data.data_utils import load_indexed_dataset
 
-from fairseq_alibi.files.checkpoints import read_checkpoint
-from fairseq_alibi.files.model_loading import load_model
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ from fairseq.logging import meters, metrics
 from fairseq_cli import generate, preprocess, train
 
 import fairseq_alibi  # noqa: F401
-from fairseq_alibi.files.checkpoints import read_checkpoint
-from fairseq_alibi.files.model_loading import load_model
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 
 VALUES = {
     "number": 1.5,

@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, run
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.commands import doctor, environment_checks
-from fairseq_alibi.commands.environment_checks import PARTS
+from fairseq_alibi.commands import doctor
+from fairseq_alibi.commands.doctor import PARTS
 
 
 def rows(capsys):
@@ -85,7 +85,7 @@ def test_a_version_that_is_too_old_is_named(monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.6.0" if name == "torch" else version(name))
     with pytest.raises(RuntimeError, match=r"torch 2\.6\.0 is installed, but >=2\.7 is needed"):
-        environment_checks.check_versions()
+        doctor.check_versions()
 
 
 def test_a_command_that_cannot_start_is_named(tmp_path, monkeypatch):
@@ -95,10 +95,10 @@ def test_a_command_that_cannot_start_is_named(tmp_path, monkeypatch):
         first = {"fairseq-train": "#!/gone/python", "fairseq-generate": "#!/bin/sh\nexit 1"}.get(name, "#!/bin/sh")
         script.write_text(f"{first}\n")
         script.chmod(0o755)
-    monkeypatch.setattr(environment_checks.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(RuntimeError, match=r"^fairseq-train, fairseq-generate --help fails$"):
-        environment_checks.check_commands()
+        doctor.check_commands()
     monkeypatch.setenv("PATH", "")
     (tmp_path / "fairseq-generate").unlink()
     with pytest.raises(RuntimeError, match="fairseq-generate is not installed"):
-        environment_checks.check_commands()
+        doctor.check_commands()

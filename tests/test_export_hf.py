@@ -25,10 +25,9 @@ from fairseq_alibi.core.modeling_alibi import AlibiConfig, AlibiForCausalLM
 from fairseq_alibi.data.binarize import SPLITS
 from fairseq_alibi.evaluation import generation, scoring
 from fairseq_alibi.files import export_hf
-from fairseq_alibi.files.checkpoints import read_checkpoint
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 from fairseq_alibi.files.data_folders import text_options
 from fairseq_alibi.files.export_hf import export_tokenizer
-from fairseq_alibi.files.model_loading import load_model
 from fairseq_alibi.models.language_model import AlibiLanguageModel
 
 #: wiki103's form: adaptive input and softmax, tied with their projections, and heads that are no power of two.

@@ -12,8 +12,7 @@ from fairseq.data import Dictionary
 from fairseq_cli import eval_lm, generate, interactive, train
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.patches.batching import SKIP
-from fairseq_alibi.patches.whole_words import get_whole_word_mask
+from fairseq_alibi.patches.data import SKIP, get_whole_word_mask
 
 COMMANDS = {"train": train, "eval-lm": eval_lm, "generate": generate, "interactive": interactive}
 TRAINING = [

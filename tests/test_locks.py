@@ -65,22 +65,22 @@ def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path):
 
 
 def test_two_runs_cannot_train_into_one_folder(corpus, tmp_path, monkeypatch):
-    from fairseq_alibi.patches import command_checks
+    from fairseq_alibi.patches import option_checks
 
-    monkeypatch.setattr(command_checks, "LOCK_WAIT", 0)
+    monkeypatch.setattr(option_checks, "LOCK_WAIT", 0)
     cfg = training_config(
         corpus, "--task", "language_modeling", "--arch", "alibi_lm_tiny", "--save-dir", tmp_path, "--cpu"
     )
     refusal = pytest.raises(SystemExit, match=f"checkpoint_last.pt is being written by process {os.getpid()}: wait")
     with locked(tmp_path / "checkpoint_last.pt"), refusal:
-        command_checks.train_alone(lambda _: pytest.fail("two at once"), cfg)
+        option_checks.train_alone(lambda _: pytest.fail("two at once"), cfg)
     trained = []
-    command_checks.train_alone(trained.append, cfg)
+    option_checks.train_alone(trained.append, cfg)
     assert trained == [cfg]
     assert not list(tmp_path.iterdir()), "the lock leaves nothing behind"
     cfg.checkpoint.no_save = True
     with locked(tmp_path / "checkpoint_last.pt"):
-        command_checks.train_alone(trained.append, cfg)
+        option_checks.train_alone(trained.append, cfg)
     assert len(trained) == 2
 
 
@@ -89,7 +89,7 @@ def test_training_goes_on_where_files_cannot_be_locked(corpus, tmp_path, monkeyp
 
     import filelock
 
-    from fairseq_alibi.patches import command_checks
+    from fairseq_alibi.patches import option_checks
 
     cfg = training_config(
         corpus, "--task", "language_modeling", "--arch", "alibi_lm_tiny", "--save-dir", tmp_path, "--cpu"
@@ -97,7 +97,7 @@ def test_training_goes_on_where_files_cannot_be_locked(corpus, tmp_path, monkeyp
     for error in (NotImplementedError(), OSError(errno.ENOLCK, "No locks available")):
         monkeypatch.setattr(filelock.FileLock, "_acquire", mock.Mock(side_effect=error))
         trained = []
-        command_checks.train_alone(trained.append, cfg)
+        option_checks.train_alone(trained.append, cfg)
         assert trained == [cfg]
         assert "no locks" in caplog.text
         caplog.clear()

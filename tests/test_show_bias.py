@@ -7,7 +7,7 @@ import torch
 from conftest import failure
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.evaluation.bias_picture import FORMS, alibi_bias, draw_biases
+from fairseq_alibi.evaluation.plots import FORMS, alibi_bias, draw_biases
 
 
 @pytest.mark.parametrize("form", FORMS[1:])

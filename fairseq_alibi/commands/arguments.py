@@ -11,11 +11,7 @@ def shorten(text: str) -> str:
 
 
 def positive_integer(text: str) -> int:
-    """Reads a whole number of at least 1, of at most 12 digits.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is no such number.
-    """
+    """Reads a whole number of at least 1, of at most 12 digits; raises ArgumentTypeError."""
     if text.isdecimal() and len(text) > 12:
         raise argparse.ArgumentTypeError(f"'{shorten(text)}' is too large: pass a number of at most 12 digits")
     if not text.isdecimal() or int(text) < 1:
@@ -24,22 +20,14 @@ def positive_integer(text: str) -> int:
 
 
 def subset_name(text: str) -> str:
-    """Reads the name of a subset of a data folder.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is a path.
-    """
+    """Reads the name of a subset of a data folder; raises ArgumentTypeError for a path."""
     if "/" in text or "\\" in text or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"'{text}' is a path: pass the name of a subset of the data folder, as valid")
     return text
 
 
 def model_options(text: str) -> dict[str, Any]:
-    """Reads options of a model by name, written as a Python dictionary of literals.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is no such dictionary.
-    """
+    """Reads options of a model by name, written as a Python dictionary of literals; raises ArgumentTypeError."""
     try:
         options = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -13,11 +13,8 @@ from ..evaluation.tables import model_title
 from ..files.locks import locked
 from .arguments import positive_integer, subset_name
 
-#: What follows `--` goes to fairseq-eval-lm.
-PASSES_ARGUMENTS_ON = True
-
-#: Columns of the table.
-COLUMNS = ("length", "stride", "context_window", "tokens", "loss", "perplexity", "seconds")
+PASSES_ARGUMENTS_ON = True  # what follows `--` goes to fairseq-eval-lm
+COLUMNS = ("length", "stride", "context_window", "tokens", "loss", "perplexity", "seconds")  # columns of the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,27 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
         add("--output", type=Path, help="JSON file; default: beside the checkpoint, named by what it holds")
         add("--overwrite", action="store_true", help="replace the JSON file if it exists")
-        positions_help = "tokens in a batch, context included (default 4096)"
-        add("--positions", type=positive_integer, default=4096, help=positions_help)
+        batch_help = "tokens in a batch, context included (default 4096)"
+        add("--positions", type=positive_integer, default=4096, help=batch_help)
     nonoverlapping.add_argument("lengths", metavar="LENGTH", type=positive_integer, nargs="+")
     sliding.add_argument("length", metavar="LENGTH", type=positive_integer)
     sliding.add_argument("strides", metavar="STRIDE", type=positive_integer, nargs="+")
 
 
-def quieten_fairseq() -> None:
-    """Hides fairseq's log of its whole configuration; errors and warnings are still printed."""
-    logging.getLogger().setLevel(logging.WARNING)
+def run(args: argparse.Namespace) -> None:
+    """Evaluates a checkpoint and prints a table; raises ValueError for bad input, or if fairseq-eval-lm failed."""
     eval_lm.logger.setLevel(logging.INFO)  # `TokenCounter` reads it
     eval_lm.logger.propagate = False
-
-
-def run(args: argparse.Namespace) -> None:
-    """Evaluates a checkpoint and prints a table.
-
-    Raises:
-        ValueError: bad input, or fairseq-eval-lm failed.
-    """
-    quieten_fairseq()
     if args.windows == "sliding":
         windowings = [(args.length, stride) for stride in args.strides]
         name = f"sliding_{args.length}_{args.subset}.json"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import re
 import sys
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,31 +19,19 @@ from ..files.data_folders import first_folder, text_options
 from ..files.results import check_writable
 from .arguments import model_options, positive_integer, shorten, subset_name
 
-#: A share of the length that is written as a fraction.
-SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")
-
-#: How the subword units of a data folder are marked, by its BPE.
-MARKERS = {"subword_nmt": "@@ ", "sentencepiece": "sentencepiece"}
+SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")  # a share of the length that is written as a fraction
 
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
 join_processes = processes.join
 
 
 def length_list(text: str) -> list[int]:
-    """Reads lengths with commas between them.
-
-    Raises:
-        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
-    """
+    """Reads lengths with commas between them; raises ArgumentTypeError."""
     return [positive_integer(part) for part in text.split(",")]
 
 
 def share_of_length(text: str) -> Fraction:
-    """Reads a share of the length, written as 1/4 or 0.25.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is not a number above 0 and up to 1.
-    """
+    """Reads a share of the length, above 0 and up to 1, written as 1/4 or 0.25; raises ArgumentTypeError."""
     share = Fraction(0)
     with contextlib.suppress(ValueError, ZeroDivisionError, OverflowError):
         # Not Fraction(text): a text such as 1e-99999999 would take all memory.
@@ -58,24 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="fairseq data folder")
     add("checkpoints", metavar="CHECKPOINT", nargs="+")
-    add(
-        "--lengths",
-        type=length_list,
-        default=[],
-        metavar="N,N,...",
-        help="tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)",
-    )
-    add_window_arguments(parser)
+    lengths_help = "tokens in a window (default: 1, 2, 4, 8 and 16 times what the model was trained on)"
+    add("--lengths", type=length_list, default=[], metavar="N,N,...", help=lengths_help)
+    windows = parser.add_mutually_exclusive_group()  # without any, blocks do not overlap
+    stride_help = "sliding window: tokens from one window to the next"
+    windows.add_argument("--stride", type=positive_integer, metavar="N", help=stride_help)
+    share_help = "the same as a share of each length, as 1/4 or 0.25"
+    windows.add_argument("--stride-fraction", type=share_of_length, metavar="F", help=share_help)
+    windows.add_argument("--streaming", action="store_true", help="one stream: a token attends to the last N tokens")
     add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--by-position", action="store_true", help="also the loss by position in the window")
-    add("--save-token-losses", type=Path, metavar="FILE", help="the loss of every token, in bits, as numpy's .npz")
-    add(
-        *("--remove-bpe", "--post-process"),
-        nargs="?",
-        const="@@ ",
-        metavar="MARKER",
-        help="also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece",
-    )
+    losses_help = "the loss of every token, in bits, as numpy's .npz"
+    add("--save-token-losses", type=Path, metavar="FILE", dest="token_losses", help=losses_help)
+    words_help = "also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece"
+    add("--remove-bpe", "--post-process", nargs="?", const="@@ ", metavar="MARKER", dest="marker", help=words_help)
     tokens_help = "in a batch, context included (default 4096)"
     add("--max-tokens", type=positive_integer, default=4096, metavar="N", help=tokens_help)
     add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
@@ -86,55 +71,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tensorboard-logdir", type=Path, metavar="DIR", help="also write scalars against length")
 
 
-def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how the text is cut; without any, blocks do not overlap."""
-    windows = parser.add_mutually_exclusive_group()
-    windows.add_argument(
-        "--stride", type=positive_integer, metavar="N", help="sliding window: tokens from one window to the next"
-    )
-    windows.add_argument(
-        "--stride-fraction",
-        type=share_of_length,
-        metavar="F",
-        help="the same as a share of each length, as 1/4 or 0.25",
-    )
-    windows.add_argument("--streaming", action="store_true", help="one stream: a token attends to the last N tokens")
-
-
 def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
-    """The settings that the arguments ask for.
-
-    Raises:
-        ValueError: two arguments contradict each other.
-    """
-    marker = args.remove_bpe
-    if marker is None:
-        marker = MARKERS.get(text_options(first_folder(args.data))["bpe"])
-    return EvaluationSettings(
-        data=args.data,
-        subset=args.subset,
-        lengths=args.lengths,
-        stride=args.stride,
-        stride_fraction=args.stride_fraction,
-        streaming=args.streaming,
-        by_position=args.by_position,
-        token_losses=args.save_token_losses,
-        marker=marker,
-        max_tokens=args.max_tokens,
-        model_overrides=args.model_overrides,
-        dtype=args.dtype,
-        device="cuda" if torch.cuda.is_available() and not args.cpu else "cpu",
-        output=args.output,
-        overwrite=args.overwrite,
-    )
+    """The settings that the arguments of the same names ask for; ValueError if two contradict each other."""
+    if args.marker is None:  # how the subword units of the data folder are marked
+        bpe = text_options(first_folder(args.data))["bpe"]
+        args.marker = {"subword_nmt": "@@ ", "sentencepiece": "sentencepiece"}.get(bpe)
+    args.device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    return EvaluationSettings(**{option.name: getattr(args, option.name) for option in fields(EvaluationSettings)})
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluates the checkpoints; prints a table for each, and where its results are.
-
-    Raises:
-        ValueError: bad input, or an evaluation failed.
-    """
+    """Evaluates the checkpoints; prints a table for each, and where its results are."""
     with processes.fail_together():
         settings = evaluation_settings(args)
         settings.check_checkpoints(args.checkpoints)

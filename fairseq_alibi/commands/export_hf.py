@@ -11,9 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of alibi_lm")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--data", default="", help="its fairseq data folder (default: the one it was trained on)")
-    parser.add_argument(
-        "--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name"
-    )
+    overrides = "options of the model, by name"
+    parser.add_argument("--model-overrides", type=model_options, default={}, metavar="DICT", help=overrides)
 
 
 def run(args: argparse.Namespace) -> None:

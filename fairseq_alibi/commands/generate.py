@@ -14,11 +14,8 @@ from fairseq import utils
 from ..evaluation.generation import continue_prompts, decode_tokens, encode_text, load_text_model
 from ..files.data_folders import first_folder, text_options
 
-#: The longest prompt on standard input, in bytes.
-LONGEST_PROMPT = 2**26
-
-#: The largest number of tokens, beams, ...
-LARGEST_NUMBER = 10**7
+LONGEST_PROMPT = 2**26  # bytes on standard input
+LARGEST_NUMBER = 10**7  # of tokens, beams, ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,11 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Checks each number by itself.
-
-    Raises:
-        ValueError: names the option and the remedy.
-    """
+    """Checks each number by itself; ValueError names the option and the remedy."""
     for name, least in (("tokens", 1), ("beam", 1), ("sampling_topk", 1), ("no_repeat_ngram_size", 0), ("seed", 0)):
         value = getattr(args, name)
         option = f"--{name.replace('_', '-')}"
@@ -75,18 +68,14 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def search_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of fairseq's generation.
-
-    Raises:
-        ValueError: an option is wrong, or two options contradict each other; names the remedy.
-    """
+    """The options of fairseq's generation; ValueError if one is wrong, or two contradict each other."""
     check_numbers(args)
     if args.sampling_topk is not None and args.sampling_topp is not None:
         raise ValueError("--sampling-topk and --sampling-topp exclude each other: drop one")
     sampling_option = next((name for name in ("sampling_topk", "sampling_topp") if getattr(args, name) is not None), "")
     if args.beam is not None and sampling_option and not args.sampling:
-        name = sampling_option.replace("_", "-")
-        raise ValueError(f"--{name} contradicts beam search: drop --beam, or add --sampling")
+        option = sampling_option.replace("_", "-")
+        raise ValueError(f"--{option} contradicts beam search: drop --beam, or add --sampling")
     sampling = args.sampling or args.beam is None
     topk = args.sampling_topk or (-1 if args.sampling or args.sampling_topp else 10)
     return {
@@ -101,11 +90,7 @@ def search_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_prompts(arguments: Sequence[str]) -> list[str]:
-    """The prompts among the arguments. Without any, standard input is one prompt, without its final newline.
-
-    Raises:
-        ValueError: there is no prompt, or it is not UTF-8.
-    """
+    """The prompts among the arguments, else standard input as one prompt, without its final newline; ValueError."""
     if arguments:
         return [decode_argument(text) for text in arguments]
     text = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read(LONGEST_PROMPT + 1)
@@ -121,11 +106,7 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
 
 
 def decode_argument(text: str) -> str:
-    """An argument; what Python could not decode in the encoding of the locale is decoded as UTF-8.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
+    """An argument; what Python could not decode in the encoding of the locale is decoded as UTF-8, or ValueError."""
     if not any("\udc80" <= character <= "\udcff" for character in text):
         return text
     try:
@@ -135,11 +116,7 @@ def decode_argument(text: str) -> str:
 
 
 def chosen_text_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokenizer and BPE: as the arguments say, else as the data folder was prepared.
-
-    Raises:
-        ValueError: the BPE codes are missing.
-    """
+    """Tokenizer and BPE: as the arguments say, else as the data folder was prepared; ValueError without codes."""
     chosen = text_options(first_folder(args.data))
     for name in ("tokenizer", "bpe", "bpe_codes"):
         value = getattr(args, name)
@@ -152,11 +129,7 @@ def chosen_text_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints prompts with their continuations, an empty line between them.
-
-    Raises:
-        ValueError: bad input.
-    """
+    """Prints prompts with their continuations, an empty line between them."""
     options = search_options(args)
     texts = read_prompts(args.prompts)
     model = load_text_model(args.data, args.checkpoint, args.length_scale, **chosen_text_options(args))

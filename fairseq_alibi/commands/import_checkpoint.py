@@ -12,12 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", type=Path, help="checkpoint of the authors' fork, or of transformer_lm")
     parser.add_argument("target", metavar="OUT", type=Path, help="checkpoint of alibi_lm to write")
     parser.add_argument("--dict", type=Path, help="dict.txt of the data, to check that it fits")
-    parser.add_argument(
-        "--position-method",
-        choices=list(position_methods()),
-        default=ALiBi.name,
-        help="what it was trained with",
-    )
+    methods, trained = list(position_methods()), "what it was trained with"
+    parser.add_argument("--position-method", choices=methods, default=ALiBi.name, help=trained)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 

@@ -6,21 +6,16 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..experiments.plan import plan_tables, training_command
 from ..experiments.planned_run import PlannedRun
 from ..experiments.run_config import find_dictionary, read_config
+from ..experiments.run_memory import plan_tables, training_command
 from .arguments import positive_integer
 
-#: Options may stand between the overrides.
-ANY_ORDER = True
+ANY_ORDER = True  # options may stand between the overrides
 
 
 def number_of_gib(text: str) -> float:
-    """Reads a positive number.
-
-    Raises:
-        argparse.ArgumentTypeError: The text is no such number.
-    """
+    """Reads a positive number; raises ArgumentTypeError."""
     try:
         number = float(text)
     except ValueError:
@@ -41,11 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi plan`: prints the tables, and the command for the largest batch that fits.
-
-    Raises:
-        ValueError: The run cannot be planned, or not one block fits.
-    """
+    """Prints the tables, and the command for the largest batch that fits; ValueError if not one block does."""
     # A path may hold an equals sign too.
     name, *overrides = sorted(args.words, key=lambda word: "=" in word and not Path(word).is_file())
     config = Path(name)

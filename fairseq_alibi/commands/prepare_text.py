@@ -12,11 +12,7 @@ from .arguments import positive_integer, shorten
 
 
 def language(text: str) -> str:
-    """Reads the code of a language.
-
-    Raises:
-        argparse.ArgumentTypeError: It is none.
-    """
+    """Reads the code of a language; raises ArgumentTypeError."""
     if not re.fullmatch("[a-z]{2,3}", text):
         raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no code of a language: pass one such as de or zh")
     return text
@@ -29,20 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for split in SPLITS:
         add(f"--{split}", type=Path, metavar="FILE", help=f"plain text of the {split} split")
     add("--builtin", action="store_true", help="the source of Python's standard library instead of FILEs")
-    add(
-        "--max-bytes",
-        type=positive_integer,
-        metavar="N",
-        help=f"size limit of --builtin (default: {builtin_corpus.BYTES})",
-    )
+    limit = f"size limit of --builtin (default: {builtin_corpus.BYTES})"
+    add("--max-bytes", type=positive_integer, metavar="N", help=limit)
     merges = f"BPE merges, or pieces of sentencepiece (default: {MERGES}, with --builtin {builtin_corpus.MERGES})"
     add("--bpe-merges", type=positive_integer, metavar="N", help=merges)
-    add(
-        "--tokenizer",
-        choices=("moses", "none", "sentencepiece"),
-        default="moses",
-        help="moses (default), white space alone, or a model of sentencepiece, which keeps the text of any language",
-    )
+    kinds = "moses (default), white space alone, or a model of sentencepiece, which keeps the text of any language"
+    add("--tokenizer", choices=("moses", "none", "sentencepiece"), default="moses", help=kinds)
     add("--language", type=language, default="en", metavar="XX", help="of Moses' tokenizer (default: en)")
     add("--no-escape", action="store_true", help="Moses' tokenizer writes quotes, brackets and & as they are")
     add("--no-dash-splits", action="store_true", help="Moses' tokenizer does not split words at dashes")
@@ -51,11 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi prepare-text`.
-
-    Raises:
-        ValueError: The arguments contradict each other, or see `prepare_text`.
-    """
+    """Runs `fairseq-alibi prepare-text`; ValueError if arguments contradict each other."""
     check_workers(args.workers)
     files = [split for split in SPLITS if getattr(args, split)]
     if len(files) != (0 if args.builtin else len(SPLITS)):

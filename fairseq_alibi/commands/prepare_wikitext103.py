@@ -20,11 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi prepare-wikitext103`.
-
-    Raises:
-        ValueError: The arguments contradict each other, or see `prepare_wikitext103`.
-    """
+    """Runs `fairseq-alibi prepare-wikitext103`; ValueError if arguments contradict each other."""
     check_workers(args.workers)
     if args.source and args.urls:
         raise ValueError(f"--from {args.source} and --url {args.urls[0]} exclude each other: give one of them")

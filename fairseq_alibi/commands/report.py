@@ -14,11 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the report, prints the table of perplexity and the names of the files.
-
-    Raises:
-        ValueError: see `write_report`.
-    """
+    """Writes the report, prints the table of perplexity and the names of the files."""
     print(write_report(args.files, args.output, args.overwrite))
     written = [str(args.output / name) for name in REPORT_FILES if (args.output / name).exists()]
     print("\nwritten to " + ", ".join(written))

@@ -31,11 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `fairseq-alibi reproduce` and says where the page is.
-
-    Raises:
-        ValueError: Bad arguments or data, or see `run_comparison`.
-    """
+    """Runs `fairseq-alibi reproduce` and says where the page is."""
     preset = PRESETS[args.preset]
     data = args.data or preset.data
     if data is None:

@@ -4,36 +4,28 @@ import argparse
 import math
 from pathlib import Path
 
-from ..evaluation.bias_picture import FORMS, alibi_bias, draw_biases
+from ..evaluation.plots import FORMS, alibi_bias, draw_biases
 from ..files.results import written_whole
 from .arguments import positive_integer
 
-#: The longest text of which a picture has a point for each cell of the bias.
-LONGEST_PICTURE = 4096
-#: The largest number of heads.
+LONGEST_PICTURE = 4096  # tokens of which a picture has a point for each cell of the bias
 MOST_HEADS = 4096
-#: The largest bias, heads x queries x keys.
-LARGEST_BIAS = 2**29
+LARGEST_BIAS = 2**29  # heads x queries x keys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi show-bias`."""
-    parser.add_argument("--heads", type=positive_integer, default=8, help="number of heads (default 8)")
-    parser.add_argument("--length", type=positive_integer, default=32, help="tokens (default 32)")
-    parser.add_argument(
-        "--form", choices=FORMS, action="append", help="may be repeated (default: all that the heads allow)"
-    )
-    parser.add_argument("--max-bias", type=float, default=8.0, help="exponent range of the slopes (default 8)")
-    parser.add_argument("--output", type=Path, default=Path("bias.png"), help="picture (default bias.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
+    add = parser.add_argument
+    add("--heads", type=positive_integer, default=8, help="number of heads (default 8)")
+    add("--length", type=positive_integer, default=32, help="tokens (default 32)")
+    add("--form", choices=FORMS, action="append", help="may be repeated (default: all that the heads allow)")
+    add("--max-bias", type=float, default=8.0, help="exponent range of the slopes (default 8)")
+    add("--output", type=Path, default=Path("bias.png"), help="picture (default bias.png)")
+    add("--overwrite", action="store_true", help="replace a picture that is there")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws the picture and prints its name.
-
-    Raises:
-        ValueError: bad input, or the picture exists.
-    """
+    """Draws the picture and prints its name."""
     if args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} exists: pass --overwrite to replace it, or another --output")
     if args.length > LONGEST_PICTURE:

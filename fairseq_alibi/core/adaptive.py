@@ -3,7 +3,6 @@
 Frequent types come first. Bands of rarer ones have narrower vectors (Grave et al. 2017; Baevski and Auli 2019): of the
 output, the head tells the types of the first band and the other bands, and a band's tail tells the types in it.
 Parameters have the names of fairseq's, and `target_losses` takes fairseq's adaptive softmax as well as this one.
-
 Shapes: n tokens, C model width, V types.
 """
 
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from .kept import in_transform
 
-#: Scores of types that are made at once.
-SCORES = 1 << 22
+SCORES = 1 << 22  # scores of types that are made at once
 
 
 class TokenEmbedding(nn.Embedding):
@@ -33,15 +31,10 @@ class TokenEmbedding(nn.Embedding):
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Token embeddings, of a width for each band, projected to one width.
+    """Token embeddings of a width for each band, `dim` for the first, projected to `output_dim` = C.
 
-    Args:
-        cutoffs: the end of each band, the last one V.
-        dim: width of the first band.
-        factor: what the width is divided by from band to band.
-        output_dim: C.
-        padding: the token that is padding.
-        begin: what is read where a text has `<s>`, token 0.
+    `cutoffs` are the ends of the bands, the last one V; `factor` divides the width from band to band. `begin` is read
+    where a text has `<s>`, token 0.
     """
 
     def __init__(self, cutoffs: Sequence[int], dim: int, factor: float, output_dim: int, padding: int, begin: int = 0):
@@ -83,13 +76,9 @@ def resize_rows(module: Any, rows: int) -> None:
 
 
 class TiedLinear(nn.Module):
-    """A linear layer without bias whose weight another module has too.
+    """A linear layer without bias whose weight, (outputs, inputs) or transposed, another module has too.
 
     It is no `nn.Linear`, or peft would train and merge one of the two uses alone.
-
-    Args:
-        weight: (outputs, inputs), or (inputs, outputs) if `transposed`.
-        transposed: whether it is.
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool = False):
@@ -102,12 +91,7 @@ class TiedLinear(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """The head of an adaptive softmax whose types of the first band have the vectors of an adaptive input.
-
-    Args:
-        table: (types, C) those vectors.
-        tails: number of the other bands.
-    """
+    """The head of an adaptive softmax whose first band has the vectors, (types, C), of an adaptive input."""
 
     def __init__(self, table: nn.Parameter, tails: int):
         super().__init__()
@@ -119,15 +103,10 @@ class TiedHead(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Log-probabilities of types in bands.
+    """Log-probabilities of types in bands, see `AdaptiveEmbedding`.
 
-    Args:
-        cutoffs: the end of each band, the last one V.
-        dim: C.
-        factor: what the width of a tail is divided by from band to band.
-        dropout: of what is read and of the hidden units of the tails, in training.
-        tied: adaptive input with the same bands, whose tables are the output's too; None for own ones.
-        tie_projections: whether its projections are the output's too, transposed.
+    `dropout` is of what is read and of the hidden units of the tails, in training. The tables of `tied` are the
+    output's too and, with `tie_projections`, its projections, transposed.
     """
 
     def __init__(
@@ -173,11 +152,7 @@ class AdaptiveSoftmax(nn.Module):
         return torch.cat([types, *(tail + priors[..., n : n + 1] for n, tail in enumerate(bands[1:]))], dim=-1)
 
     def last_band(self) -> Any:
-        """The output layer of the rarest types.
-
-        Raises:
-            ValueError: it is the head, which has the only band.
-        """
+        """The output layer of the rarest types; ValueError for a softmax of one band, which is the head."""
         if not self.tail:
             raise ValueError("an adaptive softmax with one band cannot be resized")
         return self.tail[-1][2]  # type: ignore[index]
@@ -190,11 +165,7 @@ class AdaptiveSoftmax(nn.Module):
 def cross_entropies(project: Callable[[Tensor], Tensor], features: Tensor, targets: Tensor, types: int) -> Tensor:
     """-log softmax(project(features)) at the targets, some rows at a time: (n,) float32, nats.
 
-    Args:
-        project: (n, C) -> (n, V) scores.
-        features: (n, C).
-        targets: (n,) int64.
-        types: V.
+    (n, C) `features`, (n,) int64 `targets`, `project` maps (n, C) to (n, V) scores; V = `types`.
     """
     rows = max(1, SCORES // types)
     chunks = zip(features.split(rows), targets.split(rows))
@@ -204,13 +175,7 @@ def cross_entropies(project: Callable[[Tensor], Tensor], features: Tensor, targe
 def target_losses(softmax: Any, features: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) of an adaptive softmax, without a tensor of n x V elements: the head's loss and the own tail's.
 
-    Args:
-        softmax: has `head`, `tail` and `cutoff`: `AdaptiveSoftmax`, or fairseq's.
-        features: (n, C).
-        targets: (n,) int64.
-
-    Returns:
-        (n,) float32, nats.
+    `softmax` has `head`, `tail` and `cutoff`, as fairseq's. (n, C) features, (n,) int64 targets -> (n,) float32, nats.
     """
     frequent, in_head, own = softmax.cutoff[0], targets, []
     for band, (tail, first, last) in enumerate(zip(softmax.tail, softmax.cutoff, softmax.cutoff[1:])):

@@ -1,34 +1,22 @@
-"""ALiBi, attention with linear biases (Press et al. 2022): the slopes, and the bias in decoders and encoders.
-
-Shapes: H heads, N distances.
-"""
+"""ALiBi, attention with linear biases (Press et al. 2022), in decoders and encoders. Shapes: H heads, N distances."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .positions import DECODER, ENCODER, PositionMethod, register_position_method
+from .positions import DECODER, ENCODER, PositionMethod, option_field, register_position_method
 
 
 def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Tensor:
-    """Slopes m_h of ALiBi, one per head, steepest first (Press et al. 2022, section 3).
+    """Slopes m_h of ALiBi, one per head, steepest first (Press et al. 2022, section 3): (H,) float64.
 
     For a power of two they are `2 ** (-max_bias * h / num_heads)`, h = 1..H. For any other number of heads they are the
-    slopes of the nearest lower power of two P, followed by the 1st, 3rd, 5th, ... of the 2P slopes.
-
-    Args:
-        num_heads: H, at least 1.
-        max_bias: exponent range of the slopes, 8 in the paper; larger values reach further.
-
-    Returns:
-        (H,) float64.
-
-    Raises:
-        ValueError: for fewer than one head or an exponent range that is not a positive, finite number.
+    slopes of the nearest lower power of two P, followed by the 1st, 3rd, 5th, ... of the 2P slopes. A larger `max_bias`
+    reaches further. ValueError: fewer than one head, or a `max_bias` that is not a positive, finite number.
     """
     if num_heads < 1:
         raise ValueError(f"the number of heads must be at least 1, not {num_heads}")
@@ -46,14 +34,8 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> Tensor:
 class ScaledSlopes:
     """Slopes that may be divided by a length scale: position interpolation for ALiBi (arXiv 2310.13017).
 
-    Args:
-        unscaled: (H,) float64 slopes.
-        length_scale: what the slopes are divided by. "auto" is evaluation length over training length, where that is
-            more than 1.
-        training_length: in tokens, for "auto".
-
-    Raises:
-        ValueError: a length scale that is no positive number and not "auto".
+    `unscaled` are (H,) float64. The scale "auto" is evaluation length over training length, where that is more than 1;
+    ValueError for one that is no positive number and not "auto".
     """
 
     def __init__(self, unscaled: Tensor, length_scale: Union[float, str] = 1.0, training_length: Optional[int] = None):
@@ -77,30 +59,28 @@ class ScaledSlopes:
 
 
 @dataclass
-class ALiBiOptions:
+class SlopeOptions:
+    """Options of ALiBi in any stack."""
+
+    alibi_max_bias: float = option_field(
+        8.0, "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"
+    )
+    alibi_length_scale: str = option_field(
+        "1.0",
+        "divides the ALiBi slopes, to reach further than in training; to be overridden at evaluation: a "
+        "number, or auto for evaluation length over training length",
+    )
+    alibi_learned_slopes: bool = option_field(
+        False, "learn the slopes: those of a language model, or of an encoder with the bias two_slopes"
+    )
+
+
+@dataclass
+class ALiBiOptions(SlopeOptions):
     """Options of ALiBi in a decoder."""
 
-    alibi_max_bias: float = field(
-        default=8.0,
-        metadata={"help": "exponent range of the ALiBi slopes, which lie between 1 and 2 ** -alibi_max_bias"},
-    )
-    alibi_length_scale: str = field(
-        default="1.0",
-        metadata={
-            "help": "divides the ALiBi slopes, to reach further than in training; to be overridden at evaluation: a "
-            "number, or auto for evaluation length over training length"
-        },
-    )
-    alibi_heads: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "number of heads of the decoder with a bias, the first ones; the others have none (default: all "
-            "have one)"
-        },
-    )
-    alibi_learned_slopes: bool = field(
-        default=False,
-        metadata={"help": "learn the slopes: those of a language model, or of an encoder with the bias two_slopes"},
+    alibi_heads: Optional[int] = option_field(
+        None, "number of heads of the decoder with a bias, the first ones; the others have none (default: all have one)"
     )
 
 
@@ -109,21 +89,14 @@ class ALiBi(PositionMethod):
     """Attention with linear biases: -m_h * (i - j) is added to the score of query i against key j <= i.
 
     No buffer, no embedding, no longest length, and no parameter unless the slopes are learned (Press et al. 2022,
-    section 3; with learned slopes models extrapolate worse, as it says). The bias is computed from
-    distances, not as one vector m_h * j per head: the two differ by a constant per row, which softmax ignores, but
-    distances keep the numbers of near tokens small and so exact in half precision too.
+    section 3; with learned slopes models extrapolate worse, as it says). The bias is computed from distances, not as
+    one vector m_h * j per head: the two differ by a constant per row, which softmax ignores, but distances keep the
+    numbers of near tokens small and so exact in half precision too.
 
-    Args:
-        num_heads: H.
-        max_bias: see `alibi_slopes`.
-        length_scale, training_length: see `ScaledSlopes`.
-        heads: number of heads with a bias, the first ones, with the slopes of a model of that many; None for all. The
-            others have slope 0, which is no bias.
-        learned: whether the slopes are parameters, as logarithms, that start from the fixed ones. A slope stays above
-            0, so the bias falls without end and `reach` holds as it is.
-
-    Raises:
-        ValueError: see `alibi_slopes` and `ScaledSlopes`, or more heads than there are.
+    The first `heads` heads have a bias, with the slopes of a model of that many, the others have slope 0, which is
+    none. `learned` slopes are parameters, as logarithms, that start from the fixed ones. A slope stays above 0, so the
+    bias falls without end and `reach` holds as it is. ValueError: see `alibi_slopes` and `ScaledSlopes`, or too many
+    heads.
     """
 
     options = ALiBiOptions
@@ -150,8 +123,7 @@ class ALiBi(PositionMethod):
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "ALiBi":
         """See `PositionMethod.from_options`."""
-        scale, length = options.alibi_length_scale, options.tokens_per_sample
-        learned = options.alibi_learned_slopes
+        scale, length, learned = options.alibi_length_scale, options.tokens_per_sample, options.alibi_learned_slopes
         return cls(num_heads, options.alibi_max_bias, scale, length, options.alibi_heads, learned)
 
     def set_evaluation_length(self, length: int) -> None:
@@ -170,23 +142,14 @@ ENCODER_FORMS = ("symmetric", "one_sided", "two_slopes")
 
 
 @dataclass
-class EncoderALiBiOptions:
+class EncoderALiBiOptions(SlopeOptions):
     """Options of ALiBi in an encoder."""
 
-    alibi_max_bias: float = field(default=8.0, metadata=ALiBiOptions.__dataclass_fields__["alibi_max_bias"].metadata)
-    alibi_length_scale: str = field(
-        default="1.0", metadata=ALiBiOptions.__dataclass_fields__["alibi_length_scale"].metadata
-    )
-    alibi_encoder_bias: str = field(
-        default=ENCODER_FORMS[0],
-        metadata={
-            "choices": ENCODER_FORMS,
-            "help": "the bias for keys on both sides: symmetric: that of the distance; one_sided: half of the heads "
-            "see what is before, half what is after; two_slopes: each head has a slope for either side",
-        },
-    )
-    alibi_learned_slopes: bool = field(
-        default=False, metadata=ALiBiOptions.__dataclass_fields__["alibi_learned_slopes"].metadata
+    alibi_encoder_bias: str = option_field(
+        ENCODER_FORMS[0],
+        "the bias for keys on both sides: symmetric: that of the distance; one_sided: half of the heads "
+        "see what is before, half what is after; two_slopes: each head has a slope for either side",
+        choices=ENCODER_FORMS,
     )
 
 
@@ -199,16 +162,8 @@ class EncoderALiBi(PositionMethod):
                 halves have the slopes of H / 2 heads.
     two_slopes  the slopes of 2 H heads, in turn left and right; they may be learned, as sigmoids.
 
-    Args:
-        num_heads: H.
-        form: one of `ENCODER_FORMS`.
-        max_bias: see `alibi_slopes`.
-        length_scale, training_length: see `ScaledSlopes`.
-        learned: whether the slopes are parameters that start from the fixed ones.
-
-    Raises:
-        ValueError: see `alibi_slopes` and `ScaledSlopes`; an unknown form; an odd number of heads for one_sided;
-            learned slopes of another form.
+    ValueError: see `alibi_slopes` and `ScaledSlopes`; an unknown form; an odd number of heads for one_sided; learned
+    slopes of another form.
     """
 
     options = EncoderALiBiOptions
@@ -243,14 +198,8 @@ class EncoderALiBi(PositionMethod):
     @classmethod
     def from_options(cls, num_heads: int, embed_dim: int, options: Any) -> "EncoderALiBi":
         """See `PositionMethod.from_options`."""
-        return cls(
-            num_heads,
-            options.alibi_encoder_bias,
-            options.alibi_max_bias,
-            options.alibi_length_scale,
-            options.tokens_per_sample,
-            options.alibi_learned_slopes,
-        )
+        scale, length, learned = options.alibi_length_scale, options.tokens_per_sample, options.alibi_learned_slopes
+        return cls(num_heads, options.alibi_encoder_bias, options.alibi_max_bias, scale, length, learned)
 
     def set_evaluation_length(self, length: int) -> None:
         """See `ScaledSlopes.set_evaluation_length`."""

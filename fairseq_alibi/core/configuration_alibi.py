@@ -11,11 +11,8 @@ from .attention_inputs import EPSILON
 from .methods import ALiBi
 from .positions import position_methods
 
-#: The token that fairseq pads with.
-PADDING = 1
-
-#: The oldest and the newest version of transformers that the tests run with.
-OLDEST, NEWEST = "4.57", "5.24"
+PADDING = 1  # the token that fairseq pads with
+OLDEST, NEWEST = "4.57", "5.24"  # the oldest and the newest version of transformers that the tests run with
 
 #: The major and minor version of transformers.
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -30,11 +27,7 @@ METHOD_OPTIONS = {
 
 
 def check_version() -> None:
-    """Warns of a transformers newer than the tested ones.
-
-    Raises:
-        ImportError: it is older.
-    """
+    """Warns of a transformers newer than the tested ones; ImportError for an older one."""
     oldest, newest = (tuple(int(part) for part in version.split(".")) for version in (OLDEST, NEWEST))
     tested = f"transformers {transformers.__version__}: this model is tested with {OLDEST} to {NEWEST}"
     if oldest > VERSION:

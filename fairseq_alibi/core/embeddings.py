@@ -16,15 +16,7 @@ from .positions import DECODER, ENCODER, PositionMethod, register_position_metho
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embeddings of positions (Vaswani et al. 2017, section 3.5), in fairseq's order: sines, then cosines.
-
-    Args:
-        positions: (...) int64.
-        dim: C.
-
-    Returns:
-        (..., C) float32.
-    """
+    """Sinusoidal embeddings of positions, sines, then cosines, as in fairseq: (...) int64 -> (..., `dim`) float32."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
     angles = positions[..., None].float() * frequencies.to(positions.device)
@@ -38,12 +30,7 @@ def token_positions(tokens_present: Tensor, padding_idx: int) -> Tensor:
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Sinusoidal embeddings by position, zero at padding.
-
-    Args:
-        dim: C.
-        padding_idx: position of padding.
-    """
+    """Sinusoidal embeddings by position, zero at padding."""
 
     def __init__(self, dim: int, padding_idx: int):
         super().__init__()
@@ -65,13 +52,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class LearnedEmbedding(nn.Embedding):
-    """A learned embedding for each position, which starts from the values that fairseq gives it.
-
-    Args:
-        length: longest sequence, in tokens.
-        dim: C.
-        padding_idx: position of padding.
-    """
+    """A learned embedding for each of `length` positions, which starts from the values that fairseq gives it."""
 
     def __init__(self, length: int, dim: int, padding_idx: int):
         super().__init__(length + padding_idx + 1, dim, padding_idx)
@@ -80,11 +61,7 @@ class LearnedEmbedding(nn.Embedding):
         nn.init.constant_(self.weight[padding_idx], 0)
 
     def forward(self, positions: Tensor, length: int) -> Tensor:  # type: ignore[override]
-        """(B, T) int64 positions -> (B, T, C); `length` is the number of tokens in a row, earlier ones too.
-
-        Raises:
-            ValueError: a position is past the end of the table.
-        """
+        """(B, T) int64 positions -> (B, T, C), of rows of `length` tokens; ValueError past the end of the table."""
         if length > self.length and int(positions.max()) >= self.num_embeddings:
             raise ValueError(f"the model has learned {self.length:,} positions, but the text has {length:,} tokens")
         return super().forward(positions)
@@ -105,10 +82,7 @@ class Sinusoidal(PositionMethod):
 
 @register_position_method("learned", stacks=(DECODER, ENCODER))
 class Learned(PositionMethod):
-    """An embedding for each position, learned and added to the token embeddings, as fairseq does it.
-
-    The table has an entry for each position of the training length (or of --max-target-positions) and none past it.
-    """
+    """An embedding for each position up to the training length (or --max-target-positions), added to the tokens'."""
 
     adds_embedding = True
     limited_to_training_length = True

@@ -25,10 +25,6 @@ class Fire(PositionMethod):
     f is a network of 32 hidden units with a number for each head, L0 the training length; c starts from 0.1, m from 1.
     Up to position |m| L0, and so in most of the training, the bias depends on the distance alone. Positions count
     padding to the left. There is no bound under which keys could be skipped.
-
-    Args:
-        num_heads: H.
-        training_length: L0.
     """
 
     bias_kind = "pair"

@@ -13,14 +13,8 @@ from .positions import DECODER, PositionMethod, register_position_method
 class Gate(nn.Module):
     """The decay log sigmoid(sign (w_h . x + b_h)) of each token and head: (..., C) -> (..., H) float32, below 0.
 
-    Weights start from 0, so that a model starts with the same decay everywhere, and every other weight of it as with
-    any method.
-
-    Args:
-        embed_dim: C.
-        num_heads: H.
-        start: b_h at first.
-        sign: 1 or -1.
+    Weights start from 0, and b_h from `start`, so that a model starts with the same decay everywhere, and every other
+    weight of it as with any method. `sign` is 1 or -1.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, start: float, sign: float):
@@ -40,9 +34,6 @@ class Fox(PositionMethod):
 
     The gates of each layer are sigmoid(w_h . x + b_h) of its input x. With a constant gate this is ALiBi with the slope
     -log(gate). b_h starts from 5, a slope of 0.0067. A gate is below 1, so c falls: `reach.oldest_keys` skips keys.
-
-    Args:
-        num_heads: H.
     """
 
     bias_kind = "key"
@@ -56,7 +47,7 @@ class Fox(PositionMethod):
 
 @register_position_method("cable", stacks=(DECODER,))
 class Cable(Fox):
-    """CABLE (Veisi et al. 2025): the decay of a token is -softplus(w_h . x + b_h) = log sigmoid(-(w_h . x + b_h)).
+    """CABLE (Veisi et al. 2025): a decay of -softplus(w_h . x + b_h) = log sigmoid(-(w_h . x + b_h)).
 
     b_h starts from 0, a slope of 0.69.
     """

@@ -17,10 +17,7 @@ def in_transform(x: Tensor) -> bool:
 
 
 def in_functional_transform() -> bool:
-    """Whether a transform of torch.func is under way: vmap, grad, jvp, ...
-
-    It asks a private function, as torch has no public one; a torch without it is taken to have no transform.
-    """
+    """Whether vmap, grad, ... of torch.func is under way; asks a private function, as torch has no public one."""
     return getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)() is not None
 
 

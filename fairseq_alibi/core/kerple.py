@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .positions import DECODER, PositionMethod, register_position_method
 
-#: The least value of a parameter.
-LEAST = 0.01
+LEAST = 0.01  # the least value of a parameter
 
 
 @register_position_method("kerple", stacks=(DECODER,))
@@ -22,9 +21,6 @@ class Kerple(PositionMethod):
     The bias falls without end, so `reach.distance_reach` skips keys: those beyond a distance x weigh together at most
     exp(e) times the sum of (1 + a d)^-p over d > x. For p > 1 that is below exp(e) (1 + a x)^(1 - p) / (a (p - 1)), and
     the reach has an end whatever the length. For p <= 1 the sum has no limit, and the reach grows with the length.
-
-    Args:
-        num_heads: H.
     """
 
     bias_kind = "distance"
@@ -53,10 +49,7 @@ class Kerple(PositionMethod):
 
 @register_position_method("kerple_power", stacks=(DECODER,))
 class KerplePower(Kerple):
-    """The bias -a d^p, with 0 < p <= 2 and a > 0; the rest is as in `Kerple`.
-
-    The sum of exp(-a d^p) over all d has a limit for every p > 0, so the reach has an end whatever the length.
-    """
+    """The bias -a d^p, with 0 < p <= 2 and a > 0, whose reach has an end whatever the length; see `Kerple`."""
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """See `PositionMethod.distance_bias`."""

@@ -3,9 +3,7 @@
 c_i - c_j, the bias of query i and key j, differs by a constant per row from o - c_j, whatever the number o, and softmax
 ignores the difference. So a dimension that is 1 in queries and o - c_j, times sqrt(D), in keys carries the bias through
 any kernel, its gradient included. o is c in the middle of a tile's queries, so that the numbers of near keys are small
-and exact. In half precision three numbers add up to o - c_j.
-
-Shapes: B batch, H heads, T queries, S keys, D head_dim.
+and exact. In half precision three numbers add up to o - c_j. Shapes: B batch, H heads, T queries, S keys, D head_dim.
 """
 
 import math
@@ -14,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Further dimensions, a multiple of what kernels compute at once.
-FEATURES = 8
+FEATURES = 8  # further dimensions, a multiple of what kernels compute at once
 
 
 def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,13 +28,9 @@ def feature_count(dtype: torch.dtype) -> int:
 
 
 def features_of_keys(sums: Tensor, queries: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """The features of a tile's keys: (B, H, S, 1), or (B, H, S, 3) in half precision.
+    """The features of a tile's keys, of dimension `dim`: (B, H, S, 1), or (B, H, S, 3) in half precision.
 
-    Args:
-        sums: (B, H, S) c of the keys, the newest one, which is the last query, first.
-        queries: T.
-        dim: D, by whose square root scores are divided.
-        dtype: of the keys.
+    `sums` (B, H, S) is c of the keys, the newest one, which is the last query, first.
     """
     middle = min(queries // 2, sums.size(2) - 1)
     whole = (sums[:, :, middle, None] - sums) * math.sqrt(dim)

@@ -1,8 +1,6 @@
-"""Self-attention and transformer layers that take `AttentionInputs`. Pure torch, usable without fairseq.
+"""Self-attention and transformer layers that take `AttentionInputs`, also those of fairseq's models. Pure torch.
 
 Shapes: B batch, H heads, T new tokens, S all tokens (the last S positions), D head_dim, C = H * D.
-
-The models of fairseq in this package attend through the same `AttentionCore`.
 """
 
 import contextlib
@@ -26,11 +24,7 @@ CachedTensors = tuple[Tensor, Tensor, Optional[Tensor]]
 
 
 class AttentionCore:
-    """Multi-head self-attention for a module with projections, which all layers of this package run.
-
-    The module has `num_heads`, `head_dim`, the layers `q_proj`, `k_proj`, `v_proj` and `out_proj`, and, for a bias by
-    key, a `gate`, see `PositionMethod.make_gate`; see `use_positions`.
-    """
+    """Multi-head self-attention for a module with projections, which all layers of this package run."""
 
     num_heads: int
     head_dim: int
@@ -38,7 +32,7 @@ class AttentionCore:
     k_proj: nn.Module
     v_proj: nn.Module
     out_proj: nn.Module
-    gate: Optional[nn.Module]
+    gate: Optional[nn.Module]  # for a bias by key, see `PositionMethod.make_gate`
     score_scale: Optional[nn.Parameter]
     has_positions: bool
 
@@ -46,13 +40,7 @@ class AttentionCore:
     time_dim = 1
 
     def use_positions(self, method: Optional[PositionMethod], settings: AttentionSettings, layer: int = 0) -> None:
-        """Gives the module its part of the position method, and parameters for it.
-
-        Args:
-            method: of the stack; None for what every method has.
-            settings: of the stack.
-            layer: number of the layer, from 0 on.
-        """
+        """Gives the module, of layer number `layer`, its part of the position method, and parameters for it."""
         self.has_positions = settings.position_layers[layer % len(settings.position_layers)] == "1"
         width = self.num_heads * self.head_dim
         self.gate = method.make_gate(width) if method is not None and self.has_positions else None
@@ -64,19 +52,10 @@ class AttentionCore:
     def compute_attention(
         self, x: Tensor, inputs: AttentionInputs, dropout: float = 0.0, need_weights: bool = False
     ) -> tuple[Tensor, Optional[Tensor]]:
-        """Attention of new tokens to all.
+        """Attention of new tokens to all: (B, T, C), or (T, B, C) by `time_dim`, and (B, H, T, S) weights or None.
 
-        Args:
-            x: (B, T, C) or (T, B, C), see `time_dim`.
-            inputs: what the stack made once for all of its layers.
-            dropout: probability that an attention weight is dropped; 0 outside training.
-            need_weights: whether the weights are returned too.
-
-        Returns:
-            As `x`, of the queries alone that `inputs` asks for; and (B, H, T, S) weights or None.
-
-        Raises:
-            ValueError: weights of attention without a mask.
+        Of the result only the queries that `inputs` asks for are computed. ValueError: weights of attention without a
+        mask.
         """
         if not self.has_positions:
             assert inputs.plain is not None
@@ -107,10 +86,7 @@ class AttentionCore:
         return self.out_proj(out.movedim((0, 1, 2), (1 - time, 2, time)).flatten(-2)), weights
 
     def decays(self, x: Tensor) -> Tensor:
-        """Running sums of the decays of the new tokens: (B, H, T) float64.
-
-        Those of padding in front of a sequence are in all sums of its tokens, and so in no difference of two.
-        """
+        """Running sums of the decays of the new tokens: (B, H, T) float64; padding in front cancels in differences."""
         assert self.gate is not None
         decay = self.gate(x).movedim((1 - self.time_dim, -1, self.time_dim), (0, 1, 2)).double()
         return decay.cumsum(2)
@@ -154,16 +130,9 @@ class Cache:
 
 
 class SelfAttention(AttentionCore, nn.Module):
-    """The attention of a layer in a stack.
+    """The attention of a layer in a stack, (B, T, C) -> (B, T, C); ValueError if the heads do not divide the width.
 
-    Args:
-        embed_dim: C.
-        num_heads: H, divides C.
-        dropout: of the attention weights, in training.
-        layer: number of its layer, under which a cache keeps its keys.
-
-    Raises:
-        ValueError: the heads do not divide the width.
+    A cache keeps its keys under the number `layer`.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, layer: int = 0):
@@ -191,33 +160,18 @@ class SelfAttention(AttentionCore, nn.Module):
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """How the layers of a stack compute.
+    """How the layers of a stack compute."""
 
-    Args:
-        ffn_dim: width of the feed-forward parts; None for 4 C.
-        activation: a function of torch.nn.functional, "relu" or "gelu".
-        normalize_before: whether the norm is in front of each part (pre-norm), not behind it.
-        dropout, attention_dropout, activation_dropout: in training, of the output of each part, of the attention
-            weights, and of the hidden units of the feed-forward parts.
-    """
-
-    ffn_dim: Optional[int] = None
-    activation: str = "relu"
-    normalize_before: bool = True
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
+    ffn_dim: Optional[int] = None  # width of the feed-forward parts; None for 4 C
+    activation: str = "relu"  # or "gelu", a function of torch.nn.functional
+    normalize_before: bool = True  # the norm is in front of each part (pre-norm), not behind it
+    dropout: float = 0.0  # of the output of each part, in training, as the next two
+    attention_dropout: float = 0.0  # of the attention weights
+    activation_dropout: float = 0.0  # of the hidden units of the feed-forward parts
 
 
 class Layer(nn.Module):
-    """A transformer layer: attention and feed-forward, each with a residual connection and a norm.
-
-    Its parameters have the names of those of fairseq's layers.
-
-    Args:
-        embed_dim, num_heads, layer: see `SelfAttention`.
-        options: how it computes.
-    """
+    """A transformer layer: attention and feed-forward, with residuals and norms; parameters have fairseq's names."""
 
     def __init__(self, embed_dim: int, num_heads: int, options: LayerOptions, layer: int = 0):
         super().__init__()
@@ -243,14 +197,10 @@ class Layer(nn.Module):
 
 
 def checkpoint_activations(layer: Callable[..., Any], *arguments: Any, offload: bool = False) -> Any:
-    """Calls a layer whose activations are computed again in the backward pass instead of being kept.
+    """Calls a layer, whose activations are computed again in the backward pass instead of being kept.
 
-    Gradients flow to the parameters and to every tensor in the arguments, those inside `AttentionInputs` too.
-
-    Args:
-        layer: a module or function.
-        arguments: its arguments.
-        offload: whether the tensors that are kept, the arguments, wait in the memory of the host.
+    Gradients flow to the parameters and to every tensor in the arguments, those inside `AttentionInputs` too. With
+    `offload` the arguments, which are kept, wait in the memory of the host.
     """
     with torch.autograd.graph.save_on_cpu() if offload else contextlib.nullcontext():
         return checkpoint(layer, *arguments, use_reentrant=False)

@@ -3,6 +3,8 @@
 transformers copies the files of an exported model that are imported by name, so each file is named here.
 """
 
+# ruff: noqa: F401
+
 from .alibi import ALiBi, EncoderALiBi
 from .embeddings import Learned, NoPositions, Sinusoidal
 from .fire import Fire
@@ -14,21 +16,3 @@ from .t5 import T5
 
 #: The methods that `fairseq-alibi reproduce` compares unless it is given others.
 COMPARED = ("alibi", "sinusoidal", "learned", "none", "rotary", "t5")
-
-__all__ = [
-    "COMPARED",
-    "T5",
-    "ALiBi",
-    "Cable",
-    "EncoderALiBi",
-    "Fire",
-    "Fox",
-    "Kerple",
-    "KerplePower",
-    "Learned",
-    "NoPositions",
-    "Rotary",
-    "Sandwich",
-    "Sinusoidal",
-    "XPos",
-]

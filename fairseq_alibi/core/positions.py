@@ -1,13 +1,13 @@
 """Position methods: how a model knows where its tokens are. Pure torch, usable without fairseq.
 
-Shapes: H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim, C width.
-
 A position method is a subclass of `PositionMethod` in a file of its own. `register_position_method` gives it the name
 that `--position-method` takes. The built-in methods are listed in `methods.py`; the bias of ALiBi is in `alibi.py`.
+Shapes: H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim, C width.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any, ClassVar, Optional, TypeVar
 
 import torch
@@ -21,18 +21,14 @@ BIAS_KINDS = ("none", "linear", "distance", "key", "pair")
 
 
 def distances(query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
-    """Distance i - j from each query to each key: 0 for a token itself, negative for keys in the future.
-
-    Args:
-        query_length: T; the queries are the last T of the S positions.
-        key_length: S, at least T.
-        device: of the result.
-
-    Returns:
-        (T, S) int64.
-    """
+    """(T, S) int64 i - j from each query to each key: 0 for a token itself, negative for keys in the future."""
     positions = torch.arange(key_length, device=device)
     return positions[key_length - query_length :, None] - positions[None, :]
+
+
+def option_field(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """An option of a command line as a field of a dataclass; see `PositionMethod.options`."""
+    return field(default=default, metadata={"help": help, **({"choices": choices} if choices else {})})
 
 
 class PositionMethod(nn.Module):
@@ -92,14 +88,8 @@ class PositionMethod(nn.Module):
     def position_embedding(self, embed_dim: int, length: int, padding_idx: int) -> Optional[nn.Module]:
         """The module that is added to the token embeddings if `adds_embedding`, else None.
 
-        Args:
-            embed_dim: C.
-            length: longest sequence, in tokens, for a table that ends there.
-            padding_idx: position of padding; as in fairseq the first token has the next one.
-
-        Returns:
-            A module whose forward takes (B, T) int64 positions and the number of tokens in a row, earlier ones too, and
-            returns (B, T, C).
+        Its forward takes (B, T) int64 positions and the number of tokens in a row, earlier ones too, and returns (B, T,
+        C). A table ends at `length` tokens. As in fairseq the first token has the position after that of padding.
         """
         return None
 
@@ -121,8 +111,7 @@ class PositionMethod(nn.Module):
     def slopes(self, device: Optional[torch.device] = None) -> tuple[Tensor, Optional[Tensor]]:
         """Slopes of a "linear" bias for keys before and after the query, at least 0.
 
-        Returns:
-            Two (H,) float32, infinite where a head sees nothing. The second is None for a causal bias.
+        Two (H,) float32, infinite where a head sees nothing. The second is None for a causal bias.
         """
         raise NotImplementedError
 
@@ -165,12 +154,8 @@ class PositionMethod(nn.Module):
     ) -> Tensor:
         """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
 
-        Args:
-            query_length, key_length: T and S.
-            window: number of keys that a query sees, the last ones, itself included; None for all.
-
-        Returns:
-            (H, T, S) float32, or (1, T, S) for a method without bias. It is added to the scores of every batch row.
+        (H, T, S) float32, or (1, T, S) for a method without bias, added to the scores of every batch row. With a
+        `window` a query sees only so many keys, the last ones, itself included.
         """
         bias = self.pair_bias(query_length, key_length, device)
         if bias is None:
@@ -189,12 +174,7 @@ class PositionMethod(nn.Module):
 def linear_bias(before: Tensor, after: Optional[Tensor], distance: Tensor) -> Tensor:
     """The bias -before * distance for keys before a query, after * distance for keys after it, 0 for its own key.
 
-    Args:
-        before, after: (H,) slopes, infinite for a head that sees nothing there; `after` is None where none does.
-        distance: (N,) i - j, see `distances`.
-
-    Returns:
-        (H, N) in the dtype of the slopes.
+    (H,) slopes, infinite for a head that sees nothing there, None where none does; (N,) i - j -> (H, N).
     """
     ahead = -math.inf if after is None else after[:, None] * distance
     return torch.where(distance > 0, -before[:, None] * distance, torch.where(distance < 0, ahead, 0.0))
@@ -221,14 +201,8 @@ _BIAS_HOOKS = {"linear": "slopes", "distance": "distance_bias", "key": "make_gat
 def register_position_method(name: str, stacks: Sequence[str] = (DECODER,)) -> Callable[[Method], Method]:
     """Decorator that makes a subclass of `PositionMethod` a value of `--position-method`, from any package.
 
-    It may run before or after the models of fairseq are registered.
-
-    Args:
-        name: value of the option.
-        stacks: `DECODER`, `ENCODER` or both. For an encoder the bias has to serve negative distances too.
-
-    Raises:
-        ValueError: the name is taken, or the attributes and the methods of the class contradict each other.
+    It may run before or after the models of fairseq are registered. For an encoder the bias has to serve negative
+    distances too. ValueError: the name is taken, or attributes and methods of the class contradict each other.
     """
 
     def register(method: Method) -> Method:
@@ -249,11 +223,7 @@ def register_position_method(name: str, stacks: Sequence[str] = (DECODER,)) -> C
 
 
 def check_announcements(name: str, method: type[PositionMethod]) -> None:
-    """Checks that a class overrides what its attributes announce, and that what it overrides is announced.
-
-    Raises:
-        ValueError: names the attribute and the method that contradict each other.
-    """
+    """Raises ValueError unless a class overrides just what its attributes announce."""
     if method.bias_kind not in BIAS_KINDS:
         raise ValueError(f"position method '{name}': bias_kind '{method.bias_kind}' is none of {', '.join(BIAS_KINDS)}")
     announced = {hook: bool(getattr(method, attribute)) for attribute, hook in _HOOKS.items()}

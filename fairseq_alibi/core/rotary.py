@@ -4,16 +4,15 @@ Shapes: T positions, D head_dim.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
 
-from .positions import DECODER, ENCODER, PositionMethod, register_position_method
+from .positions import DECODER, ENCODER, PositionMethod, option_field, register_position_method
 
-#: Ways to change the frequencies at evaluation.
-SCALINGS = ("none", "linear", "ntk", "dynamic_ntk", "yarn")
+SCALINGS = ("none", "linear", "ntk", "dynamic_ntk", "yarn")  # ways to change the frequencies at evaluation
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -27,23 +26,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class RotaryOptions:
     """Options of rotary positions."""
 
-    rotary_scaling: str = field(
-        default=SCALINGS[0],
-        metadata={
-            "choices": SCALINGS,
-            "help": "changes the frequencies for lengths past that of the training; to be overridden at evaluation",
-        },
+    rotary_scaling: str = option_field(
+        SCALINGS[0],
+        "changes the frequencies for lengths past that of the training; to be overridden at evaluation",
+        choices=SCALINGS,
     )
-    rotary_scaling_factor: str = field(
-        default="auto",
-        metadata={
-            "help": "by how much --rotary-scaling stretches: a number of at least 1, or auto for evaluation length "
-            "over training length (dynamic_ntk grows with the evaluation length by itself: auto is 1)"
-        },
+    rotary_scaling_factor: str = option_field(
+        "auto",
+        "by how much --rotary-scaling stretches: a number of at least 1, or auto for evaluation length "
+        "over training length (dynamic_ntk grows with the evaluation length by itself: auto is 1)",
     )
-    p_rope: float = field(
-        default=1.0, metadata={"help": "share of the frequencies that turn, the highest ones (p-RoPE: 0.75)"}
-    )
+    p_rope: float = option_field(1.0, "share of the frequencies that turn, the highest ones (p-RoPE: 0.75)")
 
 
 @register_position_method("rotary", stacks=(DECODER, ENCODER))
@@ -51,9 +44,10 @@ class Rotary(PositionMethod):
     """Rotary positions, applied in every layer.
 
     Dimensions 2n and 2n + 1 of a head are the coordinates of a point that is turned by position * base^(-2n / D), so
-    that scores depend on distances alone. Values are not turned and nothing is added to the embeddings.
+    that scores depend on distances alone. Values are not turned and nothing is added to the embeddings. Only the
+    highest frequencies turn, of the `share`; the others are 0 (p-RoPE, arXiv 2410.06205).
 
-    With L0 the training length, L the evaluation length and s the factor, at evaluation
+    With L0 the training length, L the evaluation length and s the factor, at least 1 or "auto", at evaluation
 
     linear        divides the frequencies by s (position interpolation, arXiv 2306.15595).
     ntk           multiplies the base by s^(D / (D - 2)).
@@ -62,17 +56,7 @@ class Rotary(PositionMethod):
                   32 times, and goes linearly from one to the other in between; queries and keys are multiplied by
                   0.1 ln(s) + 1 (arXiv 2309.00071).
 
-    Args:
-        num_heads: H.
-        head_dim: D, even.
-        base: of the frequencies.
-        scaling: one of `SCALINGS`.
-        factor: s, at least 1, or "auto": see `RotaryOptions`.
-        training_length: L0.
-        share: of the frequencies that turn, the highest ones; the others are 0 (p-RoPE, arXiv 2410.06205).
-
-    Raises:
-        ValueError: an odd head_dim, an unknown scaling, a factor below 1, or a share that is not in (0, 1].
+    ValueError: an odd head_dim, an unknown scaling, a factor below 1, or a share that is not in (0, 1].
     """
 
     rotates = True
@@ -153,8 +137,7 @@ class Rotary(PositionMethod):
         return (self.amplitude * torch.stack([angles.cos(), angles.sin()])).float().to(device)
 
 
-#: Tokens in which the largest factor of xPos changes by z_n.
-SCALE_BASE = 512
+SCALE_BASE = 512  # tokens in which the largest factor of xPos changes by z_n
 
 #: The position at which the factors of xPos are 1, and the number of positions: float32 holds few more.
 ORIGIN, POSITIONS = 24_576, 49_152
@@ -166,10 +149,7 @@ class XPos(Rotary):
 
     Queries at position i are multiplied by z_n^((i - o) / 512) and keys at j by z_n^(-(j - o) / 512), for dimensions 2n
     and 2n + 1, with z_n = (2n / D + 0.4) / 1.4. The origin o drops out of the scores. It is the same for all lengths,
-    so that cached keys stay as they are.
-
-    Raises:
-        ValueError: in addition to those of `Rotary`, in a pass, positions past 49,152 or float16.
+    so that cached keys stay as they are. ValueError, in a pass: positions past 49,152, or float16.
     """
 
     paper_rank = None

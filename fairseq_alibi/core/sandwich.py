@@ -5,11 +5,8 @@ from torch import Tensor
 
 from .positions import DECODER, PositionMethod, register_position_method
 
-#: Width of the embeddings, whatever the width of the model.
-WIDTH = 128
-
-#: Distances whose cosines are computed at once.
-CHUNK = 8192
+WIDTH = 128  # width of the embeddings, whatever the width of the model
+CHUNK = 8192  # distances whose cosines are computed at once
 
 
 @register_position_method("sandwich", stacks=(DECODER,))

@@ -11,15 +11,10 @@ from .positions import DECODER, PositionMethod, register_position_method
 
 @register_position_method("t5", stacks=(DECODER,))
 class T5(PositionMethod):
-    """A learned bias for each head and range of distances, shared by all layers.
+    """A learned bias for each head and range of distances, shared by all layers, from 0 on.
 
-    Causal: distances 0 to 15 have a bucket each, those to 128 share 16 of growing width, and all beyond the last one.
-    The biases start from 0.
-
-    Args:
-        num_heads: H.
-        buckets: number of them; half of them hold one distance each.
-        longest: distance from which on all are in the last bucket.
+    Causal: distances below `buckets` / 2 have a bucket each, those to `longest` share the others, of growing width, and
+    all beyond the last one.
     """
 
     bias_kind = "distance"

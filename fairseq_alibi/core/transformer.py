@@ -23,16 +23,9 @@ from .positions import PositionMethod
 class Attention(SelfAttention):
     """Multi-head self-attention with a bias for distance: (B, T, C) -> (B, T, C), no position embedding needed.
 
-    Args:
-        embed_dim: C.
-        num_heads: H, divides C.
-        causal: whether a token sees none after it.
-        position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
-        dropout: of the attention weights, in training.
-        attention, epsilon: `kernel` and `epsilon` of `AttentionSettings`.
-
-    Raises:
-        ValueError: the heads do not divide the width, or the position method adds embeddings.
+    Without `causal` a token sees those after it too. The position method is ALiBi unless one is given, symmetric if not
+    causal (`alibi.EncoderALiBi` has the other forms). `attention` and `epsilon` are `kernel` and `epsilon` of
+    `AttentionSettings`. ValueError: the heads do not divide the width, or the position method adds embeddings.
     """
 
     def __init__(
@@ -52,12 +45,9 @@ class Attention(SelfAttention):
         self.setup = AttentionSetup(self.position_method, settings)
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:  # type: ignore[override]
-        """(B, T, C) -> (B, T, C).
+        """(B, T, C) new tokens -> (B, T, C).
 
-        Args:
-            x: the new tokens.
-            padding: (B, S) bool, True where there is no token; None for tokens everywhere.
-            cache: of the tokens before them, see `Cache`, causal attention only; it is extended.
+        `padding` (B, S) is True where there is no token; a `cache` of the tokens before, see `Cache`, is extended.
         """
         return super().forward(x, attention_inputs(self.setup, x, padding, cache, self.training))
 
@@ -65,20 +55,9 @@ class Attention(SelfAttention):
 class Transformer(nn.Module):
     """A stack of layers with a position method, decoder or encoder: (B, T, C) -> (B, T, C), at any length.
 
-    The bias is made once in a pass, before the layer loop.
-
-    Args:
-        layers: number of layers.
-        embed_dim: C.
-        num_heads: H, divides C.
-        causal: whether a token sees none after it: a decoder; else an encoder.
-        position_method: default ALiBi, symmetric if not causal (`alibi.EncoderALiBi` has the other forms).
-        options: how the layers compute. A norm follows the last layer if `normalize_before`.
-        attention: `kernel` of `AttentionSettings`. Second derivatives, as of a gradient penalty, need "mask" and a pass
-            under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; PyTorch's other kernels have none and say so.
-
-    Raises:
-        ValueError: see `Attention`.
+    The bias is made once in a pass, before the layer loop. A norm follows the last layer with `normalize_before`. The
+    other arguments are those of `Attention`. Second derivatives, as of a gradient penalty, need "mask" and a pass under
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; PyTorch's other kernels have none and say so.
     """
 
     #: Class of the layers, with the arguments of `Layer`.
@@ -107,13 +86,7 @@ class Transformer(nn.Module):
         self.layer_norm = nn.LayerNorm(embed_dim) if options.normalize_before else None
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:
-        """(B, T, C) -> (B, T, C).
-
-        Args:
-            x: embeddings of the new tokens.
-            padding: (B, S) bool, True where there is no token; None for tokens everywhere.
-            cache: of the tokens before them, see `Cache`, a decoder's only; it is extended.
-        """
+        """(B, T, C) embeddings of the new tokens -> (B, T, C), see `Attention.forward`."""
         inputs = attention_inputs(self.setup, x, padding, cache, self.training)
         for layer in self.layers:
             x = layer(x, inputs)
@@ -123,11 +96,7 @@ class Transformer(nn.Module):
 def given_or_alibi(
     method: Optional[PositionMethod], num_heads: int, causal: bool, embeds_tokens: bool = False
 ) -> PositionMethod:
-    """The position method that is given, or ALiBi.
-
-    Raises:
-        ValueError: it adds embeddings, which these modules, that read no tokens, do not.
-    """
+    """The position method that is given, or ALiBi; ValueError if it adds embeddings and tokens are not read here."""
     if method is None:
         return ALiBi(num_heads) if causal else EncoderALiBi(num_heads)
     if method.adds_embedding and not embeds_tokens:
@@ -140,11 +109,7 @@ def given_or_alibi(
 def attention_inputs(
     setup: AttentionSetup, x: Tensor, padding: Optional[Tensor], cache: Any, training: bool
 ) -> AttentionInputs:
-    """The attention inputs for (B, T, C) new tokens after those of a cache.
-
-    Raises:
-        ValueError: a cache of attention that is not causal, or padding of another length than all tokens.
-    """
+    """The attention inputs for (B, T, C) new tokens after those of a cache; ValueError if they do not fit it."""
     earlier = 0 if cache is None else cache.get_seq_length()
     keys = earlier + x.size(1)
     if padding is not None and padding.shape != (x.size(0), keys):

@@ -14,19 +14,11 @@ import numpy as np
 from fairseq.data import Dictionary, indexed_dataset
 
 SPLITS = ("train", "valid", "test")
-BLOCK = 1 << 20  # bytes of text in memory at a time
-
-
-#: Each worker is a process.
-MOST_WORKERS = 1024
+MOST_WORKERS = 1024  # each is a process
 
 
 def check_workers(workers: int) -> None:
-    """Checks a number of processes.
-
-    Raises:
-        ValueError: It is absurd.
-    """
+    """Raises ValueError for an absurd number of processes."""
     if workers > MOST_WORKERS:
         raise ValueError(f"--workers {workers}: each is a process, pass at most {MOST_WORKERS:,}")
 
@@ -42,55 +34,35 @@ class TextSummary(NamedTuple):
 
 
 def check_text(path: Path) -> TextSummary:
-    """Checks that a file is plain text that fairseq-preprocess reads as it is meant.
-
-    Raises:
-        ValueError: The file is missing, empty, binary, not UTF-8, or begins with a byte order mark.
-    """
+    """Checks that a file is text that fairseq-preprocess reads as meant: UTF-8, not empty, no BOM, no zero bytes."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a plain-text file that exists")
-    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
-    line_ends = words = characters = 0
-    in_word, last = False, b"\n"
+    digest = hashlib.sha256()
+    lines = words = characters = 0
     with open(path, "rb") as file:
         if file.peek(3).startswith(codecs.BOM_UTF8):
             raise ValueError(f"{path} starts with a byte order mark: remove it with sed -i '1s/^\\xEF\\xBB\\xBF//'")
-        while True:
-            block = file.read(BLOCK)
-            if (zero := block.find(b"\0")) >= 0:
-                number = line_ends + block.count(b"\n", 0, zero) + 1
-                raise ValueError(f"{path}, line {number}: a zero byte, so this is no plain text: name a text file")
+        for lines, line in enumerate(file, 1):
+            if b"\0" in line:
+                raise ValueError(f"{path}, line {lines}: a zero byte, so this is no plain text: name a text file")
             try:
-                text = decoder.decode(block, final=not block)
+                text = line.decode()
             except UnicodeDecodeError as error:
-                number = line_ends + error.object.count(b"\n", 0, error.start) + 1
                 raise ValueError(
-                    f"{path}, line {number}: not UTF-8 ({error.reason}): convert it, for example with "
+                    f"{path}, line {lines}: not UTF-8 ({error.reason}): convert it, for example with "
                     "iconv -f LATIN1 -t UTF-8"
                 ) from None
-            if not block:
-                break
-            digest.update(block)
-            line_ends += block.count(b"\n")
+            digest.update(line)
+            words += len(text.split())
             characters += len(text)
-            words += len(text.split()) - (in_word and not text[:1].isspace() and text != "")
-            in_word = not text[-1:].isspace() if text else in_word
-            last = block[-1:]
         size = file.tell()
     if not words:
         raise ValueError(f"{path} is empty: name a file with text in it")
-    return TextSummary(line_ends + (last != b"\n"), words, characters, size, digest.hexdigest())
+    return TextSummary(lines, words, characters, size, digest.hexdigest())
 
 
 def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
-    """Runs fairseq-preprocess on `folder`/SPLIT.`suffix`.
-
-    Returns:
-        The data folder, `folder`/data.
-
-    Raises:
-        ValueError: fairseq-preprocess failed; quotes its last line.
-    """
+    """Runs fairseq-preprocess on `folder`/SPLIT.`suffix`; returns the data folder. ValueError quotes its last line."""
     # The files are named relative to the working directory, because fairseq splits a path at its commas.
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", "data"]
     command += ["--workers", str(workers)]
@@ -109,25 +81,17 @@ def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
     if status:
         lines = log.read_text(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else "no output"
-        if shutil.disk_usage(folder).free < BLOCK:
+        if shutil.disk_usage(folder).free < 1 << 20:
             reason = "the disk is full: make room, or choose another DEST"
         raise ValueError(f"fairseq-preprocess ended with status {status}: {reason}")
     return folder / "data"
 
 
 def count_tokens(data: Path, summaries: dict[str, TextSummary]) -> dict[str, Any]:
-    """Counts what a data folder holds.
+    """Counts what a data folder holds, given the summaries of the text of every split.
 
-    Args:
-        data: fairseq's data folder.
-        summaries: Of the text of every split, as it was given.
-
-    Returns:
-        `types` of the dictionary; for each split `lines`, `words`, `characters` and `bytes` of the text as it was
-        given, `tokens` (line ends included) and `unknown` tokens.
-
-    Raises:
-        ValueError: Lines were lost or added.
+    Returns `types` of the dictionary; for each split `lines`, `words`, `characters` and `bytes` of the text as it was
+    given, `tokens` (line ends included) and `unknown` tokens. Raises ValueError if lines were lost or added.
     """
     dictionary = Dictionary.load(str(data / "dict.txt"))
     counts: dict[str, Any] = {"types": len(dictionary)}

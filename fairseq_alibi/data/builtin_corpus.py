@@ -13,32 +13,21 @@ from typing import Optional
 from .binarize import SPLITS
 from .plain_text import TextSettings, prepare_text
 
-#: Size and BPE merges where nothing else is asked for.
-BYTES, MERGES = 6_000_000, 2_000
+BYTES, MERGES = 6_000_000, 2_000  # size and BPE merges where nothing else is asked for
 
 #: Paths of tests, other projects and generated tables, which are not code that somebody wrote for the library.
 LEFT_OUT = re.compile(
     r"(^|/)(tests?|idlelib|turtledemo|lib2to3|ensurepip|encodings|pydoc_data|site-packages|dist-packages|__pycache__"
     r"|config-[^/]*|_sysconfigdata[^/]*|entities\.py)(/|$)"
 )
-#: Share of the corpus that a split may take, in percent.
-PERCENT = {"train": 90, "valid": 5, "test": 5}
+PERCENT = {"train": 90, "valid": 5, "test": 5}  # share of the corpus that a split may take, in percent
 
 
 def write_builtin_corpus(folder: Path, max_bytes: int) -> dict[str, Path]:
-    """Writes `folder`/SPLIT.txt, without blank lines. Every source file is in at most one split.
+    """Writes `folder`/SPLIT.txt of at most `max_bytes` together, without blank lines; returns their paths.
 
-    A hash of its name decides the place of a file in the order and its split. A file is taken if it still fits.
-
-    Args:
-        folder: An existing folder.
-        max_bytes: Limit of all splits together.
-
-    Returns:
-        The path of every split.
-
-    Raises:
-        ValueError: No file fits into some split.
+    A hash of the name of a source file decides its place in the order and its split. A file is taken if it still fits.
+    ValueError: no file fits into some split.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
@@ -60,23 +49,9 @@ def write_builtin_corpus(folder: Path, max_bytes: int) -> dict[str, Path]:
 
 
 def prepare_builtin(
-    destination: Path,
-    max_bytes: int = BYTES,
-    settings: Optional[TextSettings] = None,
-    workers: Optional[int] = None,
+    destination: Path, max_bytes: int = BYTES, settings: Optional[TextSettings] = None, workers: Optional[int] = None
 ) -> None:
-    """Makes a data folder of the corpus.
-
-    Args:
-        destination: The data folder.
-        max_bytes: See `write_builtin_corpus`.
-        settings: How the text is split into tokens.
-        workers: Number of processes; default: one for each core.
-
-    Raises:
-        ValueError: See `write_builtin_corpus` and `prepare_text`.
-        OSError: The folder cannot be written.
-    """
+    """Makes a data folder of the corpus, with one worker for each core by default; raises as `prepare_text` does."""
     with tempfile.TemporaryDirectory() as folder:
         texts = write_builtin_corpus(Path(folder), max_bytes)
         source = f"standard library of Python {platform.python_version()}"

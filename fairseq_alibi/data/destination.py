@@ -1,11 +1,10 @@
 """The data folder that a preparation makes: it is complete, or it does not exist.
 
-The folder is made and checked in DEST.partial, and renamed to DEST at the end. A file in it, `prepared.json`, says what
-it was made from.
+It is made and checked in DEST.partial, and renamed to DEST at the end. A file in it, `prepared.json`, says what it was
+made from.
 """
 
 import contextlib
-import datetime
 import importlib.metadata
 import json
 import os
@@ -22,7 +21,7 @@ from tabulate import tabulate
 
 from .. import __version__
 from ..files.locks import locked
-from ..files.results import naming
+from ..files.results import naming, now, write_json
 from .binarize import SPLITS
 
 MARKER = "prepared.json"
@@ -31,15 +30,7 @@ OWN_NAMES = {"work", "prepare_data.lock"}
 
 
 def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
-    """Says whether a data folder was made from the same inputs with the same settings.
-
-    Args:
-        destination: The data folder.
-        identity: What distinguishes this preparation from others; part of the content of `prepared.json`.
-
-    Raises:
-        ValueError: The folder holds something else, or nothing can be renamed to it.
-    """
+    """Whether a data folder was made from the inputs and settings `identity`; ValueError if it holds something else."""
     if os.path.ismount(destination):
         raise ValueError(f"{destination} is a mount point, which nothing can be renamed to: choose a folder inside it")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
@@ -57,7 +48,7 @@ def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def sigterm_raises_exit() -> Iterator[None]:
-    """A context in which SIGTERM raises SystemExit with status 143, so that what is in the way can be removed first."""
+    """A context in which SIGTERM raises SystemExit with status 143, so that files can be removed first."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
@@ -72,11 +63,8 @@ def sigterm_raises_exit() -> Iterator[None]:
 def work_folder(destination: Path) -> Iterator[Path]:
     """Yields an empty folder in DEST.partial and removes it at the end, however the preparation ends.
 
-    What a killed preparation left there is removed first.
-
-    Raises:
-        ValueError: Another process prepares DEST, or DEST.partial was not made by this module.
-        OSError: The disk is full, or the folder cannot be made; names the destination.
+    What a killed preparation left there is removed first. ValueError: another process prepares DEST, or DEST.partial
+    was not made here. OSError: the disk is full, or the folder cannot be made; names the destination.
     """
     partial = destination.with_name(destination.name + ".partial")
     with locked(destination), naming(destination), sigterm_raises_exit():
@@ -92,22 +80,10 @@ def work_folder(destination: Path) -> Iterator[Path]:
 
 
 def publish(data: Path, destination: Path, description: dict[str, Any], next_command: str) -> None:
-    """Adds `prepared.json` to a checked data folder, renames it to its destination, and prints what it holds.
-
-    Args:
-        data: The folder, in the work folder.
-        destination: Where it goes.
-        description: Its identity (see `is_prepared`), with `source` and `counts` (see `binarize.count_tokens`).
-        next_command: What the user can run with it.
-    """
-    packages = ("fairseq", "sacremoses", "subword-nmt")
-    versions = {package: importlib.metadata.version(package) for package in packages}
-    marker = {
-        **description,
-        "versions": {"python": platform.python_version(), "fairseq-alibi": __version__, **versions},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    (data / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    """Renames a checked data folder, in which `prepared.json` records its description, and prints what it holds."""
+    versions = {"python": platform.python_version(), "fairseq-alibi": __version__}
+    versions.update({name: importlib.metadata.version(name) for name in ("fairseq", "sacremoses", "subword-nmt")})
+    write_json(data / MARKER, {**description, "versions": versions, "date": now()})
     os.rename(data, destination)
     counts = description["counts"]
     print(tabulate([{"split": split, **counts[split]} for split in SPLITS], headers="keys", intfmt=",", floatfmt=".1%"))

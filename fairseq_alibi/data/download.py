@@ -23,12 +23,7 @@ TRANSFER_ERRORS = (ConnectionError, socket.timeout, ssl.SSLError, http.client.HT
 
 
 def transfer(url: str, part: Path) -> None:
-    """Appends the missing bytes of a file to `part`.
-
-    Raises:
-        ConnectionError: The transfer ended before the announced length; other `TRANSFER_ERRORS` too.
-        urllib.error.URLError: The server refused the request.
-    """
+    """Appends the missing bytes of a file to `part`; raises `TRANSFER_ERRORS` if it breaks off, URLError if refused."""
     received = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": USER_AGENT, **({"Range": f"bytes={received}-"} if received else {})}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
@@ -46,11 +41,7 @@ def transfer(url: str, part: Path) -> None:
 
 
 def download_from(url: str, part: Path, md5: str) -> Optional[str]:
-    """Downloads a file from one source, in up to `ATTEMPTS` transfers.
-
-    Returns:
-        None, or the reason why the source did not deliver the file.
-    """
+    """Downloads a file from one source, in up to `ATTEMPTS` transfers; returns why it was not delivered, or None."""
     if not url.startswith(SCHEMES):
         return "not an http, https or ftp address"
     reason = None
@@ -79,17 +70,7 @@ def download_from(url: str, part: Path, md5: str) -> Optional[str]:
 
 
 def download(urls: Sequence[str], part: Path, md5: str, remedy: str) -> None:
-    """Downloads the file with this MD5 from the first source that delivers it whole.
-
-    Args:
-        urls: Sources, in the order in which they are tried.
-        part: Where the file goes. What an earlier download left there is resumed.
-        md5: Of the file, hexadecimal.
-        remedy: What the user can do if all sources fail; ends the message.
-
-    Raises:
-        ValueError: No source delivered the file; names each source with the reason.
-    """
+    """Downloads the file with this MD5, hexadecimal, from the first source that delivers it; ValueError names all."""
     if part.exists() and md5_of_file(part) == md5:
         return
     failures = []

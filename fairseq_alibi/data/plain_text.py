@@ -18,6 +18,7 @@ from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
+from ..files.data_folders import text_options
 from ..files.errors import one_line
 from .binarize import SPLITS, check_text, count_tokens, run_preprocess
 from .destination import is_prepared, publish, work_folder
@@ -42,21 +43,13 @@ def encode_splits(folder: Path, source: str, target: str, encode: Callable[[str]
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is split into tokens; every choice has the same name and meaning in fairseq.
+    """How text is split into tokens; every choice has the same name and meaning in fairseq."""
 
-    Args:
-        tokenizer: moses, sentencepiece, or none for white space alone.
-        units: BPE merges, or types of sentencepiece; None for whole words.
-        language: of Moses' tokenizer, as sacremoses names it.
-        escape: whether Moses' tokenizer writes quotes, brackets and & as XML does.
-        dash_splits: whether Moses' tokenizer splits words at dashes.
-    """
-
-    tokenizer: str = "moses"
-    units: Optional[int] = MERGES
-    language: str = "en"
-    escape: bool = True
-    dash_splits: bool = True
+    tokenizer: str = "moses"  # or sentencepiece, or none for white space alone
+    units: Optional[int] = MERGES  # BPE merges, or types of sentencepiece; None for whole words
+    language: str = "en"  # of Moses' tokenizer, as sacremoses names it
+    escape: bool = True  # Moses' tokenizer writes quotes, brackets and & as XML does
+    dash_splits: bool = True  # Moses' tokenizer splits words at dashes
 
     def record(self) -> dict[str, Any]:
         """Returns what `prepared.json` says, in which English, escapes and splits at dashes are not written out."""
@@ -88,12 +81,7 @@ def count_restored(
 ) -> dict[str, float]:
     """Returns for each split the share of its first `RESTORED_LINES` lines that come back from their tokens unchanged.
 
-    Args:
-        data: The data folder, for its dictionary: a line with an unknown token does not come back.
-        texts: The file of every split, as it was given.
-        folder: Holds the tokens of every split, in SPLIT.`suffix`.
-        suffix: See `folder`.
-        settings: How the text was split.
+    A line with a token that the dictionary of `data` lacks does not. `folder`/SPLIT.`suffix` holds the tokens.
     """
     dictionary, decode, shares = Dictionary.load(str(data / "dict.txt")), settings.decoder(), {}
     for split, path in texts.items():
@@ -111,11 +99,7 @@ def count_restored(
 
 
 def learn_pieces(text: Path, model: Path, pieces: int, workers: int) -> None:
-    """Learns a model of sentencepiece that changes no character of the text, and writes it to `model`.
-
-    Raises:
-        ValueError: The library is missing, or the text does not suffice.
-    """
+    """Writes a model of sentencepiece that changes no character of the text; ValueError if it cannot be learned."""
     try:
         import sentencepiece
     except ImportError as error:
@@ -143,11 +127,7 @@ def learn_pieces(text: Path, model: Path, pieces: int, workers: int) -> None:
 
 
 def learn_codes(text: Path, codes: Path, merges: int) -> None:
-    """Learns up to `merges` BPE merges from a tokenized text and writes them to `codes`.
-
-    Raises:
-        ValueError: The text is too small for a single merge.
-    """
+    """Learns up to `merges` BPE merges from a tokenized text and writes them to `codes`; ValueError if it has none."""
     with (
         open(text, encoding="utf-8", newline="\n") as lines,
         open(codes, "w", encoding="utf-8") as file,
@@ -166,14 +146,7 @@ def learn_codes(text: Path, codes: Path, merges: int) -> None:
 
 
 def encode_texts(work: Path, settings: TextSettings, workers: int) -> tuple[str, Optional[Path]]:
-    """Encodes SPLIT.txt of a folder.
-
-    Returns:
-        The suffix of the files with the tokens, and the file that subword units were learned into.
-
-    Raises:
-        ValueError: See `learn_codes` and `learn_pieces`.
-    """
+    """Encodes SPLIT.txt of a folder; returns the suffix of the files with tokens, and the file of learned units."""
     suffix = "txt"
     if settings.tokenizer == "moses":
         encode_splits(work, suffix, "moses", settings.moses_encoder(), workers)
@@ -206,25 +179,9 @@ def encode_pieces(model: str, line: str) -> str:
 
 
 def prepare_text(
-    destination: Path,
-    texts: dict[str, Path],
-    source: Union[str, dict[str, str]],
-    settings: TextSettings,
-    workers: int,
+    destination: Path, texts: dict[str, Path], source: Union[str, dict[str, str]], settings: TextSettings, workers: int
 ) -> None:
-    """Makes a data folder of plain-text files.
-
-    Args:
-        destination: The data folder.
-        texts: The file of every split.
-        source: Description of the texts, for `prepared.json`.
-        settings: How the text is split into tokens.
-        workers: Number of processes.
-
-    Raises:
-        ValueError: Bad input, see `check_text`, `is_prepared` and `encode_texts`.
-        OSError: The folder cannot be written.
-    """
+    """Makes a data folder of the text file of every split, which `source` describes; ValueError for bad input."""
     summaries = {split: check_text(path) for split, path in texts.items()}
     inputs = {split: summary.sha256 for split, summary in summaries.items()}
     identity = {"inputs": inputs, "settings": settings.record()}
@@ -240,30 +197,14 @@ def prepare_text(
             counts[split]["restored"] = share
         if units is not None:
             units.rename(data / units.name)
-        options = interactive_options(settings, destination / units.name if units else None)
         common = [str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "language_modeling"]
         save_dir = f"checkpoints/{destination.name}"
         training = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", "256", "--max-tokens", "4096"]
         training += ["--optimizer", "adam", "--lr", "0.001", "--max-update", "1000", "--save-dir", save_dir]
         command = ["fairseq-train", *common, *training]
         publish(data, destination, {**identity, "source": source, "counts": counts}, shlex.join(command))
-        command = ["fairseq-interactive", *common, "--path", f"{save_dir}/checkpoint_best.pt", *options]
+        command = ["fairseq-interactive", *common, "--path", f"{save_dir}/checkpoint_best.pt"]
+        for name, value in text_options(destination).items():
+            command += [f"--{name.replace('_', '-')}"] if value else []
+            command += [value] if isinstance(value, str) else []
         print(f"The model then continues lines of plain text:\n  {shlex.join(command)}")
-
-
-def interactive_options(settings: TextSettings, units: Optional[Path]) -> list[str]:
-    """Returns the options by which fairseq's commands split text as the preparation did."""
-    options = []
-    if settings.tokenizer == "moses":
-        options = ["--tokenizer", "moses"]
-        options += [] if settings.escape else ["--moses-no-escape"]
-        options += [] if settings.dash_splits else ["--moses-no-dash-splits"]
-        if settings.language != "en":
-            options += ["--source-lang", settings.language, "--target-lang", settings.language]
-    if units is not None:
-        bpe = {
-            "bpe.codes": ["subword_nmt", "--bpe-codes"],
-            "sentencepiece.model": ["sentencepiece", "--sentencepiece-model"],
-        }
-        options += ["--bpe", *bpe[units.name], str(units)]
-    return options

@@ -42,11 +42,7 @@ def is_outside(member: zipfile.ZipInfo) -> bool:
 
 
 def extract_texts(archive: Path, folder: Path) -> None:
-    """Unpacks wiki.SPLIT.tokens from a zip archive as `folder`/SPLIT.txt.
-
-    Raises:
-        ValueError: The archive is broken, unsafe, or holds no such files.
-    """
+    """Unpacks wiki.SPLIT.tokens from a zip archive as `folder`/SPLIT.txt; ValueError if broken, unsafe or without."""
     try:
         with zipfile.ZipFile(archive) as zip_file:
             for member in zip_file.infolist():
@@ -72,12 +68,7 @@ def extract_texts(archive: Path, folder: Path) -> None:
 def identify(source: Optional[Path], md5: Optional[str]) -> dict[str, Any]:
     """Returns what distinguishes an archive or folder from others: its MD5, or the SHA-256 of its texts.
 
-    Args:
-        source: Archive or folder; None for the download.
-        md5: The expected MD5 of the archive; None for the original's.
-
-    Raises:
-        ValueError: The source does not exist, has another MD5, or holds no text.
+    `source` is None for the download, `md5` None for the original's. ValueError: the source cannot be used.
     """
     if source is None:
         return {"archive_md5": md5 or MD5}
@@ -92,15 +83,7 @@ def identify(source: Optional[Path], md5: Optional[str]) -> dict[str, Any]:
 
 
 def place_texts(work: Path, source: Optional[Path], urls: Sequence[str], part: Path, md5: str) -> None:
-    """Puts the texts into the work folder as SPLIT.txt.
-
-    Args:
-        work: The work folder.
-        source: Archive or folder; None for the download.
-        urls: Where to download the archive from.
-        part: Where a download goes; a later run resumes it.
-        md5: Of the download.
-    """
+    """Puts the texts into the work folder as SPLIT.txt; a download goes to `part`, where a later run resumes it."""
     if source is None:
         download(urls, part, md5, REMEDY)
         try:
@@ -116,26 +99,11 @@ def place_texts(work: Path, source: Optional[Path], urls: Sequence[str], part: P
 
 
 def check_count(kind: str, found: Any, known: Any) -> None:
-    """Checks a count of the whole corpus.
-
-    Raises:
-        ValueError: It is not the known one.
-    """
+    """Raises ValueError if a count of the whole corpus is not the known one."""
     if found != known:
         raise ValueError(
             f"WikiText-103 has {kind} {known}, but this has {found}: get the original with --url or --from"
         )
-
-
-def check_counts(counts: dict[str, Any]) -> None:
-    """Checks the tokens and types of the whole corpus.
-
-    Raises:
-        ValueError: See `check_count`.
-    """
-    check_count("tokens", {split: counts[split]["tokens"] for split in SPLITS}, TOKENS)
-    check_count("types", counts["types"], TYPES)
-    print("All counts are those of the whole WikiText-103")
 
 
 def prepare_wikitext103(
@@ -143,16 +111,8 @@ def prepare_wikitext103(
 ) -> None:
     """Makes a data folder of WikiText-103 or of a part of it.
 
-    Args:
-        destination: The data folder.
-        source: An archive, or the folder it unpacks to; None to download it.
-        urls: Where to download it from; None for `URLS`.
-        md5: Of the archive, hexadecimal; None for the original's.
-        workers: Number of processes.
-
-    Raises:
-        ValueError: Bad input, or no source delivered the archive.
-        OSError: The folder cannot be written.
+    `source` is an archive, or the folder it unpacks to, None to download it from `urls` (default `URLS`); `md5` is of
+    the archive, hexadecimal. ValueError: bad input, or no source delivered it. OSError: the folder cannot be written.
     """
     identity = {**identify(source, md5), "settings": {"corpus": "wikitext103"}}
     if is_prepared(destination, identity):
@@ -171,12 +131,13 @@ def prepare_wikitext103(
         data = run_preprocess(work, "txt", workers)
         counts = count_tokens(data, summaries)
         if whole:
-            check_counts(counts)
+            check_count("tokens", {split: counts[split]["tokens"] for split in SPLITS}, TOKENS)
+            check_count("types", counts["types"], TYPES)
+            print("All counts are those of the whole WikiText-103")
         script = Path(__file__).parents[2] / "scripts" / "train_wikitext103.sh"
         if Path.cwd() in script.parents or not script.exists():  # a wheel holds no scripts
             script = script.relative_to(script.parents[1])
         next_command = shlex.join(["bash", str(script), str(destination), "checkpoints/alibi-512", "512"])
         next_command += "" if script.exists() else "  # in a clone of fairseq-alibi"
-        description = {**identity, "source": str(source or "download"), "counts": counts}
-        publish(data, destination, description, next_command)
+        publish(data, destination, {**identity, "source": str(source or "download"), "counts": counts}, next_command)
     part.unlink(missing_ok=True)

@@ -19,63 +19,37 @@ from typing import Any, NamedTuple, Optional
 import torch
 from fairseq.models import BaseFairseqModel
 
-from ..files.checkpoints import check_exists, describe_model, read_checkpoint
+from ..files.checkpoints import check_exists, describe_evaluated, describe_model, load_model, read_checkpoint
 from ..files.errors import one_line
-from ..files.model_loading import load_model
 from ..files.results import describe_environment
 from . import processes
-from .description import describe_evaluated
 from .measurement import Windowing, evaluate_model
 from .result_files import ResultFile, TokenLossFile, checksum
 from .text import EvaluationText
 
-#: The tasks of fairseq whose models can be evaluated.
-TASKS = ("language_modeling", "masked_lm")
-
-#: The default lengths are these multiples of the training length.
-LENGTH_MULTIPLES = (1, 2, 4, 8, 16)
+TASKS = ("language_modeling", "masked_lm")  # the tasks of fairseq whose models can be evaluated
+LENGTH_MULTIPLES = (1, 2, 4, 8, 16)  # the default lengths are these multiples of the training length
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated and how.
-
-    Args:
-        data: fairseq data folder.
-        subset: valid, test, ...
-        lengths: in tokens; empty for multiples of each model's training length.
-        stride: tokens from one window to the next; None for non-overlapping blocks.
-        stride_fraction: the stride as a share of each length.
-        streaming: one stream without windows.
-        by_position: whether results hold the loss by position in the window.
-        token_losses: .npz file for the losses of single tokens.
-        marker: of subword units, see `EvaluationText`.
-        max_tokens: in a batch, context included.
-        model_overrides: options of the model, by name.
-        dtype: float32, float16 or bfloat16.
-        device: cpu or cuda.
-        output: folder of the JSON files; None to put each beside its checkpoint.
-        overwrite: whether to replace earlier results.
-
-    Raises:
-        ValueError: two settings contradict each other.
-    """
+    """What is evaluated and how; ValueError if two settings contradict each other."""
 
     data: str
     subset: str = "valid"
-    lengths: Sequence[int] = ()
-    stride: Optional[int] = None
-    stride_fraction: Optional[Fraction] = None
-    streaming: bool = False
-    by_position: bool = False
-    token_losses: Optional[Path] = None
-    marker: Optional[str] = None
-    max_tokens: int = 4096
-    model_overrides: dict[str, Any] = field(default_factory=dict)
+    lengths: Sequence[int] = ()  # in tokens; empty for multiples of each model's training length
+    stride: Optional[int] = None  # tokens from one window to the next; None for non-overlapping blocks
+    stride_fraction: Optional[Fraction] = None  # the stride as a share of each length
+    streaming: bool = False  # one stream without windows
+    by_position: bool = False  # results hold the loss by position in the window
+    token_losses: Optional[Path] = None  # .npz file for the losses of single tokens
+    marker: Optional[str] = None  # of subword units, see `EvaluationText`
+    max_tokens: int = 4096  # in a batch, context included
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # options of the model, by name
     dtype: str = "float32"
     device: str = "cpu"
-    output: Optional[Path] = None
-    overwrite: bool = False
+    output: Optional[Path] = None  # folder of the JSON files; None to put each beside its checkpoint
+    overwrite: bool = False  # replace earlier results
 
     def __post_init__(self) -> None:
         """Checks the settings."""
@@ -89,14 +63,7 @@ class EvaluationSettings:
             raise ValueError("--streaming: one process reads the stream from start to end; run without torchrun")
 
     def windowings(self, training_length: int) -> list[Windowing]:
-        """The windowings to evaluate.
-
-        Args:
-            training_length: of the model, in tokens.
-
-        Raises:
-            ValueError: a stride is longer than a length.
-        """
+        """The windowings to evaluate; ValueError if a stride is longer than a length."""
         windowings = []
         for length in self.lengths or [training_length * multiple for multiple in LENGTH_MULTIPLES]:
             stride = None if self.streaming else self.stride or length
@@ -115,11 +82,7 @@ class EvaluationSettings:
         return self.output / f"{path.resolve().parent.name}_{path.stem}_{self.subset}.json"
 
     def run_name(self, content: dict[str, Any]) -> str:
-        """A name for a TensorBoard folder, which differs for whatever else is evaluated.
-
-        Args:
-            content: of the result file.
-        """
+        """A name for a TensorBoard folder of a result file, which differs for whatever else is evaluated."""
         path, options = Path(content["model"]["checkpoint"]), dict(self.model_overrides)
         if self.dtype != "float32":
             options["dtype"] = self.dtype
@@ -128,11 +91,7 @@ class EvaluationSettings:
         return re.sub(r"[^\w.=+-]", "-", "_".join(parts))[:200] + f"_{digest:08x}"
 
     def check_checkpoints(self, checkpoints: Sequence[str]) -> None:
-        """Checks that all checkpoints exist and that each has files of its own.
-
-        Raises:
-            ValueError: names the checkpoint and the remedy.
-        """
+        """Raises ValueError unless all checkpoints exist and each has files of its own."""
         if self.token_losses is not None and len(checkpoints) > 1:
             raise ValueError("--save-token-losses: the file is of one checkpoint, evaluate one at a time")
         writers: dict[Path, str] = {}
@@ -145,27 +104,16 @@ class EvaluationSettings:
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A checkpoint that is ready for evaluation.
+    """A checkpoint that is ready for evaluation."""
 
-    Args:
-        model: in evaluation mode, with its dtype, on its device.
-        description: architecture, position method, training length, updates, parameters.
-        subject: checksums and settings that tell this evaluation from others.
-        text: what is evaluated, with the first token that the model expects.
-    """
-
-    model: BaseFairseqModel
-    description: dict[str, Any]
-    subject: dict[str, Any]
-    text: EvaluationText
+    model: BaseFairseqModel  # in evaluation mode, with its dtype, on its device
+    description: dict[str, Any]  # architecture, position method, training length, updates, parameters
+    subject: dict[str, Any]  # checksums and settings that tell this evaluation from others
+    text: EvaluationText  # with the first token that the model expects
 
 
 def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> LoadedCheckpoint:
-    """Loads a checkpoint in every process.
-
-    Raises:
-        ValueError: the checkpoint cannot be evaluated, or differs between processes.
-    """
+    """Loads a checkpoint in every process; ValueError if it cannot be evaluated, or differs between processes."""
     with processes.fail_together():
         state = read_checkpoint(checkpoint)
         describe_model(checkpoint, state, TASKS)  # raises an error for a model of another task
@@ -190,11 +138,7 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
 
 
 class EvaluationFiles:
-    """The files that one checkpoint's evaluation reads and writes; opened by the first process only.
-
-    Raises:
-        ValueError: see `ResultFile` and `TokenLossFile`.
-    """
+    """The files that one checkpoint's evaluation reads and writes; opened by the first process only."""
 
     def __init__(self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings) -> None:
         environment = describe_environment(settings.device)
@@ -227,14 +171,7 @@ class EvaluationFiles:
 
 
 def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> dict[str, Any]:
-    """Evaluates a checkpoint with all windowings whose results are not in its file yet; prints a line for each.
-
-    Returns:
-        The content of the result file; empty in all processes but the first.
-
-    Raises:
-        ValueError: bad input, or the evaluation failed.
-    """
+    """Evaluates a checkpoint with all windowings that its file lacks; the first process gets the file's content."""
     loaded = load_for_evaluation(checkpoint, text, settings)
     windowings = settings.windowings(loaded.description["training_length"])
     if (break_mode := loaded.description.get("sample_break_mode")) and processes.is_first():

@@ -42,31 +42,17 @@ MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position")
 
 @dataclass
 class Curve:
-    """The results of one model on one subset with one kind of window.
+    """The results of one model on one subset with one kind of window."""
 
-    Args:
-        label: for a legend or the head of a column.
-        position_method: of the model.
-        windows: "non-overlapping", "stride 256", "stride 1/2 of the length" or "streaming".
-        checkpoint: path of the checkpoint.
-        subset: valid, test, ...
-        training_length: tokens.
-        details: all that may tell two curves apart, such as the dtype, by name; "" is unknown.
-        scales_with_length: whether the model differs from length to length.
-        perplexity: by evaluation length.
-        bits_per_byte: by evaluation length; may be empty.
-        tokens_per_second: by evaluation length; may be empty.
-        by_position: bins of positions by evaluation length; may be empty.
-    """
-
-    label: str
+    label: str  # for a legend or the head of a column
     position_method: str
-    windows: str
+    windows: str  # "non-overlapping", "stride 256", "stride 1/2 of the length" or "streaming"
     checkpoint: str
     subset: str
     training_length: int
-    details: dict[str, str] = field(default_factory=dict)
-    scales_with_length: bool = False
+    details: dict[str, str] = field(default_factory=dict)  # all that may tell two curves apart; "" is unknown
+    scales_with_length: bool = False  # the model differs from length to length
+    #: Measures by evaluation length; all but the first may be empty.
     perplexity: dict[int, float] = field(default_factory=dict)
     bits_per_byte: dict[int, float] = field(default_factory=dict)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
@@ -165,11 +151,7 @@ def evaluation_key(details: dict[str, str]) -> tuple[str, ...]:
 
 
 def merge_unknown(files: Sequence[dict[str, str]]) -> None:
-    """Fills in what a file does not name, if all files that name it agree.
-
-    Args:
-        files: see `evaluation_details`; with the same `evaluation_key`.
-    """
+    """Fills in what a file does not name, if all files of the same `evaluation_key` that name it agree."""
     for name in OPTIONAL_DETAILS:
         known = {details[name] for details in files} - {""}
         if len(known) == 1:
@@ -190,13 +172,8 @@ def contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
 def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
     """Reads result files; one curve per evaluated model, subset and kind of window, in the order of the files.
 
-    Args:
-        files: JSON files of `fairseq-alibi evaluate` or `fairseq-alibi eval-lm`.
-        by_speed: whether to return curves of speed: results whose speeds cannot be compared are on curves of their own,
-            see `split_by_speed`, and those without a speed are left out.
-
-    Raises:
-        ValueError: see `read_result_file`.
+    With `by_speed` these are curves of speed: results whose speeds cannot be compared are on curves of their own, see
+    `split_by_speed`, and those without a speed are left out.
     """
     contents, all_details = [], []
     for path in files:
@@ -226,10 +203,7 @@ def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
 def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str]) -> list[Curve]:
     """The curves of one evaluated model, one per kind of window.
 
-    Args:
-        contents: of its result files. Of two results with equal windows the last one's measures are taken, and those of
-            the first that it lacks.
-        details: see `evaluation_details`.
+    Of two results with equal windows the last one's measures are taken, and those of the first that it lacks.
     """
     content = contents[-1]
     model = content["model"]

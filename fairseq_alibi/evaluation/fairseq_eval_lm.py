@@ -11,7 +11,6 @@ does not report tokens that it leaves out. This module therefore runs it that wa
 """
 
 import argparse
-import ast
 import logging
 import math
 import re
@@ -27,14 +26,20 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
-from ..files.checkpoints import describe_model, read_checkpoint
+from ..files.checkpoints import (
+    check_dictionary,
+    describe_evaluated,
+    describe_model,
+    override_options,
+    read_checkpoint,
+    reading_options,
+)
 from ..files.data_folders import read_dictionary, read_subset, subset_tokens
 from ..files.errors import one_line
-from ..files.model_loading import check_dictionary, override_options
 from ..files.results import check_writable, describe_environment, write_json
-from ..patches.batching import SampleTooLongError
+from ..patches.data import SampleTooLongError
+from ..patches.option_checks import parse_overrides
 from ..patches.patch import CommandError
-from .description import describe_evaluated, reading_options
 from .result_files import checksum
 from .text import perplexity
 
@@ -46,11 +51,7 @@ FIXED_OPTIONS = (
 
 
 class TokenCounter(logging.Handler):
-    """Reads from the log of fairseq-eval-lm how many blocks the text has and how many tokens it counted.
-
-    Raises:
-        ValueError: fairseq-eval-lm leaves out tokens with infinite scores.
-    """
+    """Reads the number of blocks and of scored tokens from fairseq-eval-lm's log; ValueError for infinite scores."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,27 +71,14 @@ class TokenCounter(logging.Handler):
 
 @dataclass(frozen=True)
 class EvalLmSettings:
-    """What fairseq-eval-lm evaluates.
-
-    Args:
-        data: fairseq data folder.
-        checkpoint: of a language model.
-        windowings: (length, stride) in tokens; stride = length is non-overlapping.
-        subset: train, valid, test, ...
-        positions: tokens in a batch, context included.
-        passed_on: more arguments for fairseq-eval-lm. Options of the task with which the checkpoint was trained are
-            added by `as_trained`.
-
-    Raises:
-        ValueError: a stride is longer than its length, or `passed_on` holds one of `FIXED_OPTIONS`.
-    """
+    """What fairseq-eval-lm evaluates; ValueError if a stride is too long, or a fixed option is passed on."""
 
     data: str
     checkpoint: str
-    windowings: Sequence[tuple[int, int]]
+    windowings: Sequence[tuple[int, int]]  # (length, stride) in tokens; stride = length is non-overlapping
     subset: str = "valid"
-    positions: int = 4096
-    passed_on: Sequence[str] = ()
+    positions: int = 4096  # tokens in a batch, context included
+    passed_on: Sequence[str] = ()  # more arguments for fairseq-eval-lm
 
     def __post_init__(self) -> None:
         """Checks the settings."""
@@ -102,14 +90,7 @@ class EvalLmSettings:
             raise ValueError(f"{fixed[0]} decides what is scored and is set by this command: drop it")
 
     def as_trained(self, state: dict[str, Any]) -> "EvalLmSettings":
-        """The same settings, with the task options of a checkpoint that change what it reads or predicts.
-
-        Args:
-            state: of the checkpoint.
-
-        Raises:
-            ValueError: `passed_on` holds other task options, or fairseq-eval-lm cannot evaluate the windows so.
-        """
+        """Adds the task options that change what a checkpoint reads or predicts; ValueError for contradictions."""
         trained = reading_options(state)
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--add-bos-token", action="store_true")
@@ -133,8 +114,8 @@ class EvalLmSettings:
     def arguments(self, length: int, stride: int) -> list[str]:
         """The arguments of fairseq-eval-lm for one windowing.
 
-        fairseq counts only the new tokens of a window against --max-tokens. So `positions` is converted to a number of
-        whole windows first.
+        fairseq counts only the new tokens of a window against --max-tokens, so `positions` becomes a number of windows
+        first.
         """
         windows = max(1, self.positions // length)
         arguments: list[Any] = [self.data, *self.passed_on, "--user-dir", Path(__file__).parents[1]]
@@ -146,38 +127,20 @@ class EvalLmSettings:
 
 
 def passed_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """The value of --model-overrides among arguments, which fairseq-eval-lm evaluates as Python code.
-
-    Raises:
-        ValueError: the value is not a dictionary of literals.
-    """
+    """The value of --model-overrides among arguments."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model-overrides", default="{}")
-    text = parser.parse_known_args(list(arguments))[0].model_overrides
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        overrides = None
-    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
-        raise ValueError(f"--model-overrides '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
-    return overrides
+    return parse_overrides(parser.parse_known_args(list(arguments))[0].model_overrides)
 
 
 def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
-    """Runs fairseq-eval-lm in this process, so that its progress bar appears in the terminal.
-
-    Returns:
-        The loss per scored token in bits, and the number of scored tokens.
-
-    Raises:
-        ValueError: see `passed_overrides`.
-    """
+    """Runs fairseq-eval-lm in this process, with its progress bar; loss per scored token in bits, and their number."""
     counter = TokenCounter()
     logger = logging.getLogger("fairseq_cli.eval_lm")
     logger.addHandler(counter)
     try:
         args = options.parse_args_and_arch(options.get_eval_lm_parser(), list(arguments))
-        passed_overrides(["--model-overrides", args.model_overrides])
+        parse_overrides(args.model_overrides)
         results = eval_lm.main(convert_namespace_to_omegaconf(args))
     except SampleTooLongError:
         return 0.0, 0  # which the caller explains
@@ -188,16 +151,7 @@ def run_eval_lm(arguments: Sequence[str]) -> tuple[float, int]:
 
 
 def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expected: int) -> dict[str, Any]:
-    """Runs fairseq-eval-lm for one windowing and checks what it scored.
-
-    Args:
-        settings: what is evaluated.
-        length, stride: in tokens.
-        expected: number of tokens in the subset.
-
-    Raises:
-        ValueError: fairseq-eval-lm failed or did not score all tokens, or the loss is not finite.
-    """
+    """Runs fairseq-eval-lm for one windowing; ValueError if it fails or does not score all `expected` tokens."""
     arguments = settings.arguments(length, stride)
     started = time.perf_counter()
     try:
@@ -227,19 +181,7 @@ def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expec
 
 
 def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, Any]:
-    """Evaluates all windowings in turn; the JSON file is written after each.
-
-    Args:
-        settings: what is evaluated.
-        output: JSON file.
-
-    Returns:
-        The content of the file: model, data, environment, and for each windowing tokens, loss (bits per token),
-        perplexity and seconds.
-
-    Raises:
-        ValueError: bad input, or see `evaluate_windowing`.
-    """
+    """Evaluates all windowings in turn; the JSON file `output`, whose content is returned, is written after each."""
     expected, state = subset_tokens(settings.data, settings.subset), read_checkpoint(settings.checkpoint)
     check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
     settings, overrides = settings.as_trained(state), passed_overrides(settings.passed_on)

@@ -13,9 +13,8 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.checkpoints import describe_model, read_checkpoint
+from ..files.checkpoints import describe_model, load_model, read_checkpoint
 from ..files.errors import one_line
-from ..files.model_loading import load_model
 from ..models.decoder import AlibiDecoder
 from ..models.generator import Generator
 
@@ -23,17 +22,7 @@ from ..models.generator import Generator
 def load_text_model(
     data: str, checkpoint: str, length_scale: Optional[str] = None, **text_options: Any
 ) -> GeneratorHubInterface:
-    """Loads a language model with its dictionary, tokenizer and BPE.
-
-    Args:
-        data: fairseq data folder.
-        checkpoint: of a language model.
-        length_scale: the model's `alibi_length_scale`; None for that of the checkpoint.
-        text_options: see `files.data_folders.text_options`; None for none.
-
-    Raises:
-        ValueError: a file is missing or is not a checkpoint, or the two do not fit each other.
-    """
+    """Loads a model with its dictionary, tokenizer and BPE for `continue_prompts`; ValueError if they do not fit."""
     state = read_checkpoint(checkpoint)
     describe_model(checkpoint, state)  # raises an error for a model of another task
     overwrite_args_by_name(state["cfg"], text_options)
@@ -89,26 +78,13 @@ def check_memory(model: GeneratorHubInterface, sequences: int, length: int) -> N
 
 
 def continue_batch(
-    model: GeneratorHubInterface,
-    prompts: Sequence[Tensor],
-    tokens: int,
-    stop_at_line_end: bool = False,
-    **options: Any,
+    model: GeneratorHubInterface, prompts: Sequence[Tensor], tokens: int, stop_at_line_end: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Continues prompts by `tokens` new tokens each, in one batch.
+    """Continues prompts, (n,) tokens each, n from 0 on, by `tokens` new tokens each, in one batch.
 
-    Args:
-        model: see `load_text_model`.
-        prompts: (n,) tokens each, n from 0 on.
-        tokens: number of new tokens. Line ends count as tokens and do not end the text.
-        stop_at_line_end: whether a text ends at its first new line end, if that comes before `tokens`.
-        options: of fairseq's generation: beam, sampling, sampling_topk, temperature, lenpen, ...
-
-    Returns:
-        For each prompt the prompt and its continuation, (n + new,) tokens, without the line end at which it stopped.
-
-    Raises:
-        ValueError: prompt and new tokens are longer than the model's longest sequence.
+    Returns for each the prompt and its continuation, (n + new,) tokens. Line ends count as tokens and do not end the
+    text or, with `stop_at_line_end`, end it and are left out. `options` are those of fairseq's generation. ValueError:
+    prompt and new tokens are longer than the model's longest sequence.
     """
     dictionary, device = model.tgt_dict, model.device
     longest = max(map(len, prompts))
@@ -144,23 +120,9 @@ def continue_batch(
 
 
 def continue_prompts(
-    model: GeneratorHubInterface,
-    prompts: Sequence[Tensor],
-    tokens: int,
-    stop_at_line_end: bool = False,
-    **options: Any,
+    model: GeneratorHubInterface, prompts: Sequence[Tensor], tokens: int, stop_at_line_end: bool = False, **options: Any
 ) -> list[Tensor]:
-    """Continues prompts of any lengths; each gets the text that it would get alone.
-
-    Args:
-        model, prompts, tokens, stop_at_line_end, options: see `continue_batch`.
-
-    Returns:
-        See `continue_batch`.
-
-    Raises:
-        ValueError: see `continue_batch`, or the generation failed.
-    """
+    """Continues prompts of any lengths as `continue_batch` does; each gets the text that it would get alone."""
     # Beam search compares whole texts, so all texts of a batch must end at the length that was asked for.
     batches: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):

@@ -50,16 +50,10 @@ def position_bins(length: int) -> list[int]:
 
 
 def losses_by_position(losses: Tensor, windowing: Windowing, positions: int) -> list[dict[str, Any]]:
-    """Mean loss by position in the window.
+    """Mean loss by position in the window, of the (N,) losses of all tokens in bits, not streaming.
 
-    Args:
-        losses: (N,) of all tokens, bits.
-        windowing: with windows, not streaming.
-        positions: tokens in a batch, see `batches`.
-
-    Returns:
-        For each bin in which tokens were scored: first and last position, tokens, loss in bits. Positions count from
-        the window's start, 0; a token at position p has p tokens of its window before it.
+    Returns for each bin in which tokens were scored: first and last position, tokens, loss in bits. Positions count
+    from the window's start, 0; a token at position p has p tokens of its window before it.
     """
     longest = min(windowing.length, len(losses))
     sums, counts = numpy.zeros(longest), numpy.zeros(longest, dtype=int)
@@ -93,20 +87,10 @@ def score_share(
 def score_text(
     model: BaseFairseqModel, text: EvaluationText, windowing: Windowing, positions: int, title: str = ""
 ) -> Tensor:
-    """Scores a text with a progress bar; every process calls this and gets the losses of all tokens.
+    """Scores a text with a progress bar: (N,) float32 losses of all tokens, bits, in every process.
 
-    Args:
-        model: language model, in evaluation mode.
-        text: see `read_evaluation_text`.
-        windowing: length and stride.
-        positions: tokens in a batch, context included.
-        title: of the progress bar.
-
-    Returns:
-        (N,) float32 losses of all tokens, bits.
-
-    Raises:
-        ValueError: a loss is not finite, or the model does not support the windowing.
+    `positions` is of a batch, in tokens, context included. ValueError: a loss is not finite, or the model does not
+    support the windowing.
     """
     losses = torch.full((text.tokens,), math.inf)
     hidden = None if processes.is_first() else True
@@ -133,18 +117,10 @@ def evaluate_model(
     by_position: bool = False,
     title: str = "",
 ) -> tuple[dict[str, Any], Tensor]:
-    """Evaluates a model on a text with one windowing.
+    """Evaluates a model on a text with one windowing; see `score_text`.
 
-    Args:
-        model, text, windowing, positions, title: see `score_text`.
-        by_position: whether the result holds the loss by position in the window.
-
-    Returns:
-        The result (length, stride, tokens, loss, perplexity, ...), and the (N,) float32 losses of all tokens in bits. A
-        masked language model scores masked tokens only; the others are NaN.
-
-    Raises:
-        ValueError: see `score_text`.
+    Returns the result (length, stride, tokens, loss, perplexity, ...), and the (N,) float32 losses of all tokens in
+    bits. A masked language model scores masked tokens only; the others are NaN.
     """
     is_masked_model = isinstance(model, RobertaModel)
     if is_masked_model and (windowing.stride != windowing.length or by_position):

@@ -1,4 +1,4 @@
-"""Results as plots: PNG files."""
+"""Results, and the bias that is added to the scores, as plots: PNG files."""
 
 import contextlib
 import itertools
@@ -7,27 +7,44 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..core.alibi import ENCODER_FORMS, ALiBi, EncoderALiBi
 from .curves import Curve
 
 #: Line style and marker of each curve, so that a plot can be read in black and white too.
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
 
+#: Forms of the bias, in the order of its picture.
+FORMS = ("causal", *ENCODER_FORMS)
 
-@contextlib.contextmanager
-def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterator[Any]:
-    """A context with the matplotlib axes of a chart, which is saved at its end.
+#: The largest number of heads in a picture.
+SHOWN_HEADS = 8
 
-    Args:
-        path: of the PNG file.
-        labels: of all curves, for the legend below the chart.
-        logarithmic: whether the axis of values is logarithmic if the values are far apart.
-    """
+#: The bias with the darkest colour. A key with this bias weighs e^-8 = 0.0003 of what it would weigh without a bias.
+DARKEST_BIAS = -8
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, imported only for a plot and without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+@contextlib.contextmanager
+def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterator[Any]:
+    """A context with the matplotlib axes of a chart, which is saved at its end; the legend names all `labels`.
+
+    Its axis of values is logarithmic if the values are far apart and `logarithmic` is true.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    plt = pyplot()
     columns = 1 if max(map(len, labels)) > 36 else 2
     figure, axes = plt.subplots(figsize=(7, 4.2 + 0.24 * -(-len(labels) // columns)), layout="constrained")
     axes.set_xscale("log", base=2)
@@ -70,13 +87,7 @@ def draw_curve(axes: Any, points: Sequence[tuple[float, float]], label: str, sty
 
 
 def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
-    """Plots a measure against evaluation length.
-
-    Args:
-        curves: what is plotted.
-        path: of the PNG file.
-        measure: perplexity, where dotted lines mark the training lengths, or tokens_per_second.
-    """
+    """Plots against evaluation length perplexity, with the training lengths as dotted lines, or tokens_per_second."""
     subsets = ", ".join(sorted({curve.subset for curve in curves}))
     with chart(path, [curve.label for curve in curves], measure == "perplexity") as axes:
         for curve, style in zip(curves, curve_styles(len(curves))):
@@ -111,12 +122,7 @@ def mark_training_lengths(axes: Any, lengths: set[int]) -> None:
 
 
 def plot_positions(pooled: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Plots loss by position in the window.
-
-    Args:
-        pooled: see `pool_positions`.
-        path: of the PNG file.
-    """
+    """Plots loss by position in the window, see `pool_positions`."""
     with chart(path, list(pooled)) as axes:
         for (label, bins), style in zip(pooled.items(), curve_styles(len(pooled))):
             centres = [math.sqrt((part["first"] + 1) * (part["last"] + 1)) for part in bins]
@@ -124,3 +130,38 @@ def plot_positions(pooled: dict[str, list[dict[str, Any]]], path: Path) -> None:
             draw_curve(axes, points, label, {**style, "markersize": 3})
         axes.set_xlabel("tokens that are seen, from the window's start on")
         axes.set_ylabel("loss (bits per token)")
+
+
+def alibi_bias(form: str, heads: int, length: int, max_bias: float = 8.0) -> Tensor:
+    """The bias of a form, (H, L, L) float32; -inf where a query does not see a key. ValueError: see `ALiBi`."""
+    if form == "causal":
+        return ALiBi(heads, max_bias).future_mask(length, length)
+    return EncoderALiBi(heads, form, max_bias).full_mask(length)
+
+
+def draw_biases(biases: dict[str, Tensor], path: Path) -> None:
+    """Draws biases with a row per form and a column per head; row i of a cell is query i.
+
+    Args:
+        biases: (H, L, L) by form. Of more than `SHOWN_HEADS` heads only some are drawn.
+        path: of the picture.
+    """
+    plt = pyplot()
+    heads, length = next(iter(biases.values())).shape[:2]
+    shown = sorted({round(n) for n in torch.linspace(0, heads - 1, min(heads, SHOWN_HEADS)).tolist()})
+    size = (1.6 * len(shown) + 1.6, 1.7 * len(biases) + 0.5)
+    figure, axes = plt.subplots(len(biases), len(shown), figsize=size, squeeze=False, layout="constrained")
+    colours = plt.get_cmap("viridis").with_extremes(bad="#cccccc")
+    for row, (form, bias) in zip(axes, biases.items()):
+        for cell, head in zip(row, shown):
+            values = bias[head].masked_fill(bias[head].isinf(), torch.nan)
+            image = cell.imshow(values.numpy(), cmap=colours, vmin=DARKEST_BIAS, vmax=0, interpolation="nearest")
+            cell.set(xticks=[0, length - 1], yticks=[0, length - 1])
+            cell.tick_params(labelsize=7)
+        row[0].set_ylabel(f"{form}\nquery", fontsize=9)
+    for top, bottom, head in zip(axes[0], axes[-1], shown):
+        top.set_title(f"head {head + 1}", fontsize=9)
+        bottom.set_xlabel("key", fontsize=9)
+    figure.colorbar(image, ax=axes, extend="min", label="bias (grey: not seen)", shrink=0.8, pad=0.02)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

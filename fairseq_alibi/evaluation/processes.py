@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Optional
 
 import torch
@@ -21,15 +20,12 @@ from torch import Tensor
 
 from ..files.errors import one_line
 
-#: How long a process that ends waits for the first process to print its last line.
-LAST_LINE = timedelta(minutes=1)
-
 
 def join() -> None:
     """Joins the processes that torchrun started; does nothing without torchrun.
 
-    Each process gets a GPU of its own where there are enough. All processes but the first are silent from here on,
-    except for the traceback of an error that no process can report.
+    Each gets a GPU of its own where there are enough. All but the first are silent from here on, except for the
+    traceback of an error that no process can report.
     """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
@@ -40,22 +36,14 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
-        sys.excepthook = print_traceback
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
 def leave() -> None:
-    """Leaves the process group once the first process has printed its last line.
-
-    torchrun stops all processes as soon as one has failed, so no process may end before the first has said why.
-    """
+    """Leaves the process group after the first process, as torchrun stops all processes as soon as one has failed."""
     with contextlib.suppress(RuntimeError):  # another process is gone: there is nobody to wait for
-        dist.monitored_barrier(timeout=LAST_LINE)
+        dist.monitored_barrier(timeout=timedelta(minutes=1))
     dist.destroy_process_group()
-
-
-def print_traceback(kind: type[BaseException], error: BaseException, trace: Optional[TracebackType]) -> None:
-    """Prints the traceback of an unexpected error to the original standard error; for `sys.excepthook`."""
-    traceback.print_exception(kind, error, trace, file=sys.__stderr__)
 
 
 def rank() -> int:
@@ -75,11 +63,7 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """A context that every process enters; an error in any process becomes an error in every process.
-
-    Raises:
-        ValueError: another process failed; names its number and its error.
-    """
+    """A context that every process enters; an error in any, which ValueError names, becomes one in every process."""
     failure: Optional[Exception] = None
     try:
         yield

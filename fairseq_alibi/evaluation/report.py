@@ -15,20 +15,7 @@ REPORT_FILES = ("report.md", "report.png", "speed.png", "positions.png")
 
 
 def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -> str:
-    """Writes tables and plots of result files into a folder.
-
-    Args:
-        files: JSON files of evaluations.
-        output: the folder; see `REPORT_FILES`.
-        overwrite: whether to replace a report that is there.
-
-    Returns:
-        The table of perplexity, for the terminal.
-
-    Raises:
-        ValueError: a file is no result, no file holds a result, or the folder holds a report already.
-        OSError: a file cannot be written.
-    """
+    """Writes a report of result files into a folder and returns the table of perplexity; ValueError for bad input."""
     curves = read_curves(files)
     if not curves:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")

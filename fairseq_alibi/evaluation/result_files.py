@@ -20,8 +20,7 @@ from ..files.results import check_writable, naming, write_json, written_whole
 from .curves import window_names
 from .measurement import Windowing
 
-#: Seconds to wait for another process that is writing the same file.
-WAIT = 60.0
+WAIT = 60.0  # seconds to wait for another process that is writing the same file
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
@@ -35,15 +34,8 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 class ResultFile:
     """The JSON file with the results of one checkpoint; each new result is written at once.
 
-    Args:
-        path: of the file.
-        content: everything but the results. `content["subject"]` says what is evaluated, `content["runs"]` by name
-            what makes the results.
-        overwrite: whether to drop the results that the file holds.
-
-    Raises:
-        ValueError: the file holds results of another subject.
-        OSError: the file cannot be written.
+    `content` is everything but the results: `content["subject"]` says what is evaluated, `content["runs"]` by name what
+    makes the results. ValueError: the file holds results of another subject. OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], overwrite: bool) -> None:
@@ -77,11 +69,7 @@ class ResultFile:
         return next(matches, None)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Adds a result, in place of an earlier one of the same windowing, and writes the file.
-
-        Raises:
-            ValueError: another evaluation has written the file in the meantime, or is writing it.
-        """
+        """Adds a result, in place of one of the same windowing, and writes the file; ValueError if it has changed."""
         with locked(self.path, WAIT):
             results = {}
             for other in [*self.content["results"], *self.read_earlier_results()]:
@@ -97,15 +85,8 @@ class ResultFile:
 class TokenLossFile:
     """An .npz file with the losses of single tokens, one array per windowing, always written whole.
 
-    Args:
-        path: of the file; None to write nothing.
-        stream: (N,) tokens of the text, which the file holds too.
-        subject: what is evaluated; the file holds it as JSON.
-        overwrite: whether to drop what the file holds.
-
-    Raises:
-        ValueError: the file holds something else.
-        OSError: the file cannot be written.
+    It also holds the (N,) tokens of the text, and the subject as JSON. ValueError: it holds something else. OSError: it
+    cannot be written.
     """
 
     def __init__(self, path: Optional[Path], stream: Tensor, subject: dict[str, Any], overwrite: bool) -> None:
@@ -138,11 +119,7 @@ class TokenLossFile:
         return self.path is not None and windowing.name not in self.arrays
 
     def add(self, windowing: Windowing, losses: Tensor) -> None:
-        """Adds the (N,) losses of a windowing, in bits, and writes the file.
-
-        Raises:
-            ValueError: the file holds something else by now, or another process is writing it.
-        """
+        """Adds the (N,) losses of a windowing, in bits, and writes the file; raises as the class does."""
         if self.path is None:
             return
         with locked(self.path, WAIT):
@@ -154,15 +131,7 @@ class TokenLossFile:
 
 
 def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
-    """Writes the results of a checkpoint as TensorBoard scalars against length.
-
-    Args:
-        folder: of this checkpoint.
-        content: of a `ResultFile`.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Writes the results of a checkpoint as TensorBoard scalars against length; OSError."""
     from tensorboardX import SummaryWriter
 
     names = window_names([(result["length"], result["stride"]) for result in content["results"]])

@@ -1,15 +1,14 @@
 """The loss of every token of a text, by windows or as one stream, or of its masked tokens.
 
-Shapes: N tokens of the text, B windows in a batch, L tokens in a window, of which n are scored, C model width, V types.
-
 fairseq-eval-lm computes log-probabilities of all V types at all L positions and keeps n of them. Here the last layer
 computes n queries only. The output layer reads these n features, a few hundred at a time. With an adaptive softmax each
-token passes the head and, if it needs one, its own tail.
+token passes the head and, if it needs one, its own tail. Shapes: N tokens of the text, B windows in a batch, L tokens
+in a window, of which n are scored, C model width, V types.
 """
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple, Optional, TypeVar
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -24,38 +23,19 @@ from ..models.decoder import AlibiDecoder
 from ..models.encoder import AlibiEncoder
 from .windows import batches, windows
 
-#: Smallest and largest number of tokens that a stream reads in one pass.
-CHUNK = (512, 4096)
-
-#: Share of the tokens that are masked for a masked language model.
-MASKED_SHARE = 0.15
-
-Item = TypeVar("Item")
+CHUNK = (512, 4096)  # smallest and largest number of tokens that a stream reads in one pass
+MASKED_SHARE = 0.15  # of the tokens of a text, for a masked language model
 
 
 class ScoredTokens(NamedTuple):
-    """Losses of consecutive tokens of the text.
-
-    Args:
-        first: number of the first token in the text.
-        losses: (B, n) float32, nats, window after window.
-    """
+    """(B, n) float32 losses in nats, window after window, of consecutive tokens of the text from number `first` on."""
 
     first: int
     losses: Tensor
 
 
 def output_losses(decoder: FairseqDecoder, features: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each target, without a tensor of n x V elements.
-
-    Args:
-        decoder: of fairseq, with an output layer or an adaptive softmax.
-        features: (n, C), input of the output layer.
-        targets: (n,) int64.
-
-    Returns:
-        (n,) float32, -log p(target) in nats.
-    """
+    """(n, C) inputs of the output layer, (n,) targets -> (n,) float32, -log p in nats, without n x V elements."""
     softmax = getattr(decoder, "adaptive_softmax", None)
     if softmax is None:
         return cross_entropies(decoder.output_layer, features, targets, len(decoder.dictionary))
@@ -68,19 +48,11 @@ def replace_unknown(tokens: Tensor, dictionary: Dictionary) -> Tensor:
 
 
 def source_of(stream: Tensor, dictionary: Dictionary, stride: Optional[int] = None) -> Tensor:
-    """The inputs from which a model predicts a stream: an end of sentence, then the stream without its last token.
+    """The inputs, (N,) int64, that predict a stream: an end of sentence, then the stream without its last token.
 
     With --output-dictionary-size fairseq 0.12.2 replaces targets by <unk> in place (monolingual_dataset.py,
-    `_filter_vocab`). A block's inputs share their memory, so they are replaced too: all but the first of a block, and
-    none in a block at the beginning of a line. A model was trained so, and is evaluated so.
-
-    Args:
-        stream: (N,) tokens.
-        dictionary: the output dictionary of the model.
-        stride: tokens in a block of fairseq's, None for a stream without blocks.
-
-    Returns:
-        (N,) int64.
+    `_filter_vocab`). A block's inputs share their memory, so they are replaced too: all but the first of a block of
+    `stride` tokens, and none in a block at the beginning of a line. A model was trained so, and is evaluated so.
     """
     source = torch.cat([stream.new_tensor([dictionary.eos()]), stream[:-1]]).long()
     if not (source >= len(dictionary)).any():
@@ -93,18 +65,6 @@ def source_of(stream: Tensor, dictionary: Dictionary, stride: Optional[int] = No
     return torch.where((places == starts) | (source[starts] == dictionary.eos()), source, replaced)
 
 
-def select_share(items: Iterator[Item], share: tuple[int, int]) -> Iterator[Item]:
-    """The items k, k + n, k + 2n, ... for a share (k, n)."""
-    return islice(items, share[0], None, share[1])
-
-
-def last_features(model: BaseFairseqModel, tokens: Tensor, last: int) -> Tensor:
-    """(B, L) tokens -> (B, n, C) inputs of the output layer at the last n tokens."""
-    if isinstance(model.decoder, AlibiDecoder):
-        return model.decoder.extract_features_scriptable(tokens, None, last=last)[0]
-    return model.decoder.extract_features(tokens, None)[0][:, -last:]
-
-
 @torch.no_grad()
 def score_windows(
     model: BaseFairseqModel,
@@ -115,29 +75,26 @@ def score_windows(
     share: tuple[int, int] = (0, 1),
     first_token: Optional[int] = None,
 ) -> Iterator[ScoredTokens]:
-    """Scores a text by windows, see `windows`; the losses equal those of fairseq-eval-lm.
+    """Scores the (N,) tokens of a text by windows, see `windows`; the losses equal those of fairseq-eval-lm.
 
-    Args:
-        model: language model of fairseq or of this plugin, in evaluation mode. A model of this plugin computes its
-            last layer for the scored tokens only.
-        stream: (N,) tokens of the text.
-        length, stride: L and stride, in tokens.
-        positions: tokens in a batch, context included; a batch has at least one window.
-        share: k and n: only the batches k, k + n, k + 2n, ... are scored.
-        first_token: a token in front of the inputs of each window, as --add-bos-token puts <s> in front of each block;
-            None for none.
+    A model of this plugin computes its last layer for the scored tokens only. A batch has at most `positions` tokens,
+    context included, but at least one window; of a share (k, n) only the batches k, k + n, k + 2n, ... are scored.
+    `first_token` stands in front of each window, as --add-bos-token puts <s> in front of each block.
     """
     device = next(model.parameters()).device
     source = source_of(stream, model.decoder.dictionary, stride)
     prepare_model(model, length, extra=0 if first_token is None else 1)
-    for batch in select_share(batches(windows(len(stream), length, stride), positions), share):
+    for batch in islice(batches(windows(len(stream), length, stride), positions), share[0], None, share[1]):
         scored = batch[0].scored
         _, last = batch[0].shape
         inputs = torch.stack([source[window.begin : window.end] for window in batch]).to(device)
         if first_token is not None:
             inputs = F.pad(inputs, (1, 0), value=first_token)
         targets = replace_unknown(stream[scored : batch[-1].end], model.decoder.dictionary).to(device)
-        features = last_features(model, inputs, last)
+        if isinstance(model.decoder, AlibiDecoder):
+            features = model.decoder.extract_features_scriptable(inputs, None, last=last)[0]
+        else:
+            features = model.decoder.extract_features(inputs, None)[0][:, -last:]
         losses = output_losses(model.decoder, features.reshape(len(targets), -1), targets)
         yield ScoredTokens(scored, losses.view(len(batch), last).cpu())
 
@@ -148,19 +105,12 @@ def score_stream(
 ) -> Iterator[ScoredTokens]:
     """Scores a text as one stream: a token attends, in every layer, to the last `window` tokens, itself included.
 
-    Let x(0, i) be the embedding of input i; input 0 is the end of sentence in front of the text. Layer l computes
-    x(l, i) from x(l - 1, i) and attention over the keys and values of x(l - 1, j) for i - window < j <= i, with the
-    bias of the distance i - j. Each key and value is computed once and kept for `window` tokens, so memory is constant.
-    Through all layers a token depends on inputs up to layers x (window - 1) tokens back.
+    Let x(0, i) be the embedding of input i; input 0 is the end of sentence in front of the text. Layer l computes x(l,
+    i) from x(l - 1, i) and attention over the keys and values of x(l - 1, j) for i - window < j <= i, with the bias of
+    the distance i - j. Each key and value is computed once and kept for `window` tokens, so memory is constant. Through
+    all layers a token depends on inputs up to layers x (window - 1) tokens back.
 
-    Args:
-        model: of this plugin, in evaluation mode, with a position method that depends on distances only.
-        stream: (N,) tokens of the text.
-        window: W, tokens.
-        first_token: a token in front of all inputs, as --add-bos-token puts <s> there; None for none.
-
-    Raises:
-        ValueError: the model has absolute positions or does not belong to this plugin.
+    ValueError: the model has absolute positions or does not belong to this plugin.
     """
     decoder = model.decoder
     if not isinstance(decoder, AlibiDecoder):
@@ -196,22 +146,10 @@ def masked_tokens(count: int) -> Tensor:
 def score_masked(
     model: BaseFairseqModel, stream: Tensor, length: int, positions: int, share: tuple[int, int] = (0, 1)
 ) -> Iterator[ScoredTokens]:
-    """Scores the masked tokens of a text in blocks that do not overlap, see `masked_tokens`.
+    """Scores the masked tokens of a text in blocks that do not overlap, see `masked_tokens` and `score_windows`.
 
-    As in fairseq's task masked_lm a block is <s> and length - 1 tokens. Every masked token is replaced by <mask>.
-
-    Args:
-        model: masked language model of fairseq or of this plugin, in evaluation mode.
-        stream: (N,) tokens of the text.
-        length: L, tokens in a block, <s> included.
-        positions: tokens in a batch; a batch has at least one block.
-        share: see `score_windows`.
-
-    Yields:
-        The losses of all tokens, 0 for those that are not masked.
-
-    Raises:
-        ValueError: the length is 1, or see `prepare_model`.
+    As in fairseq's task masked_lm a block is <s> and length - 1 tokens. Every masked token is replaced by <mask>. The
+    losses of the others are 0. ValueError: the length is 1, or see `prepare_model`.
     """
     if length < 2:
         raise ValueError("length 1: a block begins with <s>, pass a length of at least 2")
@@ -219,7 +157,7 @@ def score_masked(
     device, encoder = next(model.parameters()).device, model.encoder
     masked = masked_tokens(len(stream))
     source = stream.long().masked_fill(masked, encoder.dictionary.index("<mask>"))
-    for batch in select_share(batches(windows(len(stream), length - 1, length - 1), positions), share):
+    for batch in islice(batches(windows(len(stream), length - 1, length - 1), positions), share[0], None, share[1]):
         scored = slice(batch[0].begin, batch[-1].end)
         inputs = F.pad(source[scored].view(len(batch), -1), (1, 0), value=encoder.dictionary.bos())
         predicted = masked[scored].view(len(batch), -1)
@@ -231,16 +169,7 @@ def score_masked(
 
 
 def prepare_model(model: BaseFairseqModel, length: int, extra: int = 0) -> None:
-    """Sets the length at which a model is evaluated.
-
-    Args:
-        model: language model, causal or masked.
-        length: tokens in a window.
-        extra: number of inputs that are not tokens of the window.
-
-    Raises:
-        ValueError: the length is longer than the model's longest sequence, or the model is not a transformer.
-    """
+    """Sets the length of a window, beside `extra` inputs, for an evaluation; ValueError if the model cannot read it."""
     masked = isinstance(model, RobertaModel)
     stack = model.encoder.sentence_encoder if masked else model.decoder
     if not isinstance(stack, (TransformerDecoderBase, TransformerEncoderBase)):

@@ -25,23 +25,14 @@ COLUMNS = (
 
 
 def model_title(content: dict[str, Any]) -> str:
-    """A line that names a model as it was evaluated.
-
-    Args:
-        content: of a result file.
-    """
+    """A line that names a model as it was evaluated."""
     model, overrides = content["model"], override_text(content["subject"]["model_overrides"])
     title = f"{model['position_method']}, trained on {model['training_length']} tokens"
     return f"{title}, with {overrides}" if overrides else title
 
 
 def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -> str:
-    """The results of one checkpoint for the terminal.
-
-    Args:
-        content: of a `ResultFile`.
-        windowings: the rows.
-    """
+    """The results of one checkpoint for the terminal, with a row for each windowing."""
     model = content["model"]
     results = [
         result for row in windowings for result in content["results"] if (result["length"], result["stride"]) == row
@@ -57,13 +48,7 @@ def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -
 
 
 def length_table(curves: Sequence[Curve], style: str, measure: str = "perplexity") -> str:
-    """A measure with a row per evaluation length and a column per curve.
-
-    Args:
-        curves: the columns.
-        style: one of tabulate's formats.
-        measure: perplexity, bits_per_byte or tokens_per_second.
-    """
+    """A measure in one of tabulate's formats, with a row per evaluation length and a column per curve."""
     values = [getattr(curve, measure) for curve in curves]
     lengths = sorted({length for column in values for length in column})
     rows = [[length, *(column.get(length) for column in values)] for length in lengths]
@@ -74,11 +59,7 @@ def length_table(curves: Sequence[Curve], style: str, measure: str = "perplexity
 
 
 def position_table(pooled: dict[str, list[dict[str, Any]]]) -> str:
-    """Loss in bits by position, in Markdown, with a row per octave of positions and a column per curve.
-
-    Args:
-        pooled: see `pool_positions`.
-    """
+    """Loss in bits by position, in Markdown, with a row per octave of positions and a column per curve."""
     rows = []
     for octave in range(1 + max(part["last"] for bins in pooled.values() for part in bins).bit_length()):
         row: list[Any] = [f"{2**octave // 2:,} - {2**octave - 1:,}" if octave > 1 else f"{octave}"]

@@ -14,20 +14,13 @@ from ..files.data_folders import first_folder, read_dictionary, read_preparation
 class EvaluationText:
     """A subset of a data folder, with the numbers that its loss is divided by.
 
-    Args:
-        stream: (N,) tokens, int32.
-        dictionary: of the data folder.
-        marker: how subword units are marked, as fairseq's --remove-bpe has it: "@@ " at the end of every unit of a
-            word but its last, "sentencepiece" for U+2581 at the start of a word; None where tokens are words.
-        original: `lines`, `words`, `characters` and `bytes` of the text as it was given; None where they are unknown.
+    `stream` is (N,) int32. `marker` is how subword units are marked, as fairseq's --remove-bpe has it: "@@ " at the end
+    of every unit of a word but its last, "sentencepiece" for U+2581 at the start of a word, None where tokens are
+    words. `original` is the `lines`, `words`, `characters` and `bytes` of the text as it was given, if they are known.
     """
 
     def __init__(
-        self,
-        stream: Tensor,
-        dictionary: Dictionary,
-        marker: Optional[str],
-        original: Optional[dict[str, int]] = None,
+        self, stream: Tensor, dictionary: Dictionary, marker: Optional[str], original: Optional[dict[str, int]] = None
     ) -> None:
         self.stream, self.tokens, self.original = stream, len(stream), original
         #: A token in front of each window, or of the stream; None for none.
@@ -60,33 +53,19 @@ class EvaluationText:
         return text
 
     def words_of_fairseq(self, stride: int) -> int:
-        """The number of words by which fairseq-eval-lm --remove-bpe divides.
-
-        fairseq counts a word twice if the end of a window's scored tokens cuts it.
-        """
+        """The number of words by which fairseq-eval-lm --remove-bpe divides: those cut by windows count twice."""
         ends = torch.arange(stride - 1, self.tokens + stride - 1, stride).clamp(max=self.tokens - 1)
         return self.tokenized_words + int(self.inside_word[ends].sum())
 
     def measures(self, bits: float, stride: Optional[int]) -> dict[str, Any]:
-        """Losses and perplexities of the whole text. Word losses count a line end as a word.
-
-        Without `original` they are of the tokenized text, and are named so.
-
-        Args:
-            bits: sum of the losses of all tokens.
-            stride: tokens from one window to the next; None for streaming.
-        """
+        """Losses and perplexities of the whole text, whose tokens lose `bits`; a line end counts as a word."""
         measures = token_measures(bits, self.tokens)
         if self.has_subwords and stride is not None:
             measures["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
         if text := self.original:
             loss = bits / (text["words"] + text["lines"])
             measures.update(text, word_loss=loss, word_perplexity=perplexity(loss))
-            return {
-                **measures,
-                "bits_per_character": bits / text["characters"],
-                "bits_per_byte": bits / text["bytes"],
-            }
+            return {**measures, "bits_per_character": bits / text["characters"], "bits_per_byte": bits / text["bytes"]}
         if self.unknown:  # of which neither the characters are known nor whether a word ends with them
             return measures
         if self.has_subwords:
@@ -100,12 +79,7 @@ class EvaluationText:
 
 
 def token_measures(bits: float, tokens: int) -> dict[str, Any]:
-    """Loss in bits per token, and perplexity.
-
-    Args:
-        bits: sum of the losses of all tokens.
-        tokens: their number.
-    """
+    """Loss in bits per token, and perplexity, of the sum of the losses of all tokens."""
     return {"tokens": tokens, "loss": bits / tokens, "perplexity": perplexity(bits / tokens)}
 
 
@@ -115,16 +89,7 @@ def perplexity(bits: float) -> float:
 
 
 def read_evaluation_text(data: str, subset: str, marker: Optional[str]) -> EvaluationText:
-    """Reads a subset of a fairseq data folder.
-
-    Args:
-        data: the folder.
-        subset: valid, test, ...
-        marker: see `EvaluationText`.
-
-    Raises:
-        ValueError: the folder, its dictionary or the subset is missing or broken.
-    """
+    """Reads a subset of a data folder as text; ValueError if it or the dictionary is missing or broken."""
     dictionary, stream = read_dictionary(data), read_subset(data, subset)
     if int(stream.max()) >= len(dictionary):
         raise ValueError(

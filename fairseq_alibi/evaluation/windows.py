@@ -26,18 +26,10 @@ class Window(NamedTuple):
 def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
     """Cuts a stream into windows that together score every token exactly once (Press et al. 2022, appendix B).
 
-    With stride = length they do not overlap. Else a window scores its last `stride` tokens, each with at least
-    length - stride tokens of context, and is as long as fairseq-eval-lm makes it with --tokens-per-sample `length`
+    With stride = length they do not overlap. Else a window scores its last `stride` tokens, each with at least length -
+    stride tokens of context, and is as long as fairseq-eval-lm makes it with --tokens-per-sample `length`
     --context-window `length - stride`. fairseq's windows at the beginning of the stream, which there reach back to its
     first token, are one window here: in a causal model their tokens have the same context in it.
-
-    Args:
-        tokens: N, number of tokens in the stream.
-        length: L, of a window, in tokens.
-        stride: tokens from the beginning of one window to that of the next, at most `length`.
-
-    Raises:
-        ValueError: length or stride is less than 1, or the stride is longer than the length.
     """
     if length < 1 or stride < 1:
         raise ValueError(f"length {length}, stride {stride}: both must be at least 1")

@@ -52,27 +52,16 @@ class ComparedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings of a comparison.
+    """Settings of a comparison."""
 
-    Args:
-        name: Of the preset.
-        preset: What is trained and evaluated.
-        data: fairseq's data folder.
-        subset: The split that is evaluated.
-        updates: Of training.
-        methods: Position methods.
-        output: Folder of models, results and page.
-        cpu: Whether GPUs are left unused.
-    """
-
-    name: str
+    name: str  # of the preset
     preset: Preset
     data: str
-    subset: str
+    subset: str  # that is evaluated
     updates: int
     methods: list[str]
-    output: Path
-    cpu: bool
+    output: Path  # folder of models, results and page
+    cpu: bool  # GPUs are left unused
 
     def models(self) -> list[ComparedModel]:
         """Returns all models, by training length and method."""
@@ -94,11 +83,7 @@ class Comparison:
 
 
 class CommandRunner:
-    """Runs commands side by side and can stop them all.
-
-    Args:
-        single_thread: Whether each command uses one thread.
-    """
+    """Runs commands side by side, each in one thread if `single_thread`, and can stop them all."""
 
     def __init__(self, single_thread: bool):
         self.environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if single_thread else {})}
@@ -107,13 +92,9 @@ class CommandRunner:
         self.stopped = False
 
     def run(self, command: list[str], log: Path) -> int:
-        """Runs a command and writes its output to a log.
+        """Runs a command, writes its output to a log, and returns the peak memory of its process, in bytes.
 
-        Returns:
-            The peak memory of its process, in bytes.
-
-        Raises:
-            ValueError: The command failed; names the log and quotes its last line.
+        ValueError: it failed; names the log and quotes its last line.
         """
         with log.open("w", encoding="utf-8") as output:
             with self.lock:
@@ -140,11 +121,7 @@ class CommandRunner:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that an earlier run wrote.
-
-    Raises:
-        ValueError: The file holds something else.
-    """
+    """Reads a JSON file that an earlier run wrote; ValueError if it holds something else."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -158,11 +135,7 @@ def finished_steps(model: ComparedModel) -> dict[str, Any]:
 
 
 def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunner, bar: tqdm) -> None:
-    """Runs the steps of a model that are not finished.
-
-    Raises:
-        ValueError: A step failed, or training was stopped before its last update.
-    """
+    """Runs the steps of a model that are not finished; ValueError if one fails, or training was stopped early."""
     model.folder.mkdir(parents=True, exist_ok=True)
     finished = finished_steps(model)
     for step, command in comparison.commands(model).items():
@@ -183,11 +156,7 @@ def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunne
 
 
 def check_settings(comparison: Comparison) -> None:
-    """Compares the settings with those of an earlier run in the output folder, or records them in a new one.
-
-    Raises:
-        ValueError: Some differ; names them.
-    """
+    """Records the settings, or raises ValueError if those of an earlier run in the output folder differ."""
     settings = {
         "preset": comparison.name,
         "data": comparison.data,
@@ -212,18 +181,14 @@ def check_settings(comparison: Comparison) -> None:
 def run_comparison(comparison: Comparison) -> None:
     """Runs all steps that are not finished, with a progress bar. SIGTERM interrupts like Ctrl-C.
 
-    Raises:
-        ValueError: A step failed, or see `check_settings`.
-        KeyboardInterrupt: The run was interrupted; its commands were stopped.
+    ValueError: a step failed, or see `check_settings`. KeyboardInterrupt: it was interrupted; its commands were
+    stopped.
     """
     check_settings(comparison)
     models, parallel = comparison.models(), comparison.preset.parallel
     runner = CommandRunner(single_thread=parallel > 1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # without it the commands would survive this process
-    with (
-        tqdm(total=3 * len(models), desc="reproduce", unit="step") as bar,
-        ThreadPoolExecutor(parallel) as pool,
-    ):
+    with tqdm(total=3 * len(models), desc="reproduce", unit="step") as bar, ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_steps, model, comparison, runner, bar) for model in models]
         try:
             for future in futures:

@@ -25,10 +25,7 @@ def paper_order() -> list[str]:
 
 
 def median_training_speed(log: Path) -> Optional[float]:
-    """Returns the median of the tokens per second in a log of fairseq-train, or None if there are too few.
-
-    The first value is left out, because it contains the start.
-    """
+    """Returns the median of the tokens per second in a log of fairseq-train, without the start; None for too few."""
     speeds = []
     for line in log.read_text(encoding="utf-8").splitlines():
         if line.startswith("{") and '"wps"' in line:
@@ -86,13 +83,9 @@ def page_head(comparison: Comparison) -> list[str]:
 
 
 def length_section(curves: list[Curve], length: int, longest: int, output: Path) -> list[str]:
-    """Returns the section of a training length and writes its plots.
+    """Returns the section of the curves of a training length and writes its plots into the folder of the page.
 
-    Args:
-        curves: Of the models of this training length.
-        length: Training length, in tokens.
-        longest: Longest evaluation length, at which the order of the methods is compared with the paper's.
-        output: Folder of the page.
+    At `longest`, the longest evaluation length, the order of the methods is compared with the paper's.
     """
     text = [f"## Trained on {length:,} tokens"]
     blocks = [curve for curve in curves if curve.windows == "non-overlapping"]
@@ -116,11 +109,7 @@ def length_section(curves: list[Curve], length: int, longest: int, output: Path)
 
 
 def write_page(comparison: Comparison) -> str:
-    """Writes results.md and its plots into the output folder, from what the finished steps left there.
-
-    Returns:
-        The Markdown.
-    """
+    """Writes results.md and its plots into the output folder, of the finished steps; returns the Markdown."""
     order = {name: number for number, name in enumerate(position_methods())}
     models = comparison.models()
     # Others may have written into the folder.

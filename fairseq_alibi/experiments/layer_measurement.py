@@ -26,27 +26,18 @@ from ..models.language_model import AlibiLanguageModel
 
 
 class SequenceCost(NamedTuple):
-    """What one sequence takes.
+    """What one sequence takes."""
 
-    Args:
-        layer_bytes: Memory that autograd keeps of a layer for the backward pass.
-        other_bytes: Memory that it keeps beside the layers: of embeddings, the last norm and the output layer's input.
-        layer_flops: FLOPs of a layer's matrix products forward, without those inside attention.
-    """
-
-    layer_bytes: int
-    other_bytes: int
-    layer_flops: int
+    layer_bytes: int  # that autograd keeps of a layer for the backward pass
+    other_bytes: int  # that it keeps beside the layers: of embeddings, the last norm and the output layer's input
+    layer_flops: int  # of a layer's matrix products forward, without those inside attention
 
 
 class GpuKernels(TorchFunctionMode):
     """Makes a pass on a CPU keep what it would keep on a GPU.
 
     Dropout keeps one byte for each number. Attention keeps queries, keys, values, its output, and a float32 number for
-    each query and head, with dropout too.
-
-    Args:
-        copies_output: Whether the kernel's output lies so that the output projection needs a copy of it.
+    each query and head, with dropout too. With `copies_output` the output projection needs a copy of the output.
     """
 
     def __init__(self, copies_output: bool):
@@ -62,28 +53,15 @@ class GpuKernels(TorchFunctionMode):
             x, p, training = (lambda input, p=0.5, training=True, inplace=False: (input, p, training))(*args, **kwargs)
             return torch.native_dropout(x, p, True)[0] if training and p else x
         if function is F.scaled_dot_product_attention:
-            q, k, v = args
-            out = attend_like_gpu(q, k, v, kwargs["attn_mask"])
+            # This kernel of the CPU keeps what those of GPUs keep. What a mask keeps is left out.
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            out = kernel(*args, attn_mask=kwargs["attn_mask"].detach())[0]
             return out.clone(memory_format=torch.contiguous_format) if self.copies_output else out
         return function(*args, **kwargs)
 
 
-def attend_like_gpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Returns the output of the CPU kernel that keeps what the kernels of GPUs keep. What a mask keeps is left out."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask.detach())[0]
-
-
 def build_model(options: DictConfig, dictionary: Dictionary, **changes: Any) -> AlibiLanguageModel:
-    """Builds the model of a run with some of its options changed, in training mode.
-
-    Args:
-        options: Of the model.
-        dictionary: Its vocabulary.
-        changes: Options by name.
-
-    Raises:
-        ValueError: The options make no model.
-    """
+    """Builds the model of a run in training mode, with some of its options changed; ValueError if they make none."""
     options = copy.deepcopy(options)
     with open_dict(options):
         options.update(changes)
@@ -135,18 +113,9 @@ def run_without_padding(decoder: AlibiDecoder, tokens: Tensor) -> Tensor:
 def measure_pass(
     options: DictConfig, layers: int, rows: int, length: int, dtype: torch.dtype, kernels: Optional[GpuKernels]
 ) -> tuple[int, int]:
-    """Runs a forward pass on fake tensors.
+    """Runs a forward pass of a model of `layers` layers on fake tensors; `kernels` are a GPU's, None for a CPU's.
 
-    Args:
-        options: Of the model.
-        layers: Number of its layers.
-        rows: Sequences in the batch.
-        length: Tokens in a sequence.
-        dtype: Of weights and activations.
-        kernels: The kernels of a GPU; None for those of a CPU.
-
-    Returns:
-        Bytes that autograd keeps, the weights not counted; and FLOPs, those of attention not counted.
+    Returns the bytes that autograd keeps, the weights not counted; and FLOPs, those of attention not counted.
     """
     plain = {"adaptive_input": False, "adaptive_softmax_cutoff": None, "tie_adaptive_weights": False}
     own = {"decoder_layers": layers, "checkpoint_activations": False, "attention": "mask"}

@@ -13,8 +13,7 @@ from ..core.attention_inputs import TokenSpan
 from .layer_measurement import GpuKernels, SequenceCost, build_model, measure_sequence
 from .run_config import check_plannable, check_sizes
 
-#: Blocks in an update; more cannot be planned.
-MOST_BLOCKS = 10**9
+MOST_BLOCKS = 10**9  # blocks in an update; more cannot be planned
 
 
 class Band(NamedTuple):
@@ -34,12 +33,8 @@ def divisors(number: int) -> list[int]:
 class PlannedRun:
     """A training run. Its model is built with one and two layers on PyTorch's meta device, which has shapes only.
 
-    Args:
-        cfg: See `read_config`.
-        dictionary: Of the data; its counts say how many tokens are in which band of an adaptive vocabulary.
-
-    Raises:
-        ValueError: The options make no model, or see `check_plannable`.
+    The counts of the dictionary say how many tokens are in which band of an adaptive vocabulary. ValueError: the
+    options make no model, or see `check_plannable`.
     """
 
     def __init__(self, cfg: DictConfig, dictionary: Dictionary):
@@ -119,11 +114,7 @@ class PlannedRun:
         return rows - rows % multiple if rows > multiple else rows
 
     def blocks_per_update(self) -> int:
-        """Returns the blocks of an update on as many GPUs as the config says; the first update_freq counts.
-
-        Raises:
-            ValueError: The config does not say it, its batches hold no block, or there are too many blocks.
-        """
+        """Returns the blocks of an update on as many GPUs as the config says; ValueError if there are none."""
         max_tokens = self.cfg.dataset.max_tokens
         if not max_tokens or max_tokens < 1:
             raise ValueError("dataset.max_tokens is not set: set it to the tokens of a batch, for example 9216")
@@ -136,11 +127,7 @@ class PlannedRun:
         return blocks
 
     def batches(self, gpus: int) -> list[tuple[int, int]]:
-        """Returns (blocks in a batch, update_freq) that make the config's update on `gpus` GPUs, largest batch first.
-
-        Raises:
-            ValueError: So many GPUs cannot share an update.
-        """
+        """Returns (blocks in a batch, update_freq) that make an update on `gpus` GPUs, largest first; ValueError."""
         blocks = self.blocks_per_update()
         if blocks % gpus:
             fitting = ", ".join(map(str, divisors(blocks)[:20]))
@@ -156,9 +143,6 @@ class PlannedRun:
 
         A token passes forward once and backward twice as expensively. Attention has two products of 2 C FLOPs for each
         pair of query and key, of which a causal model has (L + 1) / 2 per query. C is the width, L the length.
-
-        Args:
-            tokens: Number of tokens in the update.
         """
         per_layer = self.cost.layer_flops / self.length + 2 * self.width * (self.length + 1)
         return {

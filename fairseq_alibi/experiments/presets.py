@@ -11,15 +11,7 @@ BUILTIN = "data-bin/builtin"
 
 
 def small_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the fairseq-train command of a model that a CPU trains, without its architecture.
-
-    Args:
-        data: fairseq's data folder.
-        method: Position method.
-        length: Training length, in tokens.
-        save_dir: Where checkpoints go.
-        updates: Number of updates.
-    """
+    """Returns the fairseq-train command of a model that a CPU trains, without its architecture."""
     warmup = max(1, updates // 10)
     command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", "language_modeling", "--position-method", method]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
@@ -36,10 +28,7 @@ def laptop_model(data: str, method: str, length: int, save_dir: Path, updates: i
 
 
 def slice_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the command for the laptop's model with the word-level vocabulary of a part of WikiText-103.
-
-    Its input and softmax are adaptive, for some ten thousand types. Arguments: see `small_model`.
-    """
+    """Returns the command for the laptop's model with the adaptive, word-level vocabulary of a part of WikiText-103."""
     sizes = [f"--decoder-{name}-dim=128" for name in ("embed", "input", "output")]
     sizes += ["--decoder-ffn-embed-dim=512", "--decoder-layers=2", "--decoder-attention-heads=8"]
     adaptive = ["--adaptive-input", "--adaptive-input-cutoff=4000,8000", "--adaptive-softmax-cutoff=4000,8000"]
@@ -56,23 +45,14 @@ def paper_model(data: str, method: str, length: int, save_dir: Path, updates: in
 
 
 class Preset(NamedTuple):
-    """What is trained and evaluated.
+    """What is trained and evaluated."""
 
-    Args:
-        training_command: Makes the command that trains a model, see `small_model`.
-        data: fairseq's data folder; None where the user has to name it.
-        training_lengths: In tokens.
-        evaluation_lengths: In tokens.
-        updates: Of training.
-        parallel: Number of models that are trained or evaluated at the same time, with one thread each if more than 1.
-    """
-
-    training_command: Callable[[str, str, int, Path, int], list[str]]
-    data: Optional[str]
+    training_command: Callable[[str, str, int, Path, int], list[str]]  # see `small_model`
+    data: Optional[str]  # None where the user has to name it
     training_lengths: tuple[int, ...]
     evaluation_lengths: tuple[int, ...]
     updates: int
-    parallel: int
+    parallel: int  # models that are trained or evaluated at the same time, with one thread each if more than 1
 
 
 PRESETS = {

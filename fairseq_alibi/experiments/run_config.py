@@ -18,11 +18,8 @@ from ..files.errors import one_line
 
 #: Types of the vocabulary for the configs whose names begin so, where neither the data nor --types says otherwise.
 TYPES = {"wikitext103": WIKITEXT103_TYPES, "alibi_1_3b": 50_264}
-#: More types than any corpus has; a dictionary of them would fill the memory.
-MOST_TYPES = 10_000_000
-
-#: Float32 numbers per parameter that an optimizer of fairseq keeps.
-MOMENTS = {"nag": 1, "adam": 2}
+MOST_TYPES = 10_000_000  # more types than any corpus has; a dictionary of them would fill the memory
+MOMENTS = {"nag": 1, "adam": 2}  # float32 numbers per parameter that an optimizer of fairseq keeps
 
 #: Options that the planner does not know the memory of.
 UNPLANNED = ("common.amp", "distributed_training.cpu_offload", "distributed_training.pipeline_model_parallel")
@@ -38,16 +35,11 @@ SIZES = {
     "model.decoder_ffn_embed_dim": 2**22,
     "model.decoder_attention_heads": 2**14,
 }
-#: Limits of a config file: bytes, and values after its aliases are expanded.
-MOST_BYTES, MOST_VALUES = 2**20, 100_000
+MOST_BYTES, MOST_VALUES = 2**20, 100_000  # limits of a config file: bytes, and values after its aliases are expanded
 
 
 def check_file(path: Path) -> None:
-    """Checks a config file before hydra reads it.
-
-    Raises:
-        ValueError: It is missing, broken, or so large that reading it would not end.
-    """
+    """Raises ValueError for a config that is missing, broken, or so large that hydra would not finish reading it."""
     if not path.is_file():
         raise ValueError(f"there is no config {path}: name a YAML file of configs/")
     if path.stat().st_size > MOST_BYTES:
@@ -62,12 +54,7 @@ def check_file(path: Path) -> None:
 
 
 def count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """Counts the values of a YAML node after its aliases are expanded.
-
-    Args:
-        node: Of a syntax tree, in which an alias is the node that it stands for.
-        known: Counts of nodes by their id, filled here.
-    """
+    """Counts the values of a YAML node after its aliases are expanded; `known` are counts by id, filled here."""
     if id(node) not in known:
         children = node.value if isinstance(node, yaml.CollectionNode) else []
         parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
@@ -77,14 +64,9 @@ def count_values(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_config(path: Path, overrides: Optional[list[str]] = None) -> DictConfig:
-    """Reads a config as fairseq-hydra-train does, with its defaults lists, overrides and fairseq's own defaults.
+    """Reads a config as fairseq-hydra-train does, with defaults lists, `KEY=VALUE` overrides and fairseq's defaults.
 
-    Args:
-        path: Of a YAML file.
-        overrides: `KEY=VALUE`, as hydra takes them on the command line.
-
-    Raises:
-        ValueError: There is no such file, or hydra or fairseq refuses its content.
+    ValueError: there is no such file, or hydra or fairseq refuses its content.
     """
     check_file(path)
     try:
@@ -99,16 +81,10 @@ def read_config(path: Path, overrides: Optional[list[str]] = None) -> DictConfig
 
 
 def find_dictionary(cfg: DictConfig, path: Path, types: Optional[int] = None) -> Dictionary:
-    """Returns the dictionary of a run: that of its data, or a made-up one.
+    """Returns the dictionary of a run: a made-up one of `types`, else that of its data, else of a known size by `path`.
 
-    Args:
-        cfg: See `read_config`.
-        path: Of the config; `TYPES` knows the vocabularies of configs/ by their names.
-        types: Size of a made-up dictionary in the place of the data's. Real text has fewer rare words, so an adaptive
-            softmax then needs less memory and fewer FLOPs.
-
-    Raises:
-        ValueError: There is neither data nor a known size, or the size is absurd.
+    Real text has fewer rare words, so with it an adaptive softmax needs more memory and FLOPs. ValueError: no known
+    size.
     """
     if types is not None and types > MOST_TYPES:
         raise ValueError(f"--types {types} is more than any vocabulary has: pass at most {MOST_TYPES:,}")
@@ -123,15 +99,7 @@ def find_dictionary(cfg: DictConfig, path: Path, types: Optional[int] = None) ->
 
 
 def check_sizes(model: DictConfig, types: int) -> None:
-    """Checks what fairseq only asserts, for `python -O` drops assertions.
-
-    Args:
-        model: Options of the model.
-        types: Of the vocabulary.
-
-    Raises:
-        ValueError: Names the option and its value.
-    """
+    """Raises ValueError for what fairseq only asserts, for `python -O` drops assertions."""
     width, heads = model.decoder_embed_dim, model.decoder_attention_heads
     if width % heads:
         raise ValueError(f"the options make no model: num_heads={heads} does not divide decoder_embed_dim={width}")
@@ -142,11 +110,7 @@ def check_sizes(model: DictConfig, types: int) -> None:
 
 
 def check_plannable(cfg: DictConfig) -> None:
-    """Checks that the planner knows the model and the options of a run.
-
-    Raises:
-        ValueError: Names the option, its value and the remedy.
-    """
+    """Raises ValueError for a model or options that the planner does not know."""
     name = OmegaConf.select(cfg, "model._name")
     if name != "alibi_lm":
         hint = " (an architecture's name does not apply its sizes under hydra)" if "alibi_lm" in str(name) else ""

@@ -1,4 +1,4 @@
-"""Memory of a training run on one GPU, by part.
+"""Memory of a training run on one GPU, by part; the tables of `fairseq-alibi plan`.
 
 Memory that stays: weights, gradients, states of the optimizer, and what is in transit between GPUs. Memory of a batch:
 what autograd keeps for the backward pass, which is measured (see `layer_measurement`), and the logits at their highest.
@@ -12,8 +12,19 @@ Letters: P parameters, n tokens in a batch of one GPU, C width, V types; e bytes
 precision, else 4); d bytes of a number in a dropout mask (1 on a GPU, e on a CPU).
 """
 
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from tabulate import tabulate
+
 from .planned_run import PlannedRun
 from .run_config import MOMENTS
+
+USABLE = 0.9  # share of a GPU's memory that a run may take by these formulas
+
+GIB = 2**30
 
 
 def lasting_memory(run: PlannedRun, gpus: int) -> dict[str, float]:
@@ -126,3 +137,37 @@ def memory_by_part(run: PlannedRun, gpus: int, rows: int) -> dict[str, float]:
         "logits and loss": logits,
         "peak": peak,
     }
+
+
+def plan_tables(run: PlannedRun, gpus: int, gpu_memory: float) -> tuple[str, Optional[tuple[int, int]]]:
+    """Returns the tables of a run, and the largest batch that fits, see `PlannedRun.batches`; None where none does.
+
+    `gpu_memory` is that of each GPU, in GiB.
+    """
+    batches = run.batches(gpus)
+    peaks = {rows: memory_by_part(run, gpus, rows)["peak"] / GIB for rows, _ in batches}
+    fits = {rows: peak <= USABLE * gpu_memory for rows, peak in peaks.items()}
+    best = next((batch for batch in batches if fits[batch[0]]), None)
+    rows = (best or batches[-1])[0]
+    tokens = run.blocks_per_update() * run.length
+    flops = run.flops(tokens)
+    counts: list[list[Any]] = [*map(list, run.parameters.items()), ["all", sum(run.parameters.values())]]
+    memory = [[part, size / GIB] for part, size in memory_by_part(run, gpus, rows).items() if size]
+    per_update: list[list[Any]] = [["tokens", f"{tokens:,}"], ["FLOPs", f"{flops['model']:.3g}"]]
+    if flops["recomputed"]:
+        per_update.append(["FLOPs of checkpointing", f"{flops['recomputed']:.3g}"])
+    choices = [[rows * run.length, freq, peaks[rows], "yes" if fits[rows] else "no"] for rows, freq in batches]
+    tables = [
+        tabulate(counts, ["parameters of", ""], intfmt=","),
+        tabulate(memory, [f"GiB per GPU, {rows * run.length:,} tokens", ""], floatfmt=".3f"),
+        tabulate(per_update, ["an update", ""], colalign=("left", "right")),
+        tabulate(choices, ["max-tokens", "update-freq", "GiB", "fits"], intfmt=",", floatfmt=".3f"),
+    ]
+    return "\n\n".join(tables), best
+
+
+def training_command(config: Path, overrides: Sequence[str], settings: dict[str, Any]) -> str:
+    """Returns the command that trains the planned run; `settings` take the place of overrides of the same key."""
+    kept = [override for override in overrides if override.lstrip("+~").partition("=")[0] not in settings]
+    command = ["fairseq-hydra-train", "--config-dir", str(config.parent), "--config-name", config.stem, *kept]
+    return shlex.join([*command, *(f"{key}={value}" for key, value in settings.items())])

@@ -14,19 +14,12 @@ from .errors import one_line
 
 
 def first_folder(data: str) -> Path:
-    """Returns the first of data folders with colons between them.
-
-    As in fairseq, whose training reads one folder per epoch, it holds the dictionary and the subsets for evaluation.
-    """
+    """Returns the first of data folders with colons between them: that of the dictionary and of evaluation."""
     return Path(utils.split_paths(data)[0] if data else "")
 
 
 def read_dictionary(data: str) -> Dictionary:
-    """Reads the dictionary of a fairseq data folder.
-
-    Raises:
-        ValueError: There is none, or it is no dictionary.
-    """
+    """Reads the dictionary of a data folder; raises ValueError if there is none."""
     path = first_folder(data) / "dict.txt"
     if not path.is_file():
         raise ValueError(f"there is no {path}: name the data folder the model was trained on")
@@ -34,11 +27,7 @@ def read_dictionary(data: str) -> Dictionary:
 
 
 def load_dictionary(path: Path) -> Dictionary:
-    """Reads a dict.txt.
-
-    Raises:
-        ValueError: It is no dictionary.
-    """
+    """Reads a dict.txt; raises ValueError if it is none."""
     try:
         return Dictionary.load(str(path))
     except Exception as error:  # fairseq raises many kinds
@@ -46,14 +35,7 @@ def load_dictionary(path: Path) -> Dictionary:
 
 
 def made_up_dictionary(types: int) -> Dictionary:
-    """Makes up a dictionary whose counts follow Zipf's law: 1 / rank.
-
-    Args:
-        types: Number of types, the special ones included.
-
-    Raises:
-        ValueError: Only special ones would be in it.
-    """
+    """Makes up a dictionary of so many types, special ones included, whose counts follow Zipf's law: 1 / rank."""
     dictionary = Dictionary()
     if types <= len(dictionary):
         raise ValueError(f"{types} types are no vocabulary, {len(dictionary)} of which are special: name a larger size")
@@ -63,11 +45,7 @@ def made_up_dictionary(types: int) -> Dictionary:
 
 
 def read_preparation(data: Path) -> dict[str, Any]:
-    """Reads what scripts/prepare_text.sh records in a data folder: `settings`, `counts` and more; {} without a record.
-
-    Raises:
-        ValueError: The record cannot be read.
-    """
+    """Reads what prepare-text records in a data folder: `settings`, `counts` and more; {} without a record."""
     path = data / "prepared.json"
     try:
         record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
@@ -77,7 +55,7 @@ def read_preparation(data: Path) -> dict[str, Any]:
 
 
 def text_options(data: Path) -> dict[str, Any]:
-    """Returns fairseq's options for the tokenizer and BPE of a data folder, see `read_preparation`; None for none."""
+    """Returns fairseq's options for the tokenizer and BPE of a data folder; None for none."""
     codes, model, settings = data / "bpe.codes", data / "sentencepiece.model", read_preparation(data)["settings"]
     tokenizer = settings.get("tokenizer", "moses" if codes.is_file() else None)
     options: dict[str, Any] = {"tokenizer": tokenizer if tokenizer == "moses" else None, "bpe": None, "bpe_codes": None}
@@ -94,14 +72,7 @@ def text_options(data: Path) -> dict[str, Any]:
 
 
 def check_index(path: Path) -> None:
-    """Checks that an index is whole and its text not empty, which end in a traceback in fairseq.
-
-    Args:
-        path: The .idx and .bin without their suffix; they may be missing.
-
-    Raises:
-        ValueError: One of them is cut short.
-    """
+    """Checks that an index (`path`.idx) is whole and its text not empty, which end in a traceback in fairseq."""
     index, text = path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")
     if not index.is_file():
         return
@@ -117,11 +88,7 @@ def check_index(path: Path) -> None:
 
 
 def open_subset(data: str, subset: str) -> FairseqDataset:
-    """Opens a subset of a fairseq data folder as fairseq's dataset of sentences.
-
-    Raises:
-        ValueError: The folder has no such subset, or the files are broken or hold nothing.
-    """
+    """Opens a subset of a data folder as fairseq's dataset of sentences; ValueError for a missing or broken one."""
     folder = first_folder(data)
     path = folder / subset
     check_index(path)
@@ -149,21 +116,13 @@ def open_subset(data: str, subset: str) -> FairseqDataset:
 
 
 def subset_tokens(data: str, subset: str) -> int:
-    """Counts the tokens in a subset of a fairseq data folder, end-of-sentence tokens included.
-
-    Raises:
-        ValueError: See `read_subset`.
-    """
+    """Counts the tokens in a subset, end-of-sentence tokens included; raises as `open_subset` does."""
     dataset = open_subset(data, subset)  # has to live while its sizes are read, as they are mapped from its file
     return int(dataset.sizes.sum())
 
 
 def read_subset(data: str, subset: str) -> Tensor:
-    """Reads all tokens of a subset, sentence after sentence, each with its end-of-sentence token: (N,) int32.
-
-    Raises:
-        ValueError: The folder has no such subset, or the files are broken or hold nothing.
-    """
+    """Reads all tokens of a subset, sentence after sentence, each with its end-of-sentence token: (N,) int32."""
     dataset = open_subset(data, subset)
     try:
         return torch.cat([dataset[n].int() for n in range(len(dataset))])

@@ -25,10 +25,9 @@ from fairseq.utils import split_paths
 
 from .. import core
 from ..models.language_model import AlibiLanguageModel, language_model_config
-from .checkpoints import read_checkpoint
+from .checkpoints import load_model, read_checkpoint
 from .data_folders import text_options
 from .import_checkpoint import plain_options
-from .model_loading import load_model
 
 #: Options that the exported model does not have, with the value that a model must have to be exported.
 WITHOUT = {

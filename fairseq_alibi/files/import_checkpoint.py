@@ -26,8 +26,7 @@ from .results import written_whole
 #: Options and weights that only the fork has: the length of its bias table, an unused embedding.
 DROPPED_OPTIONS = {"max_tokens"}
 DROPPED_WEIGHTS = {"decoder.embed_positions._float_tensor", "decoder.embed_positions.weights"}
-#: Keys of a configuration that name the model and are no options.
-NAMES = {"_name", "arch"}
+NAMES = {"_name", "arch"}  # keys of a configuration that name the model and are no options
 
 
 def plain_options(options: Any) -> Any:
@@ -38,18 +37,10 @@ def plain_options(options: Any) -> Any:
 
 
 def import_options(model: Any, task: dict[str, Any], position_method: str) -> tuple[dict[str, Any], list[str]]:
-    """Converts the options of an old `transformer_lm` to those of `alibi_lm`.
+    """Converts the options of an old `transformer_lm` to those of `alibi_lm`; also the names of dropped ones.
 
-    Args:
-        model: The old options: a plain config, or a namespace of 2021 that holds every option of the training run.
-        task: Options of the task; a model takes some from it.
-        position_method: One of `position_methods()`.
-
-    Returns:
-        The options, and the names of those that were dropped.
-
-    Raises:
-        ValueError: It is another kind of model, or has an option of neither fairseq's `transformer_lm` nor the fork.
+    `model` is a plain config, or a namespace of 2021 that holds every option of the training run. ValueError: another
+    kind of model, or options of neither fairseq nor the fork.
     """
     flat = isinstance(model, Namespace)
     old = plain_options(model)
@@ -76,13 +67,9 @@ def import_options(model: Any, task: dict[str, Any], position_method: str) -> tu
 def import_weights(
     weights: dict[str, torch.Tensor], options: dict[str, Any], dictionary: Optional[Dictionary]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Checks the weights against an `alibi_lm` with these options.
+    """Returns the weights that an `alibi_lm` with these options has, and the names of those dropped.
 
-    Returns:
-        The weights that it has, and the names of those that were dropped.
-
-    Raises:
-        ValueError: Weights are missing, left over or of another shape, or made for another dictionary.
+    ValueError: weights are missing, left over or of another shape, or made for another dictionary.
     """
     types = count_types(weights)
     if not types:
@@ -105,14 +92,7 @@ def import_weights(
 def import_checkpoint(
     source: Path, target: Path, dictionary: Optional[Path] = None, position_method: str = ALiBi.name
 ) -> list[str]:
-    """Writes `target`, a checkpoint of `alibi_lm`, from `source`.
-
-    Returns:
-        The names of the options and weights that were dropped.
-
-    Raises:
-        ValueError: The source or the dictionary cannot be used, and why.
-    """
+    """Writes `target`, a checkpoint of `alibi_lm`; returns the names of the options and weights that were dropped."""
     state = read_checkpoint(str(source))
     old_model = state["cfg"]["model"]
     cfg = {name: plain_options(group) for name, group in state["cfg"].items()}

@@ -1,10 +1,4 @@
-"""Locks on what a command writes, so that two runs cannot mix or lose their results.
-
-    with locked(output):  # before the work; `output` is the file or folder that it will write
-        ...
-
-The lock belongs to the system: when its process ends, however that happens, it is free again.
-"""
+"""Locks on what a command writes, so that two runs cannot mix or lose their results; the system frees them."""
 
 import contextlib
 import os
@@ -25,21 +19,15 @@ def lock_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 0) -> Iterator[None]:
-    """A context in which no other process can lock the same file or folder.
-
-    Args:
-        path: The output; it need not exist. The folder that holds it is made if it is missing.
-        wait: Seconds to wait for another process that holds the lock.
-
-    Raises:
-        ValueError: Another process holds the lock; its number is named.
-        OSError: The lock cannot be made; see `results.naming`.
-    """
+    """A context in which no other process can lock this path; ValueError if one does so for `wait` seconds more."""
     file = lock_path(path)
     with naming(path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()  # filelock takes a file that it cannot make for a lock that another process holds
-    process = owner(file)  # before the attempt, as some releases of filelock empty the file
+    number = ""
+    with contextlib.suppress(OSError):
+        number = file.read_text()  # before the attempt, as some releases of filelock empty the file
+    process = f"process {number}" if number.isdecimal() else "another process"
     lock = filelock.FileLock(file)
     try:
         with naming(path):
@@ -62,13 +50,10 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
 
 
 def acquire(lock: filelock.BaseFileLock, file: Path, wait: float) -> None:
-    """Acquires a lock and writes this process' number into its file.
+    """Acquires a lock and writes this process' number into its file; raises filelock.Timeout.
 
     An owner removes the file before it releases the lock. A process that opened the file just before that acquires a
     lock that nobody else can see, so it tries again.
-
-    Raises:
-        filelock.Timeout: Another process holds the lock.
     """
     while True:
         lock.acquire(timeout=wait)
@@ -76,12 +61,3 @@ def acquire(lock: filelock.BaseFileLock, file: Path, wait: float) -> None:
             file.write_text(str(os.getpid()))
             return
         lock.release()
-
-
-def owner(file: Path) -> str:
-    """Returns the process that wrote its number into the file of a lock."""
-    with contextlib.suppress(OSError):
-        number = file.read_text()
-        if number.isdecimal():
-            return f"process {number}"
-    return "another process"

@@ -1,7 +1,4 @@
-"""Result files: what made them, written whole or not at all. Needs Python's standard library only.
-
-A file that several runs may write is locked while it is written, see `locks`.
-"""
+"""Result files: what made them, written whole or not at all. Needs Python's standard library only."""
 
 import contextlib
 import json
@@ -9,7 +6,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -18,11 +15,7 @@ from .. import __version__
 
 
 def describe_environment(device: str = "cuda") -> dict[str, Any]:
-    """Describes versions and hardware, to stand in every result file.
-
-    Args:
-        device: cpu if a GPU that is there is not used.
-    """
+    """Describes versions and hardware for a result; `device` is cpu if a GPU that is there is not used."""
     import fairseq  # here, as a result is read and written without them
     import numpy
     import torch
@@ -57,11 +50,7 @@ def git_commit() -> Optional[str]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A context in which a file is written, and whose errors name it.
-
-    Raises:
-        OSError: Names the file, the reason and the remedy.
-    """
+    """A context in which a file is written; its OSErrors name the file, the reason and the remedy."""
     try:
         yield
     except OSError as error:
@@ -69,25 +58,13 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written ({reason}): make room for it, or name another place") from error
 
 
-def temporary_path(path: Path) -> Path:
-    """Returns a name beside `path` with the same suffix, one for each process, as libraries go by the suffix."""
-    return path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")
-
-
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A context with a path to write to, which becomes `path` when the context ends without an error.
-
-    A reader never sees half a file, and an earlier file is lost only when the new one is whole. The folder is made if
-    it is missing.
-
-    Raises:
-        OSError: See `naming`.
-    """
+    """A context with a path to write to, which becomes `path` if the context ends without an error."""
     with naming(path):
         check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = temporary_path(path)
+        partial = path.with_name(f"{path.stem}.partial-{os.getpid()}{path.suffix}")  # libraries go by the suffix
         try:
             yield partial
             partial.replace(path)
@@ -96,11 +73,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Checks that a path is a regular file or nothing: a device or a pipe would be lost if a file took its name.
-
-    Raises:
-        OSError: It is something else.
-    """
+    """Raises OSError for what would be lost if a file took its name: a folder, a device or a pipe."""
     if path.is_dir():
         raise IsADirectoryError("it is a folder")
     if path.exists() and not path.is_file():
@@ -108,11 +81,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Checks that a file can be written, before the work whose result it will hold; makes its folder.
-
-    Raises:
-        OSError: See `naming`.
-    """
+    """Raises OSError unless a file can be written, before the work whose result it will hold; makes its folder."""
     with naming(path):
         check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,65 +99,39 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def is_text(value: Any) -> bool:
-    """Whether a value is text that can be written."""
-    return isinstance(value, str) and bool(value.encode())
+def is_valid(value: Any, kind: str) -> bool:
+    """Whether a value is text that can be written, or an index, a count or a measure that every library accepts."""
+    if kind == "text":
+        return isinstance(value, str) and bool(value.encode())
+    if kind == "measure" and type(value) is float:  # infinity is allowed
+        return value >= 0
+    return type(value) is int and (1 if kind == "count" else 0) <= value < 2**53
 
 
-def is_index(value: Any) -> bool:
-    """Whether a value is a whole number from 0 on that every library accepts."""
-    return type(value) is int and 0 <= value < 2**53
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is a whole number from 1 on that every library accepts."""
-    return is_index(value) and value > 0
-
-
-def is_measure(value: Any) -> bool:
-    """Whether a value is a number from 0 on; infinity is allowed."""
-    return is_index(value) or (type(value) is float and value >= 0)
-
-
-def check_values(part: dict[str, Any], **checks: Callable[[Any], bool]) -> None:
-    """Checks values of a part of a file by name.
-
-    Raises:
-        ValueError: a value fails its check.
-        KeyError: a value is missing.
-    """
-    for name, is_valid in checks.items():
-        if not is_valid(part[name]):
+def check_values(part: dict[str, Any], **kinds: str) -> None:
+    """Raises ValueError if a value of a part of a file, by name, fails its check, and KeyError if it is missing."""
+    for name, kind in kinds.items():
+        if not is_valid(part[name], kind):
             raise ValueError(f"{name} is {str(part[name])[:50]!r}")
 
 
 def check_content(content: Any) -> None:
-    """Checks what a result file holds.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: something is missing or of the wrong kind.
-    """
-    check_values(content, subset=is_text)
-    check_values(content["model"], checkpoint=is_text, position_method=is_text, training_length=is_count)
+    """Checks a result; raises ValueError, KeyError, TypeError or AttributeError for what is missing or wrong."""
+    check_values(content, subset="text")
+    check_values(content["model"], checkpoint="text", position_method="text", training_length="count")
     for result in content["results"]:
-        check_values(result, length=is_count, perplexity=is_measure)
+        check_values(result, length="count", perplexity="measure")
         if result["stride"] is not None:
-            check_values(result, stride=is_count)
-        for name in ("tokens_per_second", "bits_per_byte"):
-            if name in result:
-                check_values(result, **{name: is_measure})
+            check_values(result, stride="count")
+        check_values(result, **{name: "measure" for name in ("tokens_per_second", "bits_per_byte") if name in result})
         for part in result.get("by_position", []):
-            check_values(part, first=is_index, last=is_index, tokens=is_count, loss=is_measure)
+            check_values(part, first="index", last="index", tokens="count", loss="measure")
             if part["last"] < part["first"]:
                 raise ValueError(f"a bin of positions ends at {part['last']}, before its first, {part['first']}")
 
 
 def read_result_file(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of `fairseq-alibi evaluate` or `fairseq-alibi eval-lm`.
-
-    Raises:
-        ValueError: the file is missing or holds something else.
-    """
+    """Reads a JSON file of `evaluate` or `eval-lm`; raises ValueError if it is missing or something else."""
     if path.exists() and not path.is_file():  # a folder, a device or a pipe, of which some never end
         raise ValueError(f"{path} cannot be read (it is no file): name JSON files of evaluate or the eval scripts")
     try:

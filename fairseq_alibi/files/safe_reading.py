@@ -17,10 +17,7 @@ from .errors import one_line
 
 @contextlib.contextmanager
 def safe_loader() -> Iterator[None]:
-    """A context in which `torch.load` uses its safe loader, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says.
-
-    torch's warnings about the kind of a file are silenced, as a refusal names it.
-    """
+    """A context in which `torch.load` is safe, whatever TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says, and does not warn."""
     forced = os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     try:
         with warnings.catch_warnings():
@@ -32,12 +29,7 @@ def safe_loader() -> Iterator[None]:
 
 
 def code_called(path: Path, refusal: str) -> Optional[str]:
-    """Returns the class or function that a pickle calls and the safe loader refused; None for another refusal.
-
-    Args:
-        path: The file.
-        refusal: The loader's message. It names the call of pickles up to protocol 3; later ones are searched.
-    """
+    """Returns the class or function that a pickle calls and the safe loader refused; None for another refusal."""
     if match := re.search(r"GLOBAL (\S+)", refusal):
         return match[1]
     with contextlib.suppress(Exception), contextlib.ExitStack() as files:
@@ -63,10 +55,7 @@ def explain_refusal(path: Path, error: BaseException) -> str:
 
 
 def find_damage(path: Path) -> Optional[str]:
-    """Returns what is wrong with a checkpoint's file by its directory and checksums, None for a whole file.
-
-    Files in the format of torch before 1.6 have no checksums; they are read instead.
-    """
+    """Returns what its checksums, or reading a file without any, say is wrong with a checkpoint; None for nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
@@ -87,11 +76,7 @@ def find_damage(path: Path) -> Optional[str]:
 
 @contextlib.contextmanager
 def checked_reading(path: Path) -> Iterator[None]:
-    """A context in which a checkpoint is read: its checksums are compared before, and reading runs no code.
-
-    Raises:
-        ValueError: The file is damaged, no checkpoint, or could run code; in one line.
-    """
+    """A context in which a checkpoint's checksums are compared and reading runs no code; ValueError in one line."""
     if zipfile.is_zipfile(path) and (damage := find_damage(path)):
         raise ValueError(f"{path} is damaged ({damage}): get it again, or name another checkpoint")
     try:
@@ -102,11 +87,7 @@ def checked_reading(path: Path) -> Iterator[None]:
 
 
 def count_updates(path: Path) -> int:
-    """Returns the number of updates of a checkpoint from which training can resume, without reading its weights.
-
-    Raises:
-        ValueError: Training cannot resume from it, and why, in one line.
-    """
+    """Returns the updates of a checkpoint without reading its weights; ValueError if no run can resume from it."""
     if damage := find_damage(path):
         raise ValueError(f"{path} is damaged ({damage})")
     try:

@@ -1,7 +1,4 @@
-"""fairseq's transformer decoder with a position method, at any length.
-
-Shapes: B batch, T new tokens, S all tokens (the last S positions), C width, V types.
-"""
+"""fairseq's transformer decoder with a position method: B batch, T new tokens, S all tokens, C width, V types."""
 
 import copy
 import itertools
@@ -16,25 +13,19 @@ from ..core.attention_inputs import AttentionInputs, TokenSpan
 from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
-from .layers import DecoderLayer, IncrementalState, autocast_products, wrap_for_fsdp
+from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products, wrap_for_fsdp
 from .options import attention_settings
 
 #: Key of an incremental state under which the number of tokens is noted whose keys it holds, and that were dropped.
 PROGRESS = "fairseq_alibi.progress"
 
 
-class AlibiDecoder(TransformerDecoder):
+class AlibiDecoder(PositionedStack, TransformerDecoder):
     """fairseq's transformer decoder whose attention has the bias of a position method.
 
     What attention needs is made once in a pass, before the layer loop, see `AttentionSetup`. A pass leaves nothing in
-    the decoder, so that it may run in several threads, or inside of another pass.
-
-    Args:
-        args: the model's options, a namespace or fairseq config; not changed.
-        dictionary: of the targets.
-        embed_tokens: token embeddings.
-        position_method: how the decoder knows positions.
-        no_encoder_attn: whether its layers attend to no encoder.
+    the decoder, so that it may run in several threads, or inside of another pass. `args`, the model's options, a
+    namespace or fairseq config, are not changed.
     """
 
     def __init__(
@@ -86,15 +77,10 @@ class AlibiDecoder(TransformerDecoder):
     ) -> tuple[Tensor, dict[str, list[Optional[Tensor]]]]:
         """See `TransformerDecoder.extract_features_scriptable`.
 
-        With an incremental state all tokens that are new to it are read in one pass: one token or a long prompt.
+        With an incremental state all of the (B, S) tokens that are new to it are read in one pass: one or a long
+        prompt.
 
         Args:
-            prev_output_tokens: (B, S) tokens, those that were read before included.
-            encoder_out: what the encoder returned; None without an encoder.
-            incremental_state: holds keys and values of the tokens that were read before; it is extended.
-            full_context_alignment: must be False, as this decoder is causal.
-            alignment_layer: layer whose attention to the encoder is returned; default: the last one.
-            alignment_heads: number of heads, the first ones, whose attention is averaged; default: all.
             last: number of tokens, the last ones, whose features are wanted: (B, last, C). The last layer does no more
                 for the others than they need as keys. Default: all new tokens; the last one with an incremental state.
             window: number of tokens, the last ones, itself included, that a token attends to in every layer. With an
@@ -121,10 +107,7 @@ class AlibiDecoder(TransformerDecoder):
         return x if last is None else x[:, -last:], {"attn": [weights], "inner_states": states}
 
     def embed(self, tokens: Tensor, new: int) -> Tensor:
-        """(B, S) tokens -> (B, T, C) what the layers read of the last T = `new` tokens.
-
-        The positions of a sequence are the same in a full pass and step by step, alone and in a batch with padding.
-        """
+        """(B, S) tokens -> (B, T, C) what the layers read of the last T = `new` tokens, in any batch or step."""
         read = tokens[:, -new:].contiguous()
         x = self.embed_scale * self.embed_tokens(read)
         if self.quant_noise is not None:
@@ -138,18 +121,9 @@ class AlibiDecoder(TransformerDecoder):
             x = self.layernorm_embedding(x)
         return self.dropout_module(x)
 
-    def set_evaluation_length(self, length: int) -> None:
-        """See `PositionMethod.set_evaluation_length`."""
-        self.setup.set_evaluation_length(length)
-
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given or the positions end."""
         return self.longest
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """See `TransformerDecoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
-        drop_sinusoidal_buffers(state_dict, name)
-        return super().upgrade_state_dict_named(state_dict, name)
 
 
 def run_layers(
@@ -162,16 +136,8 @@ def run_layers(
 ) -> tuple[Tensor, Optional[Tensor], list[Optional[Tensor]]]:
     """The layer loop of fairseq 0.12.2, models/transformer/transformer_decoder.py, line 329.
 
-    Args:
-        layers: of the decoder; in training a list with LayerDrop leaves some out.
-        x: (T, B, C).
-        inputs: the attention inputs of all layers.
-        encoder_out, last: see `AlibiDecoder.extract_features_scriptable`.
-        alignment_layer: the layer whose attention to the encoder is returned.
-
-    Returns:
-        (T, B, C) or (last, B, C); the weights (H, B, T, S') of the alignment layer or None; what each layer reads and,
-        last, what the last one returns.
+    Returns (T, B, C) or (last, B, C); the weights (H, B, T, S') over the encoder of the layer `alignment_layer` or
+    None; what each layer reads and, last, what the last one returns.
     """
     source = padding = None
     if encoder_out is not None and encoder_out["encoder_out"]:
@@ -191,13 +157,7 @@ def run_layers(
 
 
 def advance(state: Optional[IncrementalState], length: int, window: Optional[int]) -> TokenSpan:
-    """The new tokens among `length` tokens, and notes in an incremental state that they are read.
-
-    Args:
-        state: the incremental state; None for a whole sequence.
-        length: number of tokens given: those whose keys are kept, and the new ones.
-        window: number of keys that a token sees; no more are kept than a later token needs. None for all.
-    """
+    """The new ones among `length` tokens; an incremental state notes that they are read, and how many keys it keeps."""
     if state is None:
         return TokenSpan(length, length, 0)
     progress: Any = state.setdefault(PROGRESS, {"kept": 0, "dropped": 0})  # type: ignore[dict-item]
@@ -207,9 +167,3 @@ def advance(state: Optional[IncrementalState], length: int, window: Optional[int
     progress["kept"] = length if window is None else min(length, window - 1)
     progress["dropped"] = dropped + length - progress["kept"]
     return TokenSpan(length - kept, length, dropped + kept)
-
-
-def drop_sinusoidal_buffers(state_dict: dict[str, Any], name: str) -> None:
-    """Drops from a stack's weights the buffers of fairseq's sinusoidal embedding, which ours does not have."""
-    for buffer in ("weights", "_float_tensor"):
-        state_dict.pop(f"{name}.embed_positions.{buffer}", None)

@@ -1,7 +1,4 @@
-"""fairseq's transformer encoder with a position method, at any length.
-
-Shapes: B batch, T tokens, C width.
-"""
+"""fairseq's transformer encoder with a position method, at any length. Shapes: B batch, T tokens, C width."""
 
 import copy
 from typing import Any, Optional
@@ -16,23 +13,15 @@ from ..core.attention_inputs import TokenSpan
 from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
-from .decoder import drop_sinusoidal_buffers
-from .layers import EncoderLayer, wrap_for_fsdp
+from .layers import EncoderLayer, PositionedStack, wrap_for_fsdp
 from .options import attention_settings
 
 
-class AlibiEncoder(TransformerEncoder):
+class AlibiEncoder(PositionedStack, TransformerEncoder):
     """fairseq's transformer encoder whose attention has the bias of a position method.
 
     What attention needs is made once in a pass, before the layer loop, see `AttentionSetup`. A pass leaves nothing in
-    the encoder.
-
-    Args:
-        args: the model's options, a namespace or fairseq config; not changed. `max_source_positions` is the size of a
-            table of learned positions, and what `max_positions` says.
-        dictionary: of the sources.
-        embed_tokens: token embeddings.
-        position_method: how the encoder knows positions.
+    the encoder. `args.max_source_positions` is the size of a table of learned positions, and what `max_positions` says.
     """
 
     def __init__(self, args: Any, dictionary: Dictionary, embed_tokens: nn.Module, position_method: PositionMethod):
@@ -100,15 +89,6 @@ class AlibiEncoder(TransformerEncoder):
             "src_lengths": [(~padding).sum(dim=1, dtype=torch.int32)[:, None].contiguous()],
         }
 
-    def set_evaluation_length(self, length: int) -> None:
-        """See `PositionMethod.set_evaluation_length`."""
-        self.setup.set_evaluation_length(length)
-
     def max_positions(self) -> int:
         """Longest source: as --max-source-positions says."""
         return self.max_source_positions
-
-    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """See `TransformerEncoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
-        drop_sinusoidal_buffers(state_dict, name)
-        return super().upgrade_state_dict_named(state_dict, name)

@@ -1,9 +1,7 @@
-"""fairseq's generator, made to read the prompt in one pass.
+"""fairseq's generator, made to read the prompt in one pass, with the hypotheses and scores of fairseq's own.
 
-`Generator` is what fairseq-interactive, fairseq-generate and the hub interface get for a model of this plugin
-(`read_prompts_in_one_pass`). It gives the hypotheses and scores of fairseq's own, which reads a prompt token by token.
-
-Shapes: B sentences, R = B * beam hypotheses, V types.
+fairseq-interactive, fairseq-generate and the hub interface get `Generator` for a model of this plugin. Shapes: B
+sentences, R = B * beam hypotheses, V types.
 """
 
 import copy
@@ -23,18 +21,11 @@ from torch import Tensor, nn
 
 from .decoder import AlibiDecoder
 
-#: Numbers in the largest matrix of scores, positions times V, that is made for a prompt.
-SCORES = 2**24
+SCORES = 2**24  # numbers in the largest matrix of scores, positions times V, that is made for a prompt
 
 
 class PromptReader(EnsembleModel):
-    """fairseq's ensemble of decoders for one generation, which reads a whole prompt at the first step.
-
-    Args:
-        models: one or more language models.
-        rules: what the generation forces.
-        prompt: (B, n) first tokens of the prompts, up to the length of the shortest; None for no prompt.
-    """
+    """fairseq's ensemble of decoders, which reads the prompts, (B, n) tokens of the shortest's length, in one step."""
 
     def __init__(self, models: Sequence[nn.Module], rules: "EndingRules", prompt: Optional[Tensor] = None):
         super().__init__(models)
@@ -42,17 +33,12 @@ class PromptReader(EnsembleModel):
         self.inside = False  # whether the last step was inside the prompt
         self.prompt_log_probs: Optional[Tensor] = None  # (B, n, 2) of the prompt's next token and of eos
 
-    def reads_prompts(self) -> bool:
-        """Whether all models have this package's decoder, which can read any number of tokens at once."""
-        return all(isinstance(getattr(model, "decoder", None), AlibiDecoder) for model in self.models)
-
     def forward_decoder(
         self, tokens: Tensor, encoder_outs: list[Any], incremental_states: list[Any], temperature: float = 1.0
     ) -> tuple[Tensor, Optional[Tensor]]:
         """See `EnsembleModel.forward_decoder`. (R, 1 + step) tokens -> (R, V), None.
 
-        Inside the prompt all is -inf but the prompt's next token, which is forced, and eos, which may have to come
-        because the longest length is reached.
+        Inside the prompt all is -inf but its next token, which is forced, and eos, which the longest length may need.
         """
         eos = self.rules.eos
         tokens = torch.cat([tokens[:, :1], self.rules.restore_line_ends(tokens[:, 1:])], dim=1)
@@ -94,11 +80,7 @@ class PromptReader(EnsembleModel):
         return len(self.single_model.decoder.dictionary)
 
     def read(self, tokens: Tensor, wanted: Tensor, incremental_states: list[Any], temperature: float) -> Tensor:
-        """Reads (B, n) tokens into empty incremental states.
-
-        Returns:
-            (B, n, k) log-probabilities, averaged over the models, of the (B, n, k) `wanted` tokens after each position.
-        """
+        """Reads (B, n) tokens; returns the (B, n, k) mean log-probabilities of the `wanted` ones after each of them."""
         positions = max(1, SCORES // (tokens.size(0) * self.types()))
         features = [
             model.decoder.extract_features_scriptable(tokens, None, state, last=tokens.size(1))[0]
@@ -120,22 +102,14 @@ class PromptReader(EnsembleModel):
 
 @dataclass(frozen=True)
 class EndingRules:
-    """How a generation treats line ends and the ends of sentences.
+    """How a generation treats line ends and the ends of sentences."""
 
-    Args:
-        eos: token that ends a sentence.
-        line_end: token that the models read as the end of a line.
-        stand_in: token that stands for `line_end` inside a prompt while fairseq searches, because fairseq would end the
-            sentence there; None where line ends do end it.
-        free_end: whether `eos`, then a token that comes at the longest length only, adds nothing to a score.
-        least: value that smaller log-probabilities are raised to; None to leave them.
-    """
-
-    eos: int
-    line_end: int
+    eos: int  # token that ends a sentence
+    line_end: int  # token that the models read as the end of a line
+    #: Stands for `line_end` inside a prompt while fairseq searches, which would end the sentence there; None to end it.
     stand_in: Optional[int] = None
-    free_end: bool = False
-    least: Optional[float] = None
+    free_end: bool = False  # `eos`, then a token that comes at the longest length only, adds nothing to a score
+    least: Optional[float] = None  # smaller log-probabilities are raised to it
 
     def hide_line_ends(self, tokens: Tensor) -> Tensor:
         """Tokens with the stand-in in the place of line ends."""
@@ -151,13 +125,10 @@ class EndingRules:
 
 
 class RepeatBlock(nn.Module):
-    """Bans tokens that would repeat an n-gram, but none that is forced.
+    """Bans tokens that would repeat an n-gram of `size` tokens, but none that is forced.
 
     fairseq's own looks for the n-gram at the end of its token buffer, which is padding, and so bans nothing on CPU; on
     GPU it bans tokens of a prompt that repeats itself.
-
-    Args:
-        size: n.
     """
 
     def __init__(self, size: int):
@@ -177,15 +148,7 @@ class RepeatBlock(nn.Module):
 
 
 class Generator(SequenceGenerator):
-    """fairseq's `SequenceGenerator`, which reads the prompt, its `prefix_tokens`, in one pass.
-
-    Args:
-        models: one or more language models.
-        dictionary: of the targets.
-        lines_in_prompt: whether a line end inside a prompt leaves the sentence open; for fairseq it ends it.
-        free_end: see `EndingRules`.
-        kwargs: the arguments of `SequenceGenerator`.
-    """
+    """fairseq's `SequenceGenerator` that reads a prompt in one pass; with `lines_in_prompt` line ends leave it open."""
 
     def __init__(
         self,
@@ -195,14 +158,14 @@ class Generator(SequenceGenerator):
         free_end: bool = False,
         **kwargs: Any,
     ):
-        eos = kwargs.get("eos")
+        eos, draws = kwargs.get("eos"), isinstance(kwargs.get("search_strategy"), search.Sampling)
         rules = EndingRules(
             eos=dictionary.eos() if eos is None else eos,
             line_end=dictionary.eos(),
             stand_in=dictionary.bos() if lines_in_prompt else None,  # no text holds it
             free_end=free_end,
             # fairseq draws the tokens that it forces too, and fails at one whose probability underflows to 0.
-            least=math.log(torch.finfo(torch.float).tiny) if samples(kwargs.get("search_strategy")) else None,
+            least=math.log(torch.finfo(torch.float).tiny) if draws else None,
         )
         super().__init__(PromptReader(models, rules), dictionary, **kwargs)
         self.rules = rules
@@ -220,7 +183,7 @@ class Generator(SequenceGenerator):
         prompt = None
         if prefix_tokens is not None:
             prefix_tokens = self.rules.hide_line_ends(prefix_tokens)
-            if self.model.reads_prompts():
+            if all(isinstance(getattr(model, "decoder", None), AlibiDecoder) for model in self.model.models):
                 # As far as every row has a token and continues after it, no row can end inside.
                 inside = (prefix_tokens != self.pad) & (prefix_tokens != self.eos)
                 length = int(inside.all(dim=0).long().cumprod(dim=0).sum())
@@ -245,15 +208,7 @@ class Generator(SequenceGenerator):
         return super()._prefix_tokens(step, lprobs, scores, tokens, prefix_tokens, beam_size)
 
 
-def samples(strategy: Any) -> bool:
-    """Whether a search strategy draws tokens."""
-    return isinstance(strategy, search.Sampling)
-
-
 def read_prompts_in_one_pass(task: FairseqTask) -> None:
-    """Makes the task's `build_generator` build a `Generator`, unless it is given another class.
-
-    fairseq's commands get their generators from the task alone. A task that builds none stays as it is.
-    """
+    """Makes the task's `build_generator`, if it has one, build a `Generator`, unless it is given another class."""
     if hasattr(task, "build_generator"):
         vars(task).setdefault("build_generator", partial(task.build_generator, seq_gen_cls=Generator))

@@ -7,54 +7,31 @@ from typing import Any
 
 import torch.distributed as dist
 from fairseq.dataclass import FairseqDataclass
-from fairseq.models import MODEL_DATACLASS_REGISTRY, register_model, register_model_architecture
-from fairseq.models.transformer_lm import (
-    TransformerLanguageModel,
-    TransformerLanguageModelConfig,
-    base_lm_architecture,
-    transformer_lm_baevski_wiki103,
-    transformer_lm_big,
-    transformer_lm_gpt,
-)
+from fairseq.models import MODEL_DATACLASS_REGISTRY, register_model, register_model_architecture, transformer_lm
 from fairseq.modules import AdaptiveInput, CharacterTokenEmbedder
 from fairseq.tasks import FairseqTask
-from fairseq.utils import safe_getattr
 from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from ..core.attention_setup import needs_mask
 from ..core.positions import DECODER, add_registration_listener
+from . import options
 from .decoder import AlibiDecoder
 from .generator import read_prompts_in_one_pass
-from .options import (
-    AttentionOptions,
-    DecoderOptions,
-    LayerChoices,
-    check_decoder_options,
-    check_position_options,
-    fill_in_options,
-    position_method_of,
-    position_options,
-)
 
 logger = logging.getLogger(__name__)
+
+OPTIONS = (options.AttentionOptions, options.DecoderOptions, options.LayerChoices)  # beside those of positions
 
 
 def language_model_config() -> type[FairseqDataclass]:
     """All options of `transformer_lm`, and what this package adds for the position methods that are registered now."""
-    bases = (position_options(DECODER), AttentionOptions, DecoderOptions, LayerChoices, TransformerLanguageModelConfig)
+    bases = (options.position_options(DECODER), *OPTIONS, transformer_lm.TransformerLanguageModelConfig)
     return dataclasses.make_dataclass("AlibiLanguageModelConfig", [], bases=bases)
 
 
 def check_whole_text(cfg: Any) -> None:
-    """Rejects what has fairseq-eval-lm report, in silence, the loss of a share of the text or in a wrong context.
-
-    Args:
-        cfg: fairseq's config for inference.
-
-    Raises:
-        ValueError: names the option, the reason and the remedy.
-    """
+    """Raises ValueError where fairseq-eval-lm would give the loss of a share of the text, or in a wrong context."""
     # Not what `cfg` says: to the hub interface that is of the training.
     if dist.is_initialized() and dist.get_world_size() > 1 and cfg.common_eval.path:
         raise ValueError(
@@ -71,7 +48,7 @@ def check_whole_text(cfg: Any) -> None:
 
 
 @register_model("alibi_lm", dataclass=language_model_config())
-class AlibiLanguageModel(TransformerLanguageModel):
+class AlibiLanguageModel(transformer_lm.TransformerLanguageModel):
     """A causal transformer language model without position embeddings, unless its position method adds some.
 
     Built with the same seed it starts from exactly the parameters of a `transformer_lm` of the same sizes.
@@ -80,20 +57,16 @@ class AlibiLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: FairseqTask) -> "AlibiLanguageModel":
-        """Builds the model from `args`, which are left as they are.
-
-        Raises:
-            ValueError: see `check_position_options`, `check_decoder_options` and `position_method_of`.
-        """
-        fill_in_options(args, position_options(DECODER), AttentionOptions, DecoderOptions, LayerChoices)
-        check_position_options(args, DECODER)
-        check_decoder_options(args)
+        """Builds the model from `args`; ValueError for options that contradict each other."""
+        options.fill_in_options(args, options.position_options(DECODER), *OPTIONS)
+        options.check_position_options(args, DECODER)
+        options.check_decoder_options(args)
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             kept, pattern = sorted(map(int, args.decoder_layers_to_keep.split(","))), args.position_layers
             args.decoder_layers = len(kept)
             args.position_layers = "".join(pattern[layer % len(pattern)] for layer in kept)
-        position_method = position_method_of(args, DECODER)
+        position_method = options.position_method_of(args, DECODER)
         if "0" in args.position_layers and position_method.adds_embedding:
             raise ValueError(
                 f"--position-layers {args.position_layers}: --position-method {args.position_method} adds an embedding "
@@ -175,22 +148,14 @@ def refresh_config() -> None:
 add_registration_listener(refresh_config)
 
 
-@register_model_architecture("alibi_lm", "alibi_lm_wiki103")
-def alibi_lm_wiki103(args: Any) -> None:
-    """WikiText-103, the paper's section 4.1: 16 layers, width 1024, 8 heads, adaptive input and softmax, 247M."""
-    transformer_lm_baevski_wiki103(args)
-
-
-@register_model_architecture("alibi_lm", "alibi_lm_big")
-def alibi_lm_big(args: Any) -> None:
-    """fairseq's `transformer_lm_big`: 12 layers, width 1024, 16 heads."""
-    transformer_lm_big(args)
-
-
-@register_model_architecture("alibi_lm", "alibi_lm_gpt")
-def alibi_lm_gpt(args: Any) -> None:
-    """fairseq's `transformer_lm_gpt`: 12 layers, width 768, 12 heads."""
-    transformer_lm_gpt(args)
+#: Architectures of fairseq's; the first is that of the paper's section 4.1.
+ARCHITECTURES = {
+    "alibi_lm_wiki103": transformer_lm.transformer_lm_baevski_wiki103,  # 16 layers, width 1024, 8 heads, adaptive, 247M
+    "alibi_lm_big": transformer_lm.transformer_lm_big,  # 12 layers, width 1024, 16 heads
+    "alibi_lm_gpt": transformer_lm.transformer_lm_gpt,  # 12 layers, width 768, 12 heads
+}
+for name, architecture in ARCHITECTURES.items():
+    register_model_architecture("alibi_lm", name)(architecture)
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_1_3b")
@@ -199,23 +164,15 @@ def alibi_lm_1_3b(args: Any) -> None:
 
     The paper does not say what its activation function, norms and vocabulary are: gelu, pre-norm and a BPE are ours.
     """
-    args.decoder_layers = safe_getattr(args, "decoder_layers", 25)
-    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 2048)
-    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 8192)
-    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 16)
-    args.activation_fn = safe_getattr(args, "activation_fn", "gelu")
-    args.dropout = safe_getattr(args, "dropout", 0.0)
-    args.decoder_normalize_before = safe_getattr(args, "decoder_normalize_before", True)
-    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
-    base_lm_architecture(args)
+    sizes = {"decoder_layers": 25, "decoder_embed_dim": 2048, "decoder_ffn_embed_dim": 8192}
+    options.set_defaults(args, **sizes, decoder_attention_heads=16, share_decoder_input_output_embed=True)
+    options.set_defaults(args, activation_fn="gelu", dropout=0.0, decoder_normalize_before=True)
+    transformer_lm.base_lm_architecture(args)
 
 
 @register_model_architecture("alibi_lm", "alibi_lm_tiny")
 def alibi_lm_tiny(args: Any) -> None:
     """For CPUs: 2 layers, width 128, 8 heads, tied plain embeddings."""
-    args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
-    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 128)
-    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 512)
-    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
-    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
-    base_lm_architecture(args)
+    sizes = {"decoder_layers": 2, "decoder_embed_dim": 128, "decoder_ffn_embed_dim": 512}
+    options.set_defaults(args, **sizes, decoder_attention_heads=8, share_decoder_input_output_embed=True)
+    transformer_lm.base_lm_architecture(args)

@@ -1,9 +1,8 @@
 """fairseq's transformer layers with attention that has a position bias.
 
-Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim, C = H * D.
-
 Parameters and their initial values are those of fairseq's layers. The forward passes are our own, because fairseq's
-hand a layer a mask only: here a layer gets `AttentionInputs`.
+hand a layer a mask only: here a layer gets `AttentionInputs`. Shapes: B batch, H heads, T queries, S keys (the last T
+of the S positions are the queries), D head_dim, C = H * D.
 """
 
 import contextlib
@@ -20,11 +19,27 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 
 from ..core.attention_inputs import AttentionInputs
-from ..core.attention_setup import AttentionSettings
+from ..core.attention_setup import AttentionSettings, AttentionSetup
 from ..core.layers import AttentionCore, CachedTensors, append, checkpoint_activations
 
 #: fairseq's incremental state: what the modules keep between the steps of decoding.
 IncrementalState = dict[str, dict[str, Optional[Tensor]]]
+
+
+class PositionedStack:
+    """What our encoder and decoder share."""
+
+    setup: AttentionSetup
+
+    def set_evaluation_length(self, length: int) -> None:
+        """See `PositionMethod.set_evaluation_length`."""
+        self.setup.set_evaluation_length(length)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
+        """See `TransformerDecoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
+        for buffer in ("weights", "_float_tensor"):
+            state_dict.pop(f"{name}.embed_positions.{buffer}", None)
+        return super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
 
 
 class FairseqSelfAttention(AttentionCore, MultiheadAttention):
@@ -59,13 +74,7 @@ class FairseqSelfAttention(AttentionCore, MultiheadAttention):
 
 
 class DecoderLayer(TransformerDecoderLayerBase):
-    """fairseq's decoder layer with `FairseqSelfAttention`.
-
-    Args:
-        cfg: a fairseq `TransformerConfig`.
-        no_encoder_attn: whether it attends to no encoder.
-        cpu_bf16: whether its matrix products run in bfloat16 on a CPU.
-    """
+    """fairseq's decoder layer, of a `TransformerConfig`, with `FairseqSelfAttention`."""
 
     def __init__(self, cfg: Any, no_encoder_attn: bool = False, cpu_bf16: bool = False):
         super().__init__(cfg, no_encoder_attn)
@@ -97,16 +106,9 @@ class DecoderLayer(TransformerDecoderLayerBase):
     ) -> tuple[Tensor, Optional[Tensor]]:
         """A pass through the layer; the computation is that of fairseq 0.12.2, modules/transformer_layer.py, line 535.
 
-        Args:
-            x: (T, B, C).
-            inputs: for self-attention; its cache also keeps the keys of the encoder.
-            encoder_out: (S', B, C') what the encoder returned; None without an encoder.
-            encoder_padding_mask: (B, S') bool, True at padding of the source; None for none.
-            need_attn: whether the weights of each head over the source are wanted.
-
-        Returns:
-            (queries, B, C), of the queries that `inputs` asks for, and the weights (H, B, queries, S') or, as fairseq
-            returns them unasked in evaluation, their mean (B, queries, S'), or None.
+        (T, B, C) and, from the encoder, (S', B, C') and padding (B, S') -> (queries, B, C), of the queries that
+        `inputs` asks for, and the weights (H, B, queries, S') if wanted or, as fairseq returns them unasked in
+        evaluation, their mean (B, queries, S'), or None. The cache of `inputs` also keeps the keys of the encoder.
         """
         arguments = (x, inputs, encoder_out, encoder_padding_mask, need_attn)
         with autocast_products(self.cpu_bf16, x):
@@ -183,10 +185,8 @@ def wrap_for_fsdp(layer: nn.Module, cfg: Any) -> nn.Module:
 def autocast_products(wanted: bool, x: Tensor) -> AbstractContextManager[Any]:
     """A context in which the matrix products of a float32 model on a CPU run in bfloat16, if that is wanted.
 
-    The rest stays float32: residuals, norms, sums, and the embeddings, whose adaptive form autocast breaks.
-
-    Raises:
-        ValueError: this CPU is no faster in bfloat16.
+    The rest stays float32: residuals, norms, sums, and the embeddings, whose adaptive form autocast breaks. ValueError:
+    this CPU is no faster in bfloat16.
     """
     if not wanted or x.device.type != "cpu" or x.dtype != torch.float32:
         return contextlib.nullcontext()

@@ -17,31 +17,10 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..core.positions import ENCODER, position_methods
+from . import options
 from .encoder import AlibiEncoder
-from .options import (
-    AttentionOptions,
-    add_options,
-    check_position_options,
-    fill_in_options,
-    position_method_of,
-    position_options,
-)
 
-#: The training length where no option says one; fairseq's longest sequence.
-UNKNOWN_LENGTH = 512
-
-
-def check_masked_model_options(args: Any) -> None:
-    """Rejects options of fairseq's `roberta` that contradict the position method or would bypass it.
-
-    Raises:
-        ValueError: names the option, the reason and the remedy.
-    """
-    check_position_options(args, ENCODER)
-    for option in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
-        if safe_getattr(args, option, -1) != -1:
-            name = f"--{option.replace('_', '-')}"
-            raise ValueError(f"{name}: fairseq's pruning would give heads the bias of others; drop it")
+UNKNOWN_LENGTH = 512  # the training length where no option says one; fairseq's longest sequence
 
 
 class MaskedLanguageModelEncoder(RobertaEncoder):
@@ -49,7 +28,7 @@ class MaskedLanguageModelEncoder(RobertaEncoder):
 
     def build_encoder(self, args: Any, dictionary: Dictionary, embed_tokens: nn.Module) -> AlibiEncoder:
         """See `RobertaEncoder.build_encoder`."""
-        position_method = position_method_of(args, ENCODER)
+        position_method = options.position_method_of(args, ENCODER)
         # RoBERTa's tokens start as small as its learned positions, and would be lost beside positions of size 1.
         args.no_scale_embedding = not position_method.needs_scaled_tokens
         encoder = AlibiEncoder(args, dictionary, embed_tokens, position_method)
@@ -111,47 +90,39 @@ class AlibiMaskedLanguageModel(RobertaModel):
     def add_args(parser: ArgumentParser) -> None:
         """Adds the model's options to a parser."""
         RobertaModel.add_args(parser)
-        add_options(parser, position_options(ENCODER), AttentionOptions)
-        parser.add_argument(
-            "--checkpoint-activations",
-            action="store_true",
-            help="compute the activations of a layer anew in the backward pass, to save memory",
-        )
+        options.add_options(parser, options.position_options(ENCODER), options.AttentionOptions)
+        text = "compute the activations of a layer anew in the backward pass, to save memory"
+        parser.add_argument("--checkpoint-activations", action="store_true", help=text)
 
     @classmethod
     def build_model(cls, args: Any, task: FairseqTask) -> "AlibiMaskedLanguageModel":
-        """Builds the model from `args`, which get the defaults of what they lack.
-
-        Raises:
-            ValueError: see `check_masked_model_options` and `position_method_of`.
-        """
+        """Builds the model from `args`, which get the defaults of what they lack; ValueError."""
         with open_dict(args) if isinstance(args, DictConfig) else contextlib.nullcontext():
-            fill_in_options(args, position_options(ENCODER), AttentionOptions)
-            check_masked_model_options(args)
-            options = task.cfg or safe_getattr(task, "args")  # older tasks of fairseq have the latter
+            options.fill_in_options(args, options.position_options(ENCODER), options.AttentionOptions)
+            options.check_position_options(args, ENCODER)
+            for option in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
+                if safe_getattr(args, option, -1) != -1:
+                    name = f"--{option.replace('_', '-')}"
+                    raise ValueError(f"{name}: fairseq's pruning would give heads the bias of others; drop it")
+            task_options = task.cfg or safe_getattr(task, "args")  # older tasks of fairseq have the latter
             if safe_getattr(args, "tokens_per_sample") is None:  # fine-tuning has a longest length at most
-                known = (safe_getattr(options, name) for name in ("tokens_per_sample", "max_positions"))
+                known = (safe_getattr(task_options, name) for name in ("tokens_per_sample", "max_positions"))
                 args.tokens_per_sample = next(filter(None, known), UNKNOWN_LENGTH)
             if safe_getattr(args, "max_positions") is None:
                 limited = position_methods(ENCODER)[args.position_method].limited_to_training_length
                 args.max_positions = args.tokens_per_sample if limited else sys.maxsize
-            if isinstance(options, Namespace) and safe_getattr(options, "max_positions") is None:
-                options.max_positions = args.max_positions  # sentence_ranking reads the model's option
+            if isinstance(task_options, Namespace) and safe_getattr(task_options, "max_positions") is None:
+                task_options.max_positions = args.max_positions  # sentence_ranking reads the model's option
             return cls(args, MaskedLanguageModelEncoder(args, task.source_dictionary))
 
 
-@register_model_architecture("alibi_masked_lm", "alibi_masked_lm")
-def alibi_masked_lm(args: Any) -> None:
-    """fairseq's `roberta_base`: 12 layers, width 768, 12 heads, norms behind the parts of a layer."""
-    roberta_architecture(args)
+# fairseq's `roberta_base`: 12 layers, width 768, 12 heads, norms behind the parts of a layer.
+register_model_architecture("alibi_masked_lm", "alibi_masked_lm")(roberta_architecture)
 
 
 @register_model_architecture("alibi_masked_lm", "alibi_masked_lm_tiny")
 def alibi_masked_lm_tiny(args: Any) -> None:
     """For CPUs: 2 layers, width 128, 8 heads, norms in front of the parts of a layer."""
-    args.encoder_layers = safe_getattr(args, "encoder_layers", 2)
-    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)
-    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 512)
-    args.encoder_attention_heads = safe_getattr(args, "encoder_attention_heads", 8)
-    args.encoder_normalize_before = safe_getattr(args, "encoder_normalize_before", True)
+    sizes = {"encoder_layers": 2, "encoder_embed_dim": 128, "encoder_ffn_embed_dim": 512}
+    options.set_defaults(args, **sizes, encoder_attention_heads=8, encoder_normalize_before=True)
     roberta_architecture(args)

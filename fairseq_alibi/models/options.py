@@ -19,25 +19,20 @@ from omegaconf import DictConfig, open_dict
 from ..core.attention_inputs import EPSILON
 from ..core.attention_setup import KERNEL_CHOICES, SCORE_SCALES, AttentionSettings, needs_mask
 from ..core.methods import ALiBi
-from ..core.positions import DECODER, ENCODER, PositionMethod, position_methods
+from ..core.positions import DECODER, ENCODER, PositionMethod, option_field, position_methods
 
 
 @dataclass
 class AttentionOptions(FairseqDataclass):
     """How attention is computed."""
 
-    attention: ChoiceEnum(list(KERNEL_CHOICES)) = field(  # type: ignore[valid-type]
-        default=KERNEL_CHOICES[0],
-        metadata={
-            "help": "mask: the bias folded into the mask, the reference; fused: no mask, so that memory is linear in "
-            "the length and time per token grows slowly with it; auto: the faster one"
-        },
+    attention: ChoiceEnum(list(KERNEL_CHOICES)) = option_field(  # type: ignore[valid-type]
+        KERNEL_CHOICES[0],
+        "mask: the bias folded into the mask, the reference; fused: no mask, so that memory is linear in "
+        "the length and time per token grows slowly with it; auto: the faster one",
     )
-    attention_epsilon: float = field(
-        default=EPSILON,
-        metadata={
-            "help": "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
-        },
+    attention_epsilon: float = option_field(
+        EPSILON, "weight, of 1 for all keys of a query, that fused attention skips for their distance; 0: skip none"
     )
 
 
@@ -45,11 +40,8 @@ class AttentionOptions(FairseqDataclass):
 class DecoderOptions(FairseqDataclass):
     """How a model with a decoder computes."""
 
-    cpu_bf16: bool = field(
-        default=False,
-        metadata={
-            "help": "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
-        },
+    cpu_bf16: bool = option_field(
+        False, "run matrix products in bfloat16 on a CPU that is faster so; what is on a GPU stays as it is"
     )
 
 
@@ -57,31 +49,20 @@ class DecoderOptions(FairseqDataclass):
 class LayerChoices(FairseqDataclass):
     """Options of language models that go with any position method."""
 
-    score_scale: ChoiceEnum(list(SCORE_SCALES)) = field(  # type: ignore[valid-type]
-        default=SCORE_SCALES[0],
-        metadata={
-            "help": "ssmax: scores times s ln n for n visible keys, s learned; log_n: times ln n / ln(tokens per "
-            "sample) for larger n, which is meant for evaluation"
-        },
+    score_scale: ChoiceEnum(list(SCORE_SCALES)) = option_field(  # type: ignore[valid-type]
+        SCORE_SCALES[0],
+        "ssmax: scores times s ln n for n visible keys, s learned; log_n: times ln n / ln(tokens per "
+        "sample) for larger n, which is meant for evaluation",
     )
-    position_layers: str = field(
-        default="1",
-        metadata={
-            "help": "layers with the position method, as ones and zeros that are repeated: 1110 for all but every "
-            "fourth; log_n then scales in the others alone"
-        },
+    position_layers: str = option_field(
+        "1",
+        "layers with the position method, as ones and zeros that are repeated: 1110 for all but every "
+        "fourth; log_n then scales in the others alone",
     )
 
 
 def position_options(*stacks: str) -> type[FairseqDataclass]:
-    """The options of positions, with those of every position method that is registered now.
-
-    Args:
-        stacks: of the model, `DECODER` and `ENCODER`; each has to have the method.
-
-    Returns:
-        A dataclass with `position_method` and the options of the methods.
-    """
+    """A dataclass of `position_method` and the options of all methods registered now that every one of `stacks` has."""
     names = [name for name in position_methods(stacks[0]) if all(name in position_methods(stack) for stack in stacks)]
     choice = field(default=ALiBi.name, metadata={"help": "how the model knows the positions of its tokens"})
     fields: dict[str, tuple] = {"position_method": ("position_method", ChoiceEnum(names), choice)}
@@ -117,16 +98,14 @@ def fill_in_options(args: Any, *groups: type[FairseqDataclass]) -> None:
                 setattr(args, option.name, option.default)
 
 
+def set_defaults(args: Any, **defaults: Any) -> None:
+    """Gives `args` the values of an architecture for the options that it lacks."""
+    for name, value in defaults.items():
+        setattr(args, name, safe_getattr(args, name, value))
+
+
 def check_position_options(args: Any, *stacks: str) -> None:
-    """Rejects options that no model of this package can have, or that cannot work on this machine.
-
-    Args:
-        args: the model's options, a namespace or fairseq config.
-        stacks: see `position_options`.
-
-    Raises:
-        ValueError: names the option, the reason and the remedy.
-    """
+    """Rejects options that no model with these stacks can have, or that cannot work on this machine: ValueError."""
     name = args.position_method
     for stack in stacks:
         if name not in position_methods(stack):
@@ -151,11 +130,7 @@ def check_position_options(args: Any, *stacks: str) -> None:
 
 
 def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any, list[str]]]:
-    """Options that were changed from their default though the chosen method does not have them.
-
-    Yields:
-        Name, value, and the methods that have the option.
-    """
+    """Options changed from their default that the chosen method lacks: name, value, methods that have it."""
     methods = [method for stack in stacks for method in position_methods(stack).values()]
     owned = {
         option.name for method in methods if method.name == args.position_method for option in method_options(method)
@@ -168,11 +143,7 @@ def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any
 
 
 def check_decoder_options(args: Any) -> None:
-    """Rejects options that a model with a decoder of this package cannot have, on either side of it.
-
-    Raises:
-        ValueError: names the option, the reason and the remedy.
-    """
+    """Rejects, on either side, what a model with a decoder of this package cannot have: ValueError."""
     name = args.position_method
     if args.no_token_positional_embeddings and position_methods(DECODER)[name].adds_embedding:
         without = [other for other, method in position_methods(DECODER).items() if announces_nothing(method)]
@@ -203,15 +174,7 @@ def announces_nothing(method: type[PositionMethod]) -> bool:
 
 
 def position_method_of(args: Any, stack: str) -> PositionMethod:
-    """The position method of a stack.
-
-    Args:
-        args: the model's options.
-        stack: `DECODER` or `ENCODER`.
-
-    Raises:
-        ValueError: its bias needs a mask, and `--attention fused` excludes one; or see the method.
-    """
+    """The position method of a stack, `DECODER` or `ENCODER`; ValueError if --attention excludes its mask."""
     heads, width = getattr(args, f"{stack}_attention_heads"), getattr(args, f"{stack}_embed_dim")
     method = position_methods(stack)[args.position_method].from_options(heads, width, args)
     impossible = needs_mask(method) or (stack == ENCODER and not method.has_distance_bias)

@@ -12,44 +12,25 @@ from fairseq.data import Dictionary
 from fairseq.dataclass import FairseqDataclass
 from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import DEFAULT_MAX_SOURCE_POSITIONS, DEFAULT_MAX_TARGET_POSITIONS, TransformerModel
-from fairseq.models.transformer.transformer_legacy import (
-    base_architecture,
-    transformer_iwslt_de_en,
-    transformer_wmt_en_de_big,
-)
+from fairseq.models.transformer import transformer_legacy as legacy
 from fairseq.tasks import FairseqTask
 from fairseq.utils import safe_getattr
 from torch import nn
 
 from ..core.positions import DECODER, ENCODER, position_methods
+from . import options
 from .decoder import AlibiDecoder
 from .encoder import AlibiEncoder
-from .options import (
-    AttentionOptions,
-    DecoderOptions,
-    add_options,
-    check_decoder_options,
-    check_position_options,
-    fill_in_options,
-    position_method_of,
-    position_options,
-)
-
-#: Size of a table of positions, where there is one: that of fairseq.
-TABLE = DEFAULT_MAX_TARGET_POSITIONS
 
 
 def translation_options() -> tuple[type[FairseqDataclass], ...]:
     """What this model adds to the options of `transformer`."""
-    return position_options(ENCODER, DECODER), AttentionOptions, DecoderOptions
+    return options.position_options(ENCODER, DECODER), options.AttentionOptions, options.DecoderOptions
 
 
 @register_model("alibi_transformer")
 class AlibiTransformer(TransformerModel):
-    """A transformer for sequence to sequence without position embeddings, unless its position method adds some.
-
-    `--max-source-positions` and `--max-target-positions`, if given, limit the lengths; without them there is no limit.
-    """
+    """A transformer whose lengths only --max-source-positions and --max-target-positions limit, if they are given."""
 
     @classmethod
     def hub_models(cls) -> dict[str, str]:
@@ -60,19 +41,14 @@ class AlibiTransformer(TransformerModel):
     def add_args(cls, parser: ArgumentParser) -> None:
         """See `TransformerModel.add_args`."""
         super().add_args(parser)
-        add_options(parser, *translation_options())
+        options.add_options(parser, *translation_options())
 
     @classmethod
     def build_model(cls, args: Any, task: FairseqTask) -> "AlibiTransformer":
-        """Builds the model from `args`, which get the options that they lack.
-
-        Raises:
-            ValueError: see `check_position_options`, `check_decoder_options` and `position_method_of`; attention to
-                source and target at once; a length scale that needs a length.
-        """
-        fill_in_options(args, *translation_options())
-        check_position_options(args, ENCODER, DECODER)
-        check_decoder_options(args)
+        """Builds the model from `args`, which get the options that they lack; ValueError for impossible ones."""
+        options.fill_in_options(args, *translation_options())
+        options.check_position_options(args, ENCODER, DECODER)
+        options.check_decoder_options(args)
         if args.alibi_length_scale == "auto":
             raise ValueError("--alibi-length-scale auto: a translation has no length known beforehand; pass a number")
         if args.rotary_scaling != "none":
@@ -82,23 +58,24 @@ class AlibiTransformer(TransformerModel):
         lift_default_limits(task)
         args = copy.copy(args)
         limited = position_methods(DECODER)[args.position_method].limited_to_training_length
-        unasked = TABLE if limited else sys.maxsize
+        unasked = DEFAULT_MAX_TARGET_POSITIONS if limited else sys.maxsize  # the size of a table of positions
         for name in ("max_source_positions", "max_target_positions"):
             setattr(args, name, safe_getattr(args, name) or unasked)
-        args.tokens_per_sample = TABLE
+        args.tokens_per_sample = DEFAULT_MAX_TARGET_POSITIONS
         return super().build_model(args, task)
 
     @classmethod
     def build_encoder(cls, args: Any, src_dict: Dictionary, embed_tokens: nn.Module) -> AlibiEncoder:
         """See `TransformerModel.build_encoder`."""
-        return AlibiEncoder(args, src_dict, embed_tokens, position_method_of(args, ENCODER))
+        return AlibiEncoder(args, src_dict, embed_tokens, options.position_method_of(args, ENCODER))
 
     @classmethod
     def build_decoder(cls, args: Any, tgt_dict: Dictionary, embed_tokens: nn.Module) -> AlibiDecoder:
         """See `TransformerModel.build_decoder`."""
-        options = copy.copy(args)
-        options.alibi_learned_slopes = False  # the option is for the encoder here, as checkpoints of before have it
-        return AlibiDecoder(args, tgt_dict, embed_tokens, position_method_of(options, DECODER), args.no_cross_attention)
+        causal = copy.copy(args)
+        causal.alibi_learned_slopes = False  # the option is for the encoder here, as checkpoints of before have it
+        method = options.position_method_of(causal, DECODER)
+        return AlibiDecoder(args, tgt_dict, embed_tokens, method, args.no_cross_attention)
 
 
 def lift_default_limits(task: FairseqTask) -> None:
@@ -113,30 +90,15 @@ def lift_default_limits(task: FairseqTask) -> None:
             setattr(task.cfg, name, sys.maxsize)
 
 
-@register_model_architecture("alibi_transformer", "alibi_transformer")
-def alibi_transformer(args: Any) -> None:
-    """fairseq's `transformer`: 6 layers on each side, width 512, 8 heads."""
-    base_architecture(args)
-
-
-@register_model_architecture("alibi_transformer", "alibi_transformer_iwslt_de_en")
-def alibi_transformer_iwslt_de_en(args: Any) -> None:
-    """fairseq's `transformer_iwslt_de_en`: 6 layers on each side, width 512, 4 heads."""
-    transformer_iwslt_de_en(args)
-
-
-@register_model_architecture("alibi_transformer", "alibi_transformer_wmt_en_de_big")
-def alibi_transformer_wmt_en_de_big(args: Any) -> None:
-    """fairseq's `transformer_wmt_en_de_big`: 6 layers on each side, width 1024, 16 heads."""
-    transformer_wmt_en_de_big(args)
+# Those of fairseq's `transformer`: 6 layers on each side; width 512 and 8 heads, 512 and 4, 1024 and 16.
+register_model_architecture("alibi_transformer", "alibi_transformer")(legacy.base_architecture)
+register_model_architecture("alibi_transformer", "alibi_transformer_iwslt_de_en")(legacy.transformer_iwslt_de_en)
+register_model_architecture("alibi_transformer", "alibi_transformer_wmt_en_de_big")(legacy.transformer_wmt_en_de_big)
 
 
 @register_model_architecture("alibi_transformer", "alibi_transformer_tiny")
 def alibi_transformer_tiny(args: Any) -> None:
     """For CPUs: 2 layers on each side, width 128, 8 heads."""
-    args.encoder_embed_dim = safe_getattr(args, "encoder_embed_dim", 128)
-    args.encoder_ffn_embed_dim = safe_getattr(args, "encoder_ffn_embed_dim", 512)
-    args.encoder_layers = safe_getattr(args, "encoder_layers", 2)
-    args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
-    args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
-    base_architecture(args)
+    sizes = {"encoder_embed_dim": 128, "encoder_ffn_embed_dim": 512, "encoder_layers": 2, "decoder_layers": 2}
+    options.set_defaults(args, **sizes, share_decoder_input_output_embed=True)
+    legacy.base_architecture(args)

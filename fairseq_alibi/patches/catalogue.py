@@ -1,33 +1,15 @@
-"""Every function of fairseq 0.12.2 that this package replaces, in one list, and `apply`.
-
-It is called when fairseq has been imported, by `fairseq_alibi.register`. Nothing is replaced before.
-"""
+"""Every function of fairseq 0.12.2 that this package replaces, in one list, and `apply`."""
 
 import logging
 
 import fairseq
 
-from . import (
-    batching,
-    command_checks,
-    compatibility,
-    data_formats,
-    distributed_model,
-    option_checks,
-    parsing,
-    reading,
-    restart,
-    saving,
-    termination,
-    training_state,
-    whole_words,
-)
+from . import checkpoint_files, compatibility, data, option_checks, restart, training_state
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
 
-#: The version of fairseq that the patches are made for.
-FAIRSEQ_VERSION = "0.12.2"
+FAIRSEQ_VERSION = "0.12.2"  # the version of fairseq that the patches are made for
 
 PATCHES = (
     Patch(
@@ -49,7 +31,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.data.data_utils:batch_by_size",
-        replacement=batching.batch_by_size,
+        replacement=data.batch_by_size,
         what="Makes a batch of its own of a sample that is longer than --max-tokens.",
         why="fairseq ends with an AssertionError, for validation after the first epoch, before anything is saved.",
         source="fairseq/data/data_utils.py:282",
@@ -57,7 +39,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.tasks.fairseq_task:FairseqTask.filter_indices_by_size",
-        replacement=batching.filter_indices_by_size,
+        replacement=data.filter_indices_by_size,
         what="Refuses samples that are longer than the model's longest sequence in one line with the remedy.",
         why="fairseq ends with a traceback.",
         source="fairseq/tasks/fairseq_task.py:167",
@@ -65,7 +47,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.tasks.language_modeling:LanguageModelingTask.eval_lm_dataloader",
-        replacement=batching.eval_lm_dataloader,
+        replacement=data.eval_lm_dataloader,
         what="Leaves out samples only with --skip-invalid-size-inputs-valid-test, as in validation.",
         why="fairseq-eval-lm leaves them out always and reports the perplexity of the others.",
         source="fairseq/tasks/language_modeling.py:340",
@@ -73,7 +55,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.models:DistributedFairseqModel",
-        replacement=distributed_model.wrap_model,
+        replacement=compatibility.wrap_model,
         what="Sets --find-unused-parameters for the models of this package.",
         why="An unused band of an adaptive vocabulary ends training in several processes with an error.",
         source="fairseq/models/distributed_fairseq_model.py:35",
@@ -89,7 +71,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.checkpoint_utils:load_checkpoint_to_cpu",
-        replacement=reading.load_checkpoint_to_cpu,
+        replacement=checkpoint_files.load_checkpoint_to_cpu,
         what="Compares a checkpoint's checksums, always uses torch's safe loader, and refuses in one line.",
         why="A flipped bit is evaluated silently, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD lets files run code.",
         source="fairseq/checkpoint_utils.py:281",
@@ -97,7 +79,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.checkpoint_utils:torch_persistent_save",
-        replacement=saving.torch_persistent_save,
+        replacement=checkpoint_files.torch_persistent_save,
         what="Writes under a name of the process's own, renames what is on the disk, and removes what failed.",
         why="A crash of the system can leave half a file; a full disk ends in tracebacks and leaves a .tmp file.",
         source="fairseq/checkpoint_utils.py:549",
@@ -105,7 +87,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.file_io:PathManager.copy",
-        replacement=saving.copy,
+        replacement=checkpoint_files.copy,
         what="Copies under a temporary name and renames.",
         why="fairseq copies onto checkpoint_last.pt, so that a kill leaves half a file.",
         source="fairseq/file_io.py:71",
@@ -121,7 +103,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.options:parse_args_and_arch",
-        replacement=parsing.parse_args_and_arch,
+        replacement=option_checks.parse_args_and_arch,
         what="Adds the options of --arch to the help of fairseq's commands, and refuses options in one line.",
         why="fairseq-train --help shows no option of any model; --fp16 with --bf16 ends in a traceback.",
         source="fairseq/options.py:88",
@@ -129,7 +111,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.distributed.utils:call_main",
-        replacement=command_checks.call_main,
+        replacement=option_checks.call_main,
         what="Refuses options that cannot work, and lets --bf16 run on a GPU.",
         why="fairseq sets --tpu for --bf16, and ends with tracebacks after the model is built.",
         source="fairseq/distributed/utils.py:334",
@@ -153,7 +135,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq_cli.eval_lm:eval_lm",
-        replacement=command_checks.eval_lm,
+        replacement=option_checks.eval_lm,
         what="Ends with an error if no token was scored.",
         why="fairseq reports a perplexity of 1.00.",
         source="fairseq_cli/eval_lm.py:37",
@@ -162,7 +144,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.data.indexed_dataset:infer_dataset_impl",
-        replacement=data_formats.infer_dataset_impl,
+        replacement=data.infer_dataset_impl,
         what="Reads data of --dataset-impl lazy and cached lazily.",
         why="Training with fairseq's cached reader ends with a KeyError.",
         source="fairseq/data/indexed_dataset.py:42",
@@ -170,7 +152,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.data.indexed_dataset:get_indexed_dataset_to_local",
-        replacement=data_formats.get_indexed_dataset_to_local,
+        replacement=data.get_indexed_dataset_to_local,
         what="Finds the files that `fairseq-preprocess --only-source --dataset-impl raw` writes.",
         why="Their names end in .None-None, and language modelling does not find them.",
         source="fairseq/data/indexed_dataset.py:546",
@@ -178,7 +160,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq.tasks.masked_lm:get_whole_word_mask",
-        replacement=whole_words.get_whole_word_mask,
+        replacement=data.get_whole_word_mask,
         what="Finds the words for --mask-whole-words by the marks of subwords in dict.txt.",
         why="fairseq asks the BPE of the options, which has no such method for subword-nmt.",
         source="fairseq/tasks/masked_lm.py:182",
@@ -212,7 +194,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq_cli.train:validate_and_save",
-        replacement=termination.validate_and_save,
+        replacement=restart.validate_and_save,
         what="Saves and stops after SIGTERM.",
         why="fairseq dies at once and loses the updates since the last checkpoint.",
         source="fairseq_cli/train.py:360",
@@ -223,11 +205,7 @@ PATCHES = (
 
 
 def apply(in_command: bool = False) -> None:
-    """Applies the patches; those that are applied already stay as they are.
-
-    Args:
-        in_command: Applies also those that need one of fairseq's commands under way.
-    """
+    """Applies the patches, once; with `in_command` also those that need one of fairseq's commands under way."""
     if not in_command:
         if fairseq.__version__ != FAIRSEQ_VERSION:
             logger.warning(

@@ -2,16 +2,24 @@
 
 import argparse
 import importlib
+import logging
 import types
 import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
+from torch import nn
 
-#: What numpy 1 had as `numpy.compat`, as far as fairseq uses it.
-NUMPY_COMPAT = types.SimpleNamespace(long=int)
+from ..models.decoder import AlibiDecoder
+from ..models.encoder import AlibiEncoder
+from .patch import original
+
+logger = logging.getLogger(__name__)
+
+NUMPY_COMPAT = types.SimpleNamespace(long=int)  # what numpy 1 had as `numpy.compat`, as far as fairseq uses it
 
 #: Warnings that fairseq's calls of 2022 cause and that no user can act on, as regular expressions, with their origin.
 #: Those that hydra gives before a plugin is imported are silenced by `startup/`.
@@ -36,11 +44,10 @@ def silence_known_warnings() -> None:
 
 
 def allow_fairseq_checkpoints() -> None:
-    """Lets torch's safe loader (`weights_only=True`, the default) read everything that fairseq writes to a checkpoint.
+    """Lets torch's safe loader (`weights_only=True`) read everything that fairseq writes to a checkpoint.
 
     Old checkpoints hold an `argparse.Namespace`, numpy scalars (the best loss) and meters; today's hold numpy arrays
-    where a metric is an array (the n-gram counts of `--eval-bleu`). None of these classes runs code from the file. The
-    loader stays safe and refuses everything else.
+    where a metric is an array (the n-gram counts of `--eval-bleu`). None of these classes runs code from the file.
     """
     multiarray: Any = importlib.import_module("numpy._core.multiarray")  # typed stubs do not have it
     modules = ("numpy.core", "numpy._core")
@@ -65,3 +72,18 @@ def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.dev
     objects = [obj]
     torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
     return objects[0]
+
+
+def wrap_model(
+    args: DistributedTrainingConfig, model: nn.Module, process_group: Any, device: torch.device
+) -> nn.Module:
+    """Replaces `DistributedFairseqModel`; sets --find-unused-parameters for models of this package.
+
+    A band of an adaptive input or softmax, a dropped layer or a masked model's output layer may be unused in a batch.
+    torch's DistributedDataParallel ends with an error then, unless it looks for such parameters.
+    """
+    ours = any(isinstance(module, (AlibiDecoder, AlibiEncoder)) for module in model.modules())
+    if ours and args.ddp_backend in ("c10d", "pytorch_ddp") and not args.find_unused_parameters:
+        logger.info("--find-unused-parameters is set, because not every batch uses all parameters of this model")
+        args.find_unused_parameters = True
+    return original("fairseq.models:DistributedFairseqModel")(args, model, process_group, device)

@@ -1,24 +1,36 @@
-"""Options that contradict each other or do not exist: fairseq's commands end with one line before any work."""
+"""Options of fairseq's commands: those that cannot work end them with one line or are repaired; the help."""
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
+import importlib.util
+import logging
+import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
-from fairseq.models import ARCH_MODEL_NAME_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+from fairseq.distributed.utils import is_master
+from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
+from ..files.locks import locked
+from .data import SKIP
 from .patch import CommandError, original
 
-PACKAGE = Path(__file__).resolve().parents[1]
+logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parents[1]
+LOCK_WAIT = 10.0  # seconds for the lock of a save folder, which data loaders of a run that was killed keep for 5
 
 #: The tasks of fairseq that each model can be used in; tasks of others are not known, and so not refused.
 TASKS = {
@@ -32,11 +44,7 @@ TASKS = {
 
 
 def check_task(architecture: Optional[str], task: Optional[str]) -> None:
-    """Checks that a model can be trained in a task.
-
-    Raises:
-        CommandError: It cannot.
-    """
+    """Checks that a model can be trained in a task, with a CommandError."""
     model = ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture)
     of_fairseq = task in TASK_REGISTRY and TASK_REGISTRY[task].__module__.startswith("fairseq.tasks.")
     if of_fairseq and task not in TASKS.get(model, (task,)):
@@ -56,11 +64,7 @@ def convert_namespace_to_omegaconf(args: argparse.Namespace) -> DictConfig:
 
 
 def check_criterion(cfg: FairseqConfig) -> None:
-    """Checks that criterion, output layer and DDP backend of a training run fit each other.
-
-    Raises:
-        CommandError: They do not.
-    """
+    """Checks that criterion, output layer and DDP backend of a training run fit each other, with a CommandError."""
     criterion = safe_getattr(cfg.criterion, "_name")
     adaptive, cutoff = criterion == "adaptive_loss", safe_getattr(cfg.model, "adaptive_softmax_cutoff")
     backend = cfg.distributed_training.ddp_backend
@@ -84,26 +88,26 @@ def check_criterion(cfg: FairseqConfig) -> None:
         raise CommandError(f"--ddp-backend {backend} needs GPUs in fairseq 0.12.2: pass --ddp-backend legacy_ddp")
 
 
-def check_overrides(cfg: FairseqConfig) -> None:
-    """Checks that --model-overrides is a dictionary of options that exist; fairseq ignores others silently.
-
-    Raises:
-        CommandError: It is not.
-    """
-    text = cfg.common_eval.model_overrides
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Reads --model-overrides, which fairseq evaluates as code; CommandError unless it is a dictionary of literals."""
     try:
         overrides = ast.literal_eval(text)
-        names = list(overrides.keys())
-    except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        overrides = None
+    if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
         raise CommandError(
-            f"--model-overrides {text[:100]} is no dictionary: pass one as \"{{'attention': 'mask'}}\""
-        ) from None
-    if not names:
-        return
-    known = known_options(cfg)
+            f"--model-overrides '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\""
+        )
+    return overrides
+
+
+def check_overrides(cfg: FairseqConfig) -> None:
+    """Checks that --model-overrides names options that exist, with a CommandError; fairseq ignores others silently."""
+    names = parse_overrides(cfg.common_eval.model_overrides)
+    known = known_options(cfg) if names else set()
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(str(name), sorted(known), n=1)
+            close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean '{close[0]}'?" if close else "drop it"
             raise CommandError(f"--model-overrides: no model or task has an option '{name}': {hint}")
 
@@ -112,9 +116,7 @@ def known_options(cfg: FairseqConfig) -> set[str]:
     """Returns the names of all options of fairseq's commands and of all models and tasks that are registered."""
     names = set(cfg.keys())
     for group in cfg.values():
-        names.update(
-            group.keys() if isinstance(group, DictConfig) else vars(group) if hasattr(group, "__dict__") else ()
-        )
+        names.update(group if isinstance(group, DictConfig) else getattr(group, "__dict__", ()))
     for config in (*MODEL_DATACLASS_REGISTRY.values(), *TASK_DATACLASS_REGISTRY.values()):
         names.update(field.name for field in dataclasses.fields(config))
     for registry, described in ((MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY), (TASK_REGISTRY, TASK_DATACLASS_REGISTRY)):
@@ -140,3 +142,91 @@ def is_message_for_user(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     place = Path(frames[-1].filename).resolve() if frames else PACKAGE
     return isinstance(error, ValueError) and place.parent in (PACKAGE / "core", PACKAGE / "models")
+
+
+def parse_args_and_arch(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    """Replaces fairseq's function: help gets the options of --arch, options that exclude each other one line."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--arch", "-a")
+    finder.add_argument("--help", "-h", action="store_true")
+    known = finder.parse_known_args(args[0] if args else sys.argv[1:])[0]
+    if known.help and known.arch in ARCH_MODEL_REGISTRY:
+        # Python prints the help and ends before fairseq would add them.
+        group = parser.add_argument_group(f"options of {known.arch}", argument_default=argparse.SUPPRESS)
+        ARCH_MODEL_REGISTRY[known.arch].add_args(group)
+    try:
+        return original("fairseq.options:parse_args_and_arch")(parser, *args, **kwargs)
+    except ValueError as error:
+        message = str(error)
+        if "Cannot combine --fp16" in message:  # fairseq sets --tpu for --bf16
+            message = "--fp16 excludes --bf16 and --tpu: pass one of them"
+        raise CommandError(" ".join(message.split())) from error
+
+
+def check_precision(cfg: FairseqConfig, training: bool) -> None:
+    """Checks --fp16, --bf16, --amp and --tpu (set by --bf16) against the hardware; CommandError if they do not fit."""
+    common = cfg.common
+    gpu = torch.cuda.is_available() and not common.cpu
+    if common.tpu and importlib.util.find_spec("torch_xla") is None:
+        if not common.bf16:
+            raise CommandError("--tpu: torch_xla is not installed; drop --tpu, or install it")
+        for group in filter(OmegaConf.is_dict, cfg.values()):  # several copy it
+            if "tpu" in group:
+                group.tpu = False
+    if not training:
+        if common.bf16:
+            logger.warning("--bf16 is ignored by this command, which computes in float32: drop it, or pass --fp16")
+        return
+    if common.bf16 and not (gpu or common.tpu):
+        raise CommandError("--bf16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
+    precisions = [f"--{name}" for name in ("fp16", "bf16", "amp") if common[name]]
+    if len(precisions) > 1:
+        raise CommandError(f"{' and '.join(precisions)} exclude each other: pass one of them")
+    if common.fp16 and not gpu:  # with --fp16-no-flatten-grads it ends at the first gradient that overflows
+        raise CommandError("--fp16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
+
+
+def train_alone(main: Callable[..., None], cfg: FairseqConfig, **kwargs: Any) -> None:
+    """Calls fairseq's training under a lock on --save-dir, into which a second run would mix its checkpoints."""
+    with contextlib.ExitStack() as stack:
+        if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
+            try:
+                stack.enter_context(locked(Path(cfg.checkpoint.save_dir) / "checkpoint_last.pt", LOCK_WAIT))
+            except (ValueError, OSError, NotImplementedError) as error:
+                has_locks = getattr(error.__cause__, "errno", None) not in (errno.ENOLCK, errno.EOPNOTSUPP)
+                if has_locks and not isinstance(error, NotImplementedError):
+                    raise CommandError(str(error)) from None
+                logger.warning("%s: this file system has no locks; start no second run there", cfg.checkpoint.save_dir)
+        main(cfg, **kwargs)
+
+
+def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
+    """Replaces `fairseq.distributed.utils.call_main`, through which every command calls its `main`."""
+    from .catalogue import apply  # the catalogue imports this file
+
+    apply(in_command=True)
+    training = hasattr(sys.modules[main.__module__], "validate_and_save")
+    check_precision(cfg, training)
+    check_overrides(cfg)
+    if training:
+        architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
+        check_task(architecture, safe_getattr(cfg.task, "_name"))
+        check_criterion(cfg)
+        main = functools.partial(train_alone, main)
+    try:
+        original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+    except ValueError as error:
+        if is_message_for_user(error):
+            raise CommandError(str(error)) from None
+        raise
+
+
+def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Replaces fairseq's function, which reports a perplexity of 1.00 where no token was scored: CommandError."""
+    results = original("fairseq_cli.eval_lm:eval_lm")(*args, **kwargs)
+    if not results["loss"]:
+        raise CommandError(
+            f"no token was scored: the subset is empty, or all samples are longer than the model's longest sequence; "
+            f"drop {SKIP}, which leaves them out"
+        )
+    return results

@@ -6,34 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: What stood at the target of each patch before, by target.
-_originals: dict[str, Any] = {}
+_originals: dict[str, Any] = {}  # what stood at the target of each patch before, by target
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A function of fairseq, or a missing attribute of numpy, that is replaced.
+    """A function of fairseq, or a missing attribute of numpy, that is replaced."""
 
-    Args:
-        target: "module:attribute" or "module:Class.attribute".
-        replacement: What takes its place.
-        what: What the replacement does.
-        why: What goes wrong without it.
-        source: Where fairseq 0.12.2 defines the target, or uses the missing attribute: "file:line".
-        removable: When the patch can go.
-        in_command: Whether it is applied only when one of fairseq's commands starts, as its module may be half imported
-            before. It is skipped if the module is not imported.
-        only_if_missing: Whether a target that exists stays as it is.
-    """
-
-    target: str
+    target: str  # "module:attribute" or "module:Class.attribute"
     replacement: Any
-    what: str
-    why: str
-    source: str
-    removable: str
-    in_command: bool = False
-    only_if_missing: bool = False
+    what: str  # the replacement does
+    why: str  # what goes wrong without it
+    source: str  # "file:line" of fairseq 0.12.2, which defines the target or uses the missing attribute
+    removable: str  # when the patch can go
+    in_command: bool = False  # applied when a command of fairseq starts, whose module may be half imported before
+    only_if_missing: bool = False  # a target that exists stays as it is
 
     def apply(self) -> None:
         """Replaces the target, once."""
@@ -63,7 +50,4 @@ def original(target: str) -> Any:
 
 
 class CommandError(SystemExit, ValueError):
-    """An error that ends one of fairseq's commands with its message as the only line and status 1.
-
-    Other callers can catch it as a ValueError.
-    """
+    """Ends one of fairseq's commands with its message as the only line and status 1; a ValueError to other callers."""

@@ -1,12 +1,18 @@
-"""Restarts: a run resumes from its newest good checkpoint."""
+"""Restarts and stops: a run resumes from its newest good checkpoint; SIGTERM ends it in order, after it is saved."""
 
 import logging
+import multiprocessing.util
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
+from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
@@ -14,20 +20,14 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from ..files.safe_reading import count_updates, find_damage
-from .batching import check_validation_sizes
+from . import training_state
+from .data import check_validation_sizes
 from .patch import original
-from .saving import remove_temporary_files
-from .termination import handle_sigterm
-from .training_state import (
-    KEY,
-    forget_earlier_run,
-    has_lost_patience,
-    inexact_options,
-    restart_from_elsewhere,
-    restore_state,
-)
 
 logger = logging.getLogger(__name__)
+
+#: Set by SIGTERM: training ends after the update, or validation, that is under way.
+stop_requested = threading.Event()
 
 
 def order_by_updates(paths: Iterator[Path]) -> tuple[list[tuple[int, Path]], list[str]]:
@@ -42,16 +42,11 @@ def order_by_updates(paths: Iterator[Path]) -> tuple[list[tuple[int, Path]], lis
 
 
 def restore_last_checkpoint(cfg: CheckpointConfig) -> None:
-    """Replaces a checkpoint_last.pt that is damaged, or missing beside others, by the newest good checkpoint.
-
-    The damaged file is kept under another name.
-
-    Raises:
-        ValueError: There is no good checkpoint, or the damaged file is one that the user named.
-    """
+    """Replaces a damaged or missing checkpoint_last.pt by the newest good checkpoint; ValueError if there is none."""
     folder = Path(cfg.save_dir)
     last = folder / "checkpoint_last.pt"
-    remove_temporary_files(folder)
+    for temporary in folder.glob("checkpoint*.pt*.tmp"):  # of runs that were killed while they wrote
+        temporary.unlink(missing_ok=True)
     for option, name in (("--restore-file", cfg.restore_file), ("--finetune-from-model", cfg.finetune_from_model)):
         named = Path(name or "")
         if name and name != last.name and named.is_file() and (damage := find_damage(named)):
@@ -63,14 +58,12 @@ def restore_last_checkpoint(cfg: CheckpointConfig) -> None:
     if not damage or (not exists and (cfg.finetune_from_model or cfg.continue_once)):
         return
     good, faults = order_by_updates(path for path in folder.glob("checkpoint*.pt") if path != last)
+    state = f"{last} is broken ({damage})" if exists else f"{last} is missing"
     if not good:
         if exists or faults:
             others = f"no other checkpoint of {folder} can be resumed from ({faults[0]})" if faults else ""
-            state = f"{last} is broken ({damage})" if exists else f"{last} is missing"
-            raise ValueError(
-                f"{state} and {others or f'{folder} holds no good checkpoint'}: move "
-                f"{'it' if exists else 'them'} away to start anew"
-            )
+            others = others or f"{folder} holds no good checkpoint"
+            raise ValueError(f"{state} and {others}: move {'it' if exists else 'them'} away to start anew")
         return
     updates, path = good[0]
     kept = ""
@@ -79,8 +72,7 @@ def restore_last_checkpoint(cfg: CheckpointConfig) -> None:
         last.rename(aside)
         kept = f"; the broken file is now {aside.name}"
     PathManager.copy(str(path), str(last))
-    state = f"is broken ({damage})" if exists else "is missing"
-    logger.warning("%s %s: training resumes from %s, %s updates%s", last, state, path.name, updates, kept)
+    logger.warning("%s: training resumes from %s, %s updates%s", state, path.name, updates, kept)
 
 
 def restore_for_all_processes(cfg: CheckpointConfig, trainer: Trainer) -> None:
@@ -106,15 +98,15 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
 
     apply(in_command=True)
     check_validation_sizes(trainer)
-    forget_earlier_run()
+    training_state.forget_earlier_run()
     restore_for_all_processes(cfg, trainer)
     handle_sigterm()
-    elsewhere = restart_from_elsewhere(cfg)
+    elsewhere = training_state.restart_from_elsewhere(cfg)
     load = original("fairseq.checkpoint_utils:load_checkpoint")
     extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
     if extra_state is not None:
-        restore_state(trainer, extra_state.get(KEY, {}))
-        notes = [elsewhere] if elsewhere else inexact_options(trainer.cfg)
+        training_state.restore_state(trainer, extra_state.get(training_state.KEY, {}))
+        notes = [elsewhere] if elsewhere else training_state.inexact_options(trainer.cfg)
         for note in notes if trainer.data_parallel_rank == 0 else ():
             logger.warning(note)
     position = (extra_state or {}).get("train_iterator", {})
@@ -133,7 +125,63 @@ def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[O
     if limit and updates >= limit:
         logger.info("nothing to do: the checkpoint has %s updates, --max-update is %s", updates, limit)
         return [None], True
-    if has_lost_patience(cfg):
+    if training_state.has_lost_patience(cfg):
         logger.info("nothing to do: the last %s validations brought no better loss, --patience is %s", *[patience] * 2)
         return [None], True
     return original("fairseq_cli.train:train")(cfg, trainer, task, epoch_itr)
+
+
+def request_stop(*_: Any) -> None:
+    """The handler of SIGTERM."""
+    stop_requested.set()
+
+
+def handle_sigterm() -> None:
+    """Makes SIGTERM end the run after the update under way. A handler that somebody else has set stays in its place."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, request_stop)
+        if hasattr(signal, "sigwaitinfo"):  # macOS has none, and does not fork its workers
+            multiprocessing.util.register_after_fork(request_stop, ignore_all_but_parent)
+
+
+def ignore_all_but_parent(_: Any) -> None:
+    """Keeps a data loader's worker alive when a cluster or torchrun sends SIGTERM to all processes.
+
+    Without its worker the training process could not finish its update. torch ends a worker by SIGTERM too, as a last
+    resort; that signal comes from the parent.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def any_process_must_stop(trainer: Trainer) -> bool:
+    """Returns whether any process of the run got SIGTERM, which may reach them in different updates."""
+    if not torch.distributed.is_initialized():
+        return stop_requested.is_set()
+    requested = torch.tensor(int(stop_requested.is_set()), device=trainer.device)
+    torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX)
+    return bool(requested)
+
+
+def validate_and_save(
+    cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, valid_subsets: list[str], end_of_epoch: bool
+) -> tuple[list[Optional[float]], bool]:
+    """Replaces `fairseq_cli.train.validate_and_save`, which is called after every update and says whether to stop."""
+    # A validation that is due takes place, as the best checkpoint or the learning rate may depend on it.
+    valid_losses, should_stop = original("fairseq_cli.train:validate_and_save")(
+        cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch
+    )
+    if not should_stop and any_process_must_stop(trainer):
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, valid_losses[0])
+        unsaved = [name for name in ("no_save", "no_last_checkpoints") if getattr(cfg.checkpoint, name)]
+        saved = f"but not saved (--{unsaved[0].replace('_', '-')})" if unsaved else "saved"
+        logger.info("stopped by SIGTERM after %s updates, %s", trainer.get_num_updates(), saved)
+        should_stop = True
+    return valid_losses, should_stop

@@ -14,8 +14,7 @@ from fairseq.trainer import Trainer
 from ..files.safe_reading import count_updates
 from .patch import original
 
-#: The key of this state in a checkpoint's `extra_state`.
-KEY = "fairseq_alibi"
+KEY = "fairseq_alibi"  # the key of this state in a checkpoint's `extra_state`
 
 #: Counters of fairseq's loss scaler (`DynamicLossScaler`), which decide when the scale grows.
 SCALER_COUNTERS = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
@@ -46,11 +45,6 @@ def training_module() -> ModuleType:
     return main if hasattr(main, "should_stop_early") else importlib.import_module("fairseq_cli.train")
 
 
-def counters(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """Returns those of the named attributes that an object has."""
-    return {name: getattr(owner, name) for name in names if hasattr(owner, name)}
-
-
 def holders(trainer: Trainer) -> dict[str, tuple[Any, tuple[str, ...]]]:
     """Returns the objects whose counters fairseq does not save, by name, each with the names of the counters."""
     plateau = getattr(trainer.lr_scheduler, "lr_scheduler", None)
@@ -65,7 +59,10 @@ def holders(trainer: Trainer) -> dict[str, tuple[Any, tuple[str, ...]]]:
 
 def collect_state(trainer: Trainer) -> dict[str, Any]:
     """Returns the state that fairseq does not save."""
-    state: dict[str, Any] = {name: counters(*holder) for name, holder in holders(trainer).items()}
+    state: dict[str, Any] = {
+        name: {counter: getattr(owner, counter) for counter in counters if hasattr(owner, counter)}
+        for name, (owner, counters) in holders(trainer).items()
+    }
     if isinstance(scaler := getattr(trainer.optimizer, "_grad_scaler", None), torch.amp.GradScaler):  # --amp
         state["grad_scaler"] = scaler.state_dict()
     return state

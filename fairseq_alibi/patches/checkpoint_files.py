@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent: written under a temporary name, on the disk before they are renamed."""
+"""Checkpoint files of fairseq's commands: written whole or not at all, checked for damage before they are read."""
 
 import contextlib
 import os
@@ -11,22 +11,17 @@ import torch
 from fairseq.file_io import PathManager
 
 from ..files.errors import one_line
+from ..files.safe_reading import checked_reading
 from .patch import CommandError, original
-
-
-def temporary_name(path: str) -> str:
-    """Returns the name under which this process writes a checkpoint, one for each process."""
-    return f"{path}.{os.getpid()}.tmp"
 
 
 @contextlib.contextmanager
 def replaced_when_whole(path: str) -> Iterator[str]:
     """A context with a temporary name, which becomes `path` once its file is whole and on the disk.
 
-    Raises:
-        CommandError: The file cannot be written. Nothing of it is left, and an earlier file at `path` stays.
+    If the file cannot be written, nothing of it is left, an earlier one at `path` stays, and CommandError is raised.
     """
-    temporary = temporary_name(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -71,7 +66,15 @@ def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     return True
 
 
-def remove_temporary_files(folder: Path) -> None:
-    """Removes the temporary files of runs that were killed while they wrote a checkpoint."""
-    for path in folder.glob("checkpoint*.pt*.tmp"):
-        path.unlink(missing_ok=True)
+def load_checkpoint_to_cpu(
+    path: str, arg_overrides: Optional[dict[str, Any]] = None, load_on_all_ranks: bool = False
+) -> dict[str, Any]:
+    """Replaces fairseq's function: a file that is damaged or could run code is refused with a CommandError."""
+    load = original("fairseq.checkpoint_utils:load_checkpoint_to_cpu")
+    if not Path(path).is_file():  # missing, or for iopath
+        return load(path, arg_overrides, load_on_all_ranks)
+    try:
+        with checked_reading(Path(path)):
+            return load(path, arg_overrides, load_on_all_ranks)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
