@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.experiments import plan, run_memory
+from fairseq_alibi.experiments import run_memory
 from fairseq_alibi.experiments.planned_run import PlannedRun
 from fairseq_alibi.experiments.run_config import MOMENTS, find_dictionary, read_config
 from fairseq_alibi.models.language_model import AlibiLanguageModel
@@ -210,11 +210,11 @@ def test_batches_keep_the_update():
 
 def test_largest_batch_that_fits():
     run = planned()
-    memory = {rows: run_memory.memory_by_part(run, 1, rows)["peak"] / plan.GIB for rows, _ in run.batches(1)}
+    memory = {rows: run_memory.memory_by_part(run, 1, rows)["peak"] / run_memory.GIB for rows, _ in run.batches(1)}
     assert list(memory.values()) == sorted(memory.values(), reverse=True)
     for rows in (32, 8, 1):
-        assert plan.plan_tables(run, 1, memory[rows] / plan.USABLE * 1.001)[1][0] == rows
-    assert plan.plan_tables(run, 1, memory[1] * 0.99)[1] is None
+        assert run_memory.plan_tables(run, 1, memory[rows] / run_memory.USABLE * 1.001)[1][0] == rows
+    assert run_memory.plan_tables(run, 1, memory[1] * 0.99)[1] is None
 
 
 def test_command(capsys):
@@ -239,7 +239,7 @@ def test_the_command_trains_what_was_planned():
         "optimization.update_freq=[9]",
     ]
     settings = {"dataset.max_tokens": 1024, "optimization.update_freq": "[2]"}
-    command = plan.training_command(CONFIGS / "tiny.yaml", given, settings)
+    command = run_memory.training_command(CONFIGS / "tiny.yaml", given, settings)
     words = ["--config-dir", str(CONFIGS), "--config-name", "tiny", "task.data=my data", "+model.adaptive_input=true"]
     assert shlex.split(command) == [
         *("fairseq-hydra-train", *words, "dataset.max_tokens=1024", "optimization.update_freq=[2]")
@@ -263,7 +263,7 @@ def test_a_layer_on_a_gpu(name, overrides, factor):
 def test_a_plan_of_many_layers_takes_no_longer():
     run = planned("model.decoder_layers=1000000")
     assert run.parameters["layers"] == 10**6 * run.layer_parameters + 2 * 128
-    assert plan.plan_tables(run, 1, 1e9)[1] is not None
+    assert run_memory.plan_tables(run, 1, 1e9)[1] is not None
 
 
 def test_vocabulary_is_that_of_the_data(corpus):
