@@ -42,9 +42,10 @@ def check_text(path: Path) -> TextSummary:
     with open(path, "rb") as file:
         if file.peek(3).startswith(codecs.BOM_UTF8):
             raise ValueError(f"{path} starts with a byte order mark: remove it with sed -i '1s/^\\xEF\\xBB\\xBF//'")
+        if zero := next((number for number, line in enumerate(file, 1) if b"\0" in line), 0):
+            raise ValueError(f"{path}, line {zero}: a zero byte, so this is no plain text: name a text file")
+        file.seek(0)
         for lines, line in enumerate(file, 1):
-            if b"\0" in line:
-                raise ValueError(f"{path}, line {lines}: a zero byte, so this is no plain text: name a text file")
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
