@@ -157,8 +157,13 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
         metavar="N",
         help="tokens in a batch, at least 1 row (default 2048)",
     )
-    add("--repeats", type=positive_integer, metavar="N", help="rounds that count (default 3, with --all-lengths 5)")
-    add("--budget", type=positive_integer, metavar="SECONDS", help="for one length, after which no new round begins")
+    add(
+        "--repeats",
+        type=positive_integer,
+        metavar="N",
+        help="rounds that count, at least 3 (default 3, with --all-lengths 5)",
+    )
+    add("--budget", type=positive_integer, metavar="SECONDS", help="for one length, after which no fourth round begins")
     add("--checkpoint", type=Path, help="ALiBi model for evaluation; default: a small one, trained first")
     add("--data", type=Path, help="fairseq data folder of the checkpoint")
     add("--output", type=Path, default=Path("results/benchmark"), metavar="DIR", help="default: results/benchmark")

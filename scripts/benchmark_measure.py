@@ -1,10 +1,11 @@
 """Measurements of the benchmark: time in turns, peak memory in fresh processes.
 
-The contenders take turns within one run, so that a machine that gets slower does so for all of them. The first round
-warms up and does not count, unless one round alone takes longer than the budget. Medians are compared.
+The contenders take turns within one run, so that a machine that gets slower does so for all of them. Each is made and
+run once before, which compiles and warms up and counts neither as speed nor for the budget. Medians are compared.
 """
 
 import argparse
+import functools
 import gc
 import logging
 import multiprocessing
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from benchmark_contenders import (
@@ -36,6 +37,10 @@ from benchmark_contenders import (
 from benchmark_models import Case, first_tokens, made_up_model, rows
 from torch.utils.flop_counter import FlopCounterMode
 
+from fairseq_alibi.files.errors import one_line
+
+#: Rounds that are measured whatever the budget.
+ROUNDS = 3
 #: Those that the others are compared with.
 BASES = {
     "attention": ("mask", "no bias"),
@@ -47,37 +52,62 @@ BASES = {
 MEMORY_CASE = Case(32_496, "4000,8000", 8192, 8192, 16_384)
 
 
-def alternate(contenders: dict[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, list[float]]:
-    """Runs all contenders in turn, again and again.
+class Timing(NamedTuple):
+    """What was measured of a contender.
+
+    Args:
+        seconds: of every round that counts.
+        first_seconds: of the first call, with compilation; None if it failed.
+        error: why it failed; None if it did not.
+    """
+
+    seconds: list[float]
+    first_seconds: Optional[float]
+    error: Optional[str]
+
+
+def alternate(contenders: dict[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
+    """Runs all contenders in turn, again and again, after one call of each that does not count.
 
     Args:
         contenders: what to run, by name.
-        repeats: rounds that count.
-        budget: seconds after which no new round begins.
-
-    Returns:
-        Seconds of every counting round, by name; none for a contender that ran out of memory.
+        repeats: rounds that count, at least `ROUNDS`.
+        budget: seconds after which no round begins, but for the first `ROUNDS`.
     """
+    first: dict[str, float] = {}
+    errors: dict[str, str] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    failed = set()
-    begun = time.perf_counter()
-    names = list(contenders)
-    for _ in range(repeats + 1):
-        names = names[1:] + names[:1]  # another contender begins each round, because the caches that it finds differ
-        for name in [name for name in names if name not in failed]:
-            try:
-                synchronize()
-                started = time.perf_counter()
-                contenders[name]()
-                synchronize()
-                seconds[name].append(time.perf_counter() - started)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                failed.add(name)
-        if time.perf_counter() - begun > budget:
+
+    def timed_call(name: str) -> float:
+        synchronize()
+        started = time.perf_counter()
+        try:
+            contenders[name]()
+            synchronize()
+        except Exception as error:  # a kernel, a compiler, a driver, memory
+            errors[name] = "out of memory" if out_of_memory(error) else one_line(error)
+        return time.perf_counter() - started
+
+    for name in contenders:
+        first[name] = timed_call(name)
+    begun, names = time.perf_counter(), list(contenders)
+    for number in range(max(ROUNDS, repeats)):
+        if number >= ROUNDS and time.perf_counter() - begun > budget:
             break
-    return {name: [] if name in failed else times[1:] or times for name, times in seconds.items()}
+        names = names[1:] + names[:1]  # another contender begins each round, because the caches that it finds differ
+        for name in names:
+            if name not in errors:
+                seconds[name].append(timed_call(name))
+    return {
+        name: Timing([], None, errors[name]) if name in errors else Timing(seconds[name], first[name], None)
+        for name in contenders
+    }
+
+
+def made_once(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A contender that is made by its first call, so that making it may fail like running it."""
+    made = functools.cache(make)
+    return lambda: made()()
 
 
 def synchronize() -> None:
@@ -86,12 +116,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Says whether an error of PyTorch means that memory ran out, on a GPU or a CPU."""
     return any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
 
 
-def compared(part: str, length: int, tokens: int, times: dict[str, list[float]], **more: Any) -> list[dict[str, Any]]:
+def compared(part: str, length: int, tokens: int, times: dict[str, Timing], **more: Any) -> list[dict[str, Any]]:
     """The measurements of one length, each contender's speed beside that of the part's bases.
 
     Args:
@@ -102,19 +132,21 @@ def compared(part: str, length: int, tokens: int, times: dict[str, list[float]],
         more: goes into every measurement.
 
     Returns:
-        Per contender: what was measured, seconds of every repeat, their median, tokens_per_second, and `times_as_fast`
-        as each base; instead of the last three an `error` where memory ran out.
+        Per contender: what was measured, seconds of every repeat and of the first call, their median and spread (half
+        of the range, as a share of the median), tokens_per_second, and `times_as_fast` as each base; or an `error`.
     """
-    medians = {name: statistics.median(seconds) for name, seconds in times.items() if seconds}
+    medians = {name: statistics.median(timing.seconds) for name, timing in times.items() if timing.seconds}
     measurements = []
-    for name, seconds in times.items():
+    for name, (seconds, first_seconds, error) in times.items():
         measurement = {"part": part, "contender": name, "length": length, "tokens": tokens, **more, "seconds": seconds}
-        if seconds:
+        if error is None:
+            measurement["first_seconds"] = first_seconds
             measurement["median_seconds"] = medians[name]
+            measurement["spread"] = (max(seconds) - min(seconds)) / 2 / medians[name]
             measurement["tokens_per_second"] = tokens / medians[name]
             measurement["times_as_fast"] = {b: medians[b] / medians[name] for b in BASES[part] if b in medians}
         else:
-            measurement["error"] = "out of memory"
+            measurement["error"] = error
         measurements.append(measurement)
     return measurements
 
@@ -124,21 +156,24 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
     more: dict[str, Any] = {}
     if part == "attention":
         more = {"head_dim": head_dim}
-        steps = {name: attention_step(name, length, head_dim, args) for name in ATTENTION}
+        makers = {name: partial(attention_step, name, length, head_dim, args) for name in ATTENTION}
     elif part == "training":
-        steps = {name: training_step(name, length, args) for name in contenders_of(part, length, args)}
+        makers = {name: partial(training_step, name, length, args) for name in contenders_of(part, length, args)}
     else:
-        steps = {name: evaluation_step(name, length, args) for name in contenders_of(part, length, args)}
+        makers = {name: partial(evaluation_step, name, length, args) for name in contenders_of(part, length, args)}
         tokens = first_tokens(str(args.data), length)[None].to(args.device)
         more = skipped_scores(evaluated_model("auto", args), tokens)
     batch = 1 if part == "evaluation" else rows(length, args.tokens)
+    steps = {name: made_once(make) for name, make in makers.items()}
     times = alternate(steps, args.repeats, args.budget)
     measurements = compared(part, length, batch * length, times, rows=batch, **more)
     for measurement in measurements:
         contender = measurement["contender"]
         if part == "training" and contender == "auto" and measurement["seconds"]:
             measurement["product_share"] = product_share(steps["auto"], measurement["median_seconds"], args)
-        if part == "evaluation" and contender.startswith("auto"):  # the others compute what auto does
+        if (
+            part == "evaluation" and contender.startswith("auto") and measurement["seconds"]
+        ):  # the others compute what auto does
             measurement["perplexity"] = perplexity(contender, length, args)
     return measurements
 
@@ -196,10 +231,9 @@ def memory(of: Optional[str], contender: str, length: int, args: argparse.Namesp
         with ProcessPoolExecutor(1, context) as pool:
             peak = pool.submit(peak_memory, of, contender, length, args).result()
         return [{**measurement, "peak_memory_bytes": peak}]
-    except (RuntimeError, BrokenProcessPool) as error:
-        if not (isinstance(error, BrokenProcessPool) or out_of_memory(error)):
-            raise
-        return [{**measurement, "error": "out of memory"}]
+    except Exception as error:  # a process that was killed ran out of memory too
+        memory_error = isinstance(error, BrokenProcessPool) or out_of_memory(error)
+        return [{**measurement, "error": "out of memory" if memory_error else one_line(error)}]
 
 
 def quiet() -> None:
@@ -213,7 +247,7 @@ def product_rate(args: argparse.Namespace) -> float:
     n = 4096 if args.device == "cuda" else 1024
     x = torch.ones(n, n, device=args.device, dtype=getattr(torch, args.dtype))
     times = alternate({"product": lambda: x @ x}, 10, 10.0)
-    return 2 * n**3 / min(times["product"])
+    return 2 * n**3 / min(times["product"].seconds)
 
 
 def product_share(step: Callable[[], Any], seconds: float, args: argparse.Namespace) -> float:

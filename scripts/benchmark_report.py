@@ -32,8 +32,9 @@ def tables(content: dict[str, Any]) -> str:
     idle = [one for one in content["measurements"] if one.get("of", "") is None]
     text = [
         f"{environment['device']}; {environment['platform']}; {versions}; {settings['dtype']}. Median of "
-        f"{settings['repeats']} rounds, fewer where one takes long. Batches of about {settings['tokens']:,} tokens, at "
-        f"least one sequence. Load average at the start: {content['load_average']:.1f}."
+        f"{settings['repeats']} rounds or, where these take long, of three, after one that warms up and compiles; ± "
+        f"half of their range. Batches of about {settings['tokens']:,} tokens, at least one sequence. Load average at "
+        f"the start: {content['load_average']:.1f}."
     ]
     for part, head_dim, found in groups(content["measurements"]):
         bases = content["bases"].get(part, ())
@@ -94,6 +95,8 @@ def cell(one: dict[str, Any], bases: Sequence[str] = ()) -> str:
     if one["part"] == "attention":
         speed = f"{1000 * one['median_seconds']:,.1f}"
     ratios = (one["times_as_fast"].get(base) for base in bases)
+    if "spread" in one:
+        speed += f" ±{one['spread']:.0%}"
     return f"{speed} ({' / '.join('-' if ratio is None else f'{ratio:.2f}' for ratio in ratios)})"
 
 

@@ -10,7 +10,7 @@ import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_alibi.core import attention, flex_attention, position_methods, tiled_attention
+from fairseq_alibi.core import attention, kernel_trial, position_methods, tiled_attention
 from fairseq_alibi.core.alibi import ENCODER_FORMS, EncoderALiBi, alibi_slopes
 from fairseq_alibi.core.attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias, TokenSpan
 from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
@@ -328,36 +328,6 @@ def test_encoders_skip_what_no_query_sees_and_equal_the_reference(form, kernel):
     assert read < 0.8 * 12 * 1000**2
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 300), (700, 700)])
-@pytest.mark.parametrize("padded", [0, 4])
-@pytest.mark.parametrize("window", [10**6, 200])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_computes_the_same_where_it_runs(queries, keys, padded, window):
-    """The kernel for GPUs, which on a CPU runs forward only and not block by block."""
-    q, k, v = (x.detach() for x in inputs(2, 12, queries, keys, torch.float32))
-    padding = torch.zeros(2, keys, dtype=torch.bool)
-    padding[0, :padded] = True
-    of_pass = alibi_inputs(12, padding=padding if padding.any() else None, window=window)
-    out = flex_attention.flex_blocks(q, k, v, of_pass)
-    assert out.isfinite().all()
-    expected = reference.attention(q, k, v, seen=~padding, window=window)
-    real = ~padding[:, None, -queries:, None].expand_as(out)
-    torch.testing.assert_close(out[real].double(), expected[real], rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (700, 700), (130, 5000), (128, 129)])
-def test_blocks_hold_every_visible_key(queries, keys):
-    reaches = torch.tensor([0.0, 50.0, 1000.0, math.inf], dtype=torch.float64)
-    first, diagonal, last = flex_attention.visible_blocks(queries, keys, reaches)
-    for i in range(queries):
-        row, position = i // flex_attention.BLOCK, keys - queries + i
-        for head, longest in enumerate(reaches.tolist()):
-            assert first[head, row] * flex_attention.BLOCK <= max(0, position - longest)
-        assert diagonal[row] * flex_attention.BLOCK <= position < (last[row] + 1) * flex_attention.BLOCK
-        # whole blocks, those before the diagonal one, must not hold a key of any query's future
-        assert diagonal[row] * flex_attention.BLOCK <= keys - queries + row * flex_attention.BLOCK
-
-
 @pytest.mark.parametrize(
     ("method", "length", "training", "dropout", "kernel"),
     [
@@ -381,35 +351,16 @@ def test_auto_takes_the_faster_kernel(method, length, training, dropout, kernel)
 
 
 def test_without_the_private_kernel_the_public_one_runs_after_one_warning(monkeypatch):
-    """The probe tries the private function once; a torch whose function has changed is named."""
-    tiled_attention.flash_kernel_works.cache_clear()
+    """A torch whose private function is another one, or gone."""
+    monkeypatch.setattr(kernel_trial, "TRIALS", {})
     monkeypatch.setattr(tiled_attention.FlashTiles, "apply", lambda q, *rest: torch.zeros_like(q))
     q, k, v = inputs(1, 2, 300, 300, torch.float32)
-    try:
-        with pytest.warns(UserWarning, match="no CPU flash kernel of the known kind"):
-            chosen = attention.choose_kernel(q, k, alibi_inputs(2))
-        assert chosen.name == "recomputed"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert_equals_reference("fused", (q, k, v), "alibi", 2e-5)
-    finally:
-        tiled_attention.flash_kernel_works.cache_clear()
-    monkeypatch.undo()
-    assert tiled_attention.flash_kernel_works()
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_gpu_where_flex_attention_fails_is_named_once_and_computes_tiles(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of shared memory:\nrequired 131072")
-
-    monkeypatch.setattr(flex_attention, "flex_blocks", fail)
-    monkeypatch.setattr(flex_attention, "FAILED", set())
-    q, k, v = (x.detach() for x in inputs(1, 2, 300, 300, torch.float32))
-    with pytest.warns(UserWarning, match=r"float32 with head_dim 16 \(out of shared memory: required 131072\)"):
-        out = flex_attention.block_attention(q, k, v, alibi_inputs(2))
-    torch.testing.assert_close(out.double(), reference.attention(q, k, v), rtol=2e-5, atol=2e-5)
-    assert flex_attention.kind_of(q) in flex_attention.FAILED
+    with pytest.warns(UserWarning, match="kernel tiled fails on cpu in torch.float32 with head_dim 16"):
+        chosen = attention.choose_kernel(q, k, alibi_inputs(2))
+    assert chosen.name == "recomputed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equals_reference("fused", (q, k, v), "alibi", 2e-5)
 
 
 CONTRADICTIONS = {

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import benchmark
 import benchmark_contenders
@@ -63,7 +64,7 @@ def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path, monke
         if one["part"] == "memory":
             assert one["peak_memory_bytes"] > 2**24
             continue
-        assert len(one["seconds"]) == 2
+        assert len(one["seconds"]) == 3
         if one["part"] != "scoring":
             assert one["rows"] == (1 if one["part"] == "evaluation" else 2)
             assert one["tokens"] == one["rows"] * one["length"]
@@ -118,16 +119,28 @@ def test_skipped_share_is_of_the_scores_of_all_heads(checkpoint, corpus):
     assert short == {"skipped_share": None, "reach_per_head": None}, "a short pass has a mask"
 
 
-def test_contenders_take_turns_and_the_first_round_does_not_count():
+def test_contenders_take_turns_and_warm_up_outside_of_the_budget():
     order = []
-    times = benchmark_measure.alternate(
-        {name: lambda name=name: order.append(name) for name in "ab"}, repeats=2, budget=60
-    )
-    assert order == list("baabba"), "and none is always the first one"
-    assert [len(seconds) for seconds in times.values()] == [2, 2]
-    # a round that takes longer than the budget is the only one, and counts
-    times = benchmark_measure.alternate({"a": lambda: None}, repeats=2, budget=-1)
-    assert [len(seconds) for seconds in times.values()] == [1]
+    contenders = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = benchmark_measure.alternate(contenders, repeats=4, budget=60)
+    assert order == list("abbaabbaab"), "and none is always the first one"
+    assert [len(timing.seconds) for timing in times.values()] == [4, 4]
+    times = benchmark_measure.alternate(contenders, repeats=9, budget=-1)
+    assert [len(timing.seconds) for timing in times.values()] == [3, 3], "three rounds count whatever the budget"
+
+
+def test_compilation_is_not_reported_as_speed():
+    calls = []
+
+    def compiled():
+        calls.append(time.sleep(0.5 if not calls else 0.001))
+
+    (timing,) = benchmark_measure.alternate({"fused": compiled}, repeats=3, budget=0.1).values()
+    (measurement,) = benchmark_measure.compared("attention", 64, 64, {"fused": timing})
+    assert measurement["first_seconds"] >= 0.5
+    assert max(timing.seconds) < 0.4
+    assert measurement["spread"] >= 0
+    assert "±" in benchmark_report.cell(measurement)
 
 
 def test_share_of_products_is_their_operations_over_rate_and_time(monkeypatch):
@@ -137,31 +150,35 @@ def test_share_of_products_is_their_operations_over_rate_and_time(monkeypatch):
     assert share == pytest.approx(2 * 16 * 32 * 16 / 1e6 / 0.5)
 
 
-def test_out_of_memory_is_reported_and_the_others_go_on():
+def test_a_contender_that_fails_is_a_row_that_says_why():
     def fail():
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 TiB")
 
-    times = benchmark_measure.alternate({"mask": fail, "no bias": lambda: None}, repeats=1, budget=60)
-    without, there = benchmark_measure.compared("attention", 64, 1, times, head_dim=64)
-    assert without["error"] == "out of memory"
+    def fail_to_make():
+        raise ValueError("no kernel\nfor this")
+
+    makers = {"mask": lambda: fail, "fused": fail_to_make, "no bias": lambda: lambda: None}
+    steps = {name: benchmark_measure.made_once(make) for name, make in makers.items()}
+    times = benchmark_measure.alternate(steps, repeats=1, budget=60)
+    without, broken, there = benchmark_measure.compared("attention", 64, 1, times, head_dim=64)
     assert there["times_as_fast"].keys() == {"no bias"}
     assert benchmark_report.cell(without) == "out of memory"
+    assert benchmark_report.cell(broken) == "no kernel for this"
     assert benchmark_report.cell(there, ("mask", "no bias")).endswith("(- / 1.00)")
-    with pytest.raises(RuntimeError, match="shape"):
-        benchmark_measure.alternate({"a": lambda: torch.zeros(2).view(3)}, repeats=1, budget=60)
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch):
     def interrupted(part, length, *_):
         if length > 64:
             raise KeyboardInterrupt
-        return benchmark_measure.compared(part, length, 1, {"mask": [1.0], "no bias": [2.0]}, head_dim=64)
+        times = {name: benchmark_measure.Timing([n], n, None) for name, n in (("mask", 1.0), ("no bias", 2.0))}
+        return benchmark_measure.compared(part, length, 1, times, head_dim=64)
 
     monkeypatch.setattr(benchmark, "timed", interrupted)
     with pytest.raises(SystemExit, match=r"interrupted.*benchmark\.json"):
         benchmark.main(["--cpu", "--parts", "attention", "--lengths", "64", "128", "--output", str(tmp_path)])
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["measurements"]) == 2
-    assert "1,000.0 (1.00 / 2.00)" in (tmp_path / "benchmark.md").read_text()
+    assert "1,000.0 ±0% (1.00 / 2.00)" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_full_trains_the_architectures_of_wikitext103():

@@ -60,7 +60,7 @@ def test_attention_that_disagrees_is_broken(capsys, monkeypatch):
     from fairseq_alibi.core import attention
 
     tiled = next(kernel for kernel in attention.KERNELS if kernel.name == "tiled")
-    wrong = tiled._replace(run=lambda q, *rest: q)
+    wrong = tiled._replace(run=lambda q, *rest: q, tried=False)  # a wrong kernel that is tried does not run
     monkeypatch.setattr(attention, "KERNELS", [wrong if kernel is tiled else kernel for kernel in attention.KERNELS])
     monkeypatch.setattr(doctor, "PARTS", [part for part in PARTS if part.name == "alibi_lm"])
     with pytest.raises(SystemExit, match="fix first: alibi_lm"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..evaluation import processes
-from ..evaluation.checkpoint_evaluation import EvaluationSettings, evaluate_checkpoint
+from ..evaluation.checkpoint_evaluation import EvaluationSettings, evaluate_checkpoint, evaluation_dtype
 from ..evaluation.result_files import log_to_tensorboard
 from ..evaluation.tables import checkpoint_table
 from ..evaluation.text import read_evaluation_text
@@ -61,10 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-token-losses", type=Path, metavar="FILE", dest="token_losses", help=losses_help)
     words_help = "also count words: '@@ ' (without a value, and by itself where DATA holds bpe.codes) or sentencepiece"
     add("--remove-bpe", "--post-process", nargs="?", const="@@ ", metavar="MARKER", dest="marker", help=words_help)
-    tokens_help = "in a batch, context included (default 4096)"
-    add("--max-tokens", type=positive_integer, default=4096, metavar="N", help=tokens_help)
+    tokens_help = "in a batch, context included (default 4096; on a GPU as many as fill it)"
+    add("--max-tokens", type=positive_integer, metavar="N", help=tokens_help)
     add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default float32)")
+    dtype_help = "of the model (default float32; on a GPU bfloat16, or float16 where it has none)"
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help=dtype_help)
     add("--cpu", action="store_true", help="do not use the GPU")
     add("--output", type=Path, metavar="DIR", help="folder for the JSON files (default: beside each checkpoint)")
     add("--overwrite", action="store_true", help="replace earlier results; without it they are kept and completed")
@@ -77,6 +78,7 @@ def evaluation_settings(args: argparse.Namespace) -> EvaluationSettings:
         bpe = text_options(first_folder(args.data))["bpe"]
         args.marker = {"subword_nmt": "@@ ", "sentencepiece": "sentencepiece"}.get(bpe)
     args.device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    args.dtype = args.dtype or evaluation_dtype(args.device)
     return EvaluationSettings(**{option.name: getattr(args, option.name) for option in fields(EvaluationSettings)})
 
 

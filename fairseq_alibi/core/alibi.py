@@ -55,7 +55,7 @@ class ScaledSlopes:
 
     def values(self, device: Optional[torch.device] = None) -> Tensor:
         """(H,) float32 slopes, divided by the scale."""
-        return (self.unscaled / self.scale).float().to(device)
+        return (self.unscaled / self.scale).float().to(device, non_blocking=True)
 
 
 @dataclass

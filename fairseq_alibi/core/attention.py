@@ -13,16 +13,22 @@ scaled_dot_product_attention. The other kernels compute the same without a tenso
 and returns (B, H, T, D). Rows of queries on padding are finite and without meaning.
 """
 
+import contextlib
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, NoBias
-from .flex_attention import block_attention, supports_flex
+from .flash_attention import flash_attn_kernel, supports_flash_attn
+from .flex_attention import flex_blocks, supports_flex
 from .kept import in_functional_transform
+from .kernel_trial import TRIALS, kind_of, place_of, refusal, shortened
 from .tiled_attention import (
     flash_tiles,
     merge_padding_into_mask,
@@ -39,17 +45,29 @@ class Kernel(NamedTuple):
         name: for messages and tests.
         supports: whether it can compute attention for q, k, inputs and dropout.
         run: computes it.
+        tried: whether it is tried first, see `kernel_trial.py`, and another one takes its place where it fails.
     """
 
     name: str
     supports: Callable[[Tensor, Tensor, AttentionInputs, float], bool]
     run: Callable[[Tensor, Tensor, Tensor, AttentionInputs, float], Tensor]
+    tried: bool = False
+
+
+def backends(q: Tensor, *chosen: SDPBackend) -> AbstractContextManager[Any]:
+    """On a GPU the kernels of PyTorch that may run.
+
+    cuDNN's is not among them: it plans for a large part of a second for each new shape, and with a mask its gradients
+    can be NaN.
+    """
+    return sdpa_kernel([*chosen, SDPBackend.MATH]) if q.device.type == "cuda" else contextlib.nullcontext()
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v under a `FoldedMask`, through PyTorch's fused kernels."""
     mask = folded_mask_of(q, inputs)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    with backends(q, SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def attention_weights(q: Tensor, k: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -99,7 +117,8 @@ def has_folded_mask(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: floa
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
     """Causal attention without a bias, through PyTorch's fused kernels."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    with backends(q, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 def is_plainly_causal(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
@@ -120,8 +139,9 @@ KERNELS = (
     Kernel("explicit", is_transformed, explicit_attention),
     Kernel("mask", has_folded_mask, masked_attention),
     Kernel("causal", is_plainly_causal, causal_attention),
-    Kernel("flex", supports_flex, block_attention),
-    Kernel("tiled", supports_flash, flash_tiles),
+    Kernel("flash-attn", supports_flash_attn, flash_attn_kernel, tried=True),
+    Kernel("flex", supports_flex, flex_blocks, tried=True),
+    Kernel("tiled", supports_flash, flash_tiles, tried=True),
     Kernel("recomputed", supports_recomputed, recomputed_tiles),
 )
 
@@ -133,19 +153,48 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: fl
         ValueError: shapes that contradict each other, or attention to both sides without a bias and without a mask.
     """
     check_shapes(q, k, inputs)
-    return choose_kernel(q, k, inputs, dropout).run(q, k, v, inputs, dropout)
+    kernel = choose_kernel(q, k, inputs, dropout)
+    if not kernel.tried or q.device.type == "cpu":
+        return kernel.run(q, k, v, inputs, dropout)
+    try:
+        return kernel.run(q, k, v, inputs, dropout)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what the trial did not see
+        TRIALS[kind_of(kernel.name, q, inputs)] = shortened(error)
+        following = choose_kernel(q, k, inputs, dropout)
+        warn_of(kernel, shortened(error), following, q)
+        return following.run(q, k, v, inputs, dropout)
 
 
 def choose_kernel(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Kernel:
-    """The first of `KERNELS` that supports these inputs.
+    """The first of `KERNELS` that supports these inputs and is right; those that fail are named in one warning.
 
     Raises:
         ValueError: none does.
     """
+    failed = []
     for kernel in KERNELS:
-        if kernel.supports(q, k, inputs, dropout):
-            return kernel
+        if not kernel.supports(q, k, inputs, dropout):
+            continue
+        if kernel.tried:
+            new, reason = refusal(kernel, q, inputs)
+            if reason is not None:
+                failed += [(kernel, reason)] if new else []
+                continue
+        for other, reason in failed:
+            warn_of(other, reason, kernel, q)
+        return kernel
     raise ValueError("no kernel supports attention to both sides without a bias and a mask: give a FoldedMask")
+
+
+def warn_of(failed: Kernel, reason: str, following: Kernel, q: Tensor) -> None:
+    """Warns of a kernel that is not used again for this kind of input."""
+    warnings.warn(
+        f"attention kernel {failed.name} fails on {place_of(q)} ({reason}): {following.name} runs in its place, which "
+        "is slower",
+        stacklevel=4,
+    )
 
 
 def check_shapes(q: Tensor, k: Tensor, inputs: AttentionInputs) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_inputs import (
@@ -23,13 +24,12 @@ from .attention_inputs import (
     TokenSpan,
 )
 from .kept import KeptTensor, in_transform
+from .mask_limits import LONGEST_MASK, longest_mask, mask_fits
 from .positions import PositionMethod
+from .tiled_attention import merge_padding_into_mask
 
 #: A mask is kept for later passes at up to this length, or twice theirs, so that memory follows what is run now.
 KEPT_LENGTH = 1024
-
-#: The longest sequence, in keys, that attention on a CPU runs under a mask where it may choose.
-LONGEST_MASK = 256
 
 #: Values of `AttentionSettings.kernel`.
 KERNEL_CHOICES = ("auto", "mask", "fused")
@@ -127,17 +127,21 @@ class AttentionSetup:
         """
         method = self.method
         seen_padding = self.visible_padding(x, padding)
-        # Kernels without a mask cannot be traced or transformed. Compiled code may leave the graph for them.
-        leaves_graph = self.settings.kernel == "fused" and torch.compiler.is_dynamo_compiling() and not is_exporting()
-        by_distance = leaves_graph or not in_transform(x)
+        rows = x.size(0) if padding is not None or (self.is_learned and torch.is_grad_enabled()) else 1
+        # Kernels without a mask cannot be traced or transformed. Compiled code leaves the graph for them where it must.
+        by_distance = not in_transform(x)
+        if torch.compiler.is_dynamo_compiling() and not is_exporting():
+            by_distance = self.settings.kernel == "fused" or not self.mask_fits(x.device, span, rows)
         if window is not None and method.gives_bias_of_tiles:
             raise ValueError(f"--position-method {method.name} has no windows: its bias depends on a query's position")
         if span.queries == 0:
             bias: Bias = NoBias()
-        elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training):
+        elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training, rows):
             bias = bias_without_mask(method, span, x.device, self.settings.causal)
         else:
-            bias = FoldedMask(self.folded_mask(x, span, window))
+            mask = self.folded_mask(x, span, window)
+            bias = FoldedMask(mask if seen_padding is None else padded_mask(mask, seen_padding))
+            seen_padding = None
         if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
             raise ValueError(f"--position-method {method.name}: float16 cannot hold its factors; use another precision")
         rotation = method.rotation(span.first, span.first + span.queries, x.device) if method.rotates else None
@@ -147,7 +151,7 @@ class AttentionSetup:
             padding=seen_padding,
             window=window,
             rotation=rotation,
-            query_scale=self.query_scale(span, padding, window, x.device),
+            query_scale=query_scale(self, span, padding, window, x.device),
             cache=cache,
             epsilon=self.settings.epsilon,
             plain=None if self.plain is None else self.plain.inputs(x, span, padding, window, cache, training),
@@ -166,32 +170,19 @@ class AttentionSetup:
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
         if keys > span.queries or window is not None:
-            return method.future_mask(span.queries, keys, window, device).to(dtype)
+            return method.future_mask(span.queries, keys, window, device, dtype)
 
         def make() -> Tensor:
-            whole = method.future_mask(keys, keys, device=device) if self.settings.causal else None
-            return (method.full_mask(keys, device) if whole is None else whole).to(dtype)
+            if self.settings.causal:
+                return method.future_mask(keys, keys, None, device, dtype)
+            return method.full_mask(keys, device, dtype)
 
-        trained = next(method.parameters(), None) is not None  # its bias is another one in each pass
-        if trained or not KeptTensor.usable_with(x):
+        if self.is_learned or not KeptTensor.usable_with(x):
             return make()
         kept = self.kept_mask.get(device, dtype)
         if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):
             kept = self.kept_mask.keep(make)
         return kept[:, :keys, :keys]
-
-    def query_scale(
-        self, span: TokenSpan, padding: Optional[Tensor], window: Optional[int], device: torch.device
-    ) -> Optional[Tensor]:
-        """The factors of the queries, by the number of keys that each sees."""
-        if self.settings.score_scale == "none" and not self.method.scales_queries:
-            return None
-        present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
-        if self.settings.causal:
-            visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
-        else:
-            visible = present.sum(1, keepdim=True).expand(-1, span.queries)
-        return self.scale_of_counts(visible.clamp(min=1, max=window))
 
     def scale_of_counts(self, visible: Tensor) -> Optional[Tensor]:
         """The factors, (B or 1, H or 1, T), of queries that see so many keys, (B or 1, T) int64; None for none."""
@@ -203,6 +194,17 @@ class AttentionSetup:
             return scale
         return scale_by_count(form, visible, self.settings.training_length) * (1 if scale is None else scale)
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether the bias has parameters, and so is another one in each pass."""
+        return next(self.method.parameters(), None) is not None
+
+    def mask_fits(self, device: torch.device, span: TokenSpan, rows: int) -> bool:
+        """Whether a mask of so many rows of a batch takes a small share of the memory."""
+        plain = self.method.bias_kind == "none"
+        queries = 1 if plain and not self.settings.causal else span.queries
+        return mask_fits(device, rows * (1 if plain else self.method.num_heads) * queries * span.keys)
+
     def runs_without_mask(
         self,
         device: torch.device,
@@ -210,27 +212,76 @@ class AttentionSetup:
         padding: Optional[Tensor] = None,
         window: Optional[int] = None,
         training: bool = False,
+        rows: int = 1,
     ) -> bool:
-        """Whether a pass runs without a mask: as the settings want it, or where that is faster. See `inputs`."""
+        """Whether a pass runs without a mask: as the settings want it, where that is faster, or where it must.
+
+        Args:
+            device: of the pass.
+            span, padding, window, training: see `inputs`.
+            rows: of the batch that would have a mask, or the gradients of one, of their own.
+        """
         method, kernel = self.method, self.settings.kernel
         single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build
-        without_mask_possible = self.settings.causal or method.has_distance_bias
-        if kernel == "mask" or needs_mask(method) or single_row or not without_mask_possible:
+        dropped_on_cpu = training and self.settings.dropout > 0 and device.type == "cpu"
+        if kernel == "mask" or single_row:
             return False
-        if kernel == "fused":
-            return True
+        if needs_mask(method):
+            return self.settings.causal and not self.mask_fits(device, span, rows)
+        if not self.settings.causal and not method.has_distance_bias:
+            # The mask is one row, for the padding, but with dropout PyTorch's CPU kernel makes all scores.
+            return dropped_on_cpu and span.keys > LONGEST_MASK
         # The mask would be another one in each pass or, with a bias by key, in each layer and row of the batch.
-        if window is not None or (method.bias_kind == "key" and device.type == "cpu" and span.queries > 1):
+        if kernel == "fused" or window is not None:
             return True
-        dropped = training and self.settings.dropout > 0
-        plain = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped
-        return plain or fused_is_faster(device, span.queries, span.keys)
+        if method.bias_kind == "key" and span.queries > 1 and (device.type == "cpu" or span.keys > LONGEST_MASK):
+            return True
+        whole = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped_on_cpu
+        return whole or (
+            span.queries > 1 and (span.keys > longest_mask(device) or not self.mask_fits(device, span, rows))
+        )
+
+
+def query_scale(
+    setup: AttentionSetup,
+    span: TokenSpan,
+    padding: Optional[Tensor],
+    window: Optional[int],
+    device: torch.device,
+) -> Optional[Tensor]:
+    """The factors of the queries, by the number of keys that each sees."""
+    if setup.settings.score_scale == "none" and not setup.method.scales_queries:
+        return None
+    present = torch.ones(1, span.keys, dtype=torch.bool, device=device) if padding is None else ~padding
+    if setup.settings.causal:
+        visible = present.cumsum(1)[:, -span.queries :] + (span.first + span.queries - span.keys)
+    else:
+        visible = present.sum(1, keepdim=True).expand(-1, span.queries)
+    return setup.scale_of_counts(visible.clamp(min=1, max=window))
+
+
+def padded_mask(mask: Tensor, padding: Tensor) -> Tensor:
+    """A mask with the padding in it, once for all layers: (H, T, S), (B, S) -> (B, H, T, S); see `aligned`."""
+    spare = 0 if mask.device.type == "cpu" else -mask.size(-1) % 16
+    merged = merge_padding_into_mask(F.pad(mask, (0, spare))[None], F.pad(padding, (0, spare)))
+    return merged[..., : mask.size(-1)]
 
 
 def bias_without_mask(method: PositionMethod, span: TokenSpan, device: torch.device, causal: bool) -> Bias:
     """The bias for attention without a mask."""
+    if method.bias_kind == "none" and not causal:
+        zeros = torch.zeros(method.num_heads, device=device)
+        return LinearBias(zeros, zeros)
     if method.bias_kind in ("none", "key"):  # a layer adds its own bias by key
         return NoBias()
+    if needs_mask(method):  # the bias of the last of so many queries, cut out
+
+        def rows_of_queries(queries: Tensor, keys: Tensor) -> Tensor:
+            rows = method.pair_bias(len(queries), int(queries[-1]) + 1, device)
+            assert rows is not None
+            return F.pad(rows, (0, span.keys - rows.size(-1)))[..., keys]
+
+        return PairBias(rows_of_queries)
     if method.bias_kind == "linear":
         before, after = method.slopes(device)
         if not before.requires_grad:  # gradients of slopes flow through a bias by distance
@@ -252,14 +303,6 @@ def scale_by_count(form: str, visible: Tensor, training_length: int) -> Tensor:
     """The factor of queries that see so many keys, see `AttentionSettings.score_scale`: (B, T) int64 -> (B, 1, T)."""
     logarithm = visible.float().log()[:, None]
     return logarithm if form == "ssmax" else (logarithm / math.log(training_length)).clamp(min=1)
-
-
-def fused_is_faster(device: torch.device, query_length: int, key_length: int) -> bool:
-    """Whether attention without a mask is the faster one for a bias, by what `scripts/benchmark.sh` measured.
-
-    On a CPU it is from more than one chunk of queries on. It has not been measured on a GPU, so a GPU keeps the mask.
-    """
-    return device.type == "cpu" and query_length > 1 and key_length > LONGEST_MASK
 
 
 def is_exporting() -> bool:

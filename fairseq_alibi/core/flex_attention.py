@@ -1,136 +1,210 @@
-"""Causal attention with a linear bias through PyTorch's FlexAttention, for GPUs. Not yet measured on a GPU.
+"""Attention through PyTorch's FlexAttention, which compiles one kernel with the bias in it. Not measured on a GPU.
 
-Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
+Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim; N = B * H rows
+of heads, R and C blocks of queries and keys.
+
+One graph serves every length, batch, window and padding: lengths are filled up to whole blocks, at least two of each,
+and whatever differs between passes is in a tensor. Else each kind of shape would be compiled anew, until PyTorch gives
+up compiling and makes all scores. Nothing waits for the GPU: the reach stays on it.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_inputs import AttentionInputs, LinearBias
-from .reach import reach
-from .tiled_attention import CHUNKS, not_compiled, recomputed_tiles
+from .attention_inputs import AttentionInputs, DistanceBias, LinearBias, NoBias
+from .reach import distance_reach, reach
+from .tiled_attention import CHUNKS, not_compiled
 
 #: Queries, and keys, in a block.
 BLOCK = 128
 
-#: Kinds of input, (device, dtype, head_dim), for which FlexAttention has failed in this process.
-FAILED: set[tuple[str, torch.dtype, int]] = set()
-
-
-def kind_of(q: Tensor) -> tuple[str, torch.dtype, int]:
-    """What decides whether FlexAttention can run."""
-    return q.device.type, q.dtype, q.size(-1)
+#: A slope that leaves other keys no weight: an infinite one would give 0 * infinity.
+STEEPEST = 1e4
 
 
 def supports_flex(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
-    """What `block_attention` supports: a causal linear bias on a GPU, without dropout."""
+    """What `flex_blocks` supports: a bias by distance without gradients or none, without dropout, on a GPU."""
+    bias = inputs.bias
     return (
-        q.device.type == "cuda"
-        and isinstance(inputs.bias, LinearBias)
-        and inputs.causal
+        q.device.type in ("cuda", "xpu")
+        and q.size(-1) >= 16
         and not dropout
-        and kind_of(q) not in FAILED
+        and (isinstance(bias, LinearBias) or (isinstance(bias, NoBias) and inputs.causal) or is_fixed_by_distance(bias))
     )
 
 
-def visible_blocks(query_length: int, key_length: int, reaches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of keys that each block of queries reads: from the reach of its first query to its last query.
-
-    Args:
-        query_length, key_length: T and S.
-        reaches: (H,), see `reach`.
-
-    Returns:
-        For every head and block of queries, int32: the first block of keys (H, T / BLOCK), the first in which some key
-        is in the future of some query (T / BLOCK), and the last (T / BLOCK).
-    """
-    start = torch.arange(key_length - query_length, key_length, BLOCK, device=reaches.device)
-    farthest = (start - reaches[:, None]).clamp(min=0)
-    last = (start + BLOCK - 1).clamp(max=key_length - 1)
-    first_block, diagonal, last_block = (
-        torch.div(x, BLOCK, rounding_mode="floor").int() for x in (farthest, start, last)
-    )
-    return first_block, diagonal, last_block
+def is_fixed_by_distance(bias: Any) -> bool:
+    """Whether a bias is one by distance that needs no gradients."""
+    return isinstance(bias, DistanceBias) and not (bias.values.requires_grad and torch.is_grad_enabled())
 
 
 @not_compiled
-def block_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
-    """Attention through FlexAttention; arguments: see `attention.py`. Where it fails, tiles are computed instead.
-
-    Scores get their bias inside the kernel, in float32. Blocks of keys beyond the reach are not read. It is compiled on
-    a GPU, once per kind of shape.
-    """
-    try:
-        return flex_blocks(q, k, v, inputs)
-    except Exception as error:  # the compiler and the GPU's driver raise many kinds
-        FAILED.add(kind_of(q))
-        warnings.warn(
-            f"FlexAttention cannot run on {q.device} in {q.dtype} with head_dim {q.size(-1)} "
-            f"({' '.join(str(error).split())[:200]}): attention runs tile by tile, which is slower",
-            stacklevel=2,
-        )
-        return recomputed_tiles(q, k, v, inputs, dropout)
-
-
-def flex_blocks(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-    """`block_attention` without a way out."""
-    assert isinstance(inputs.bias, LinearBias)
-    query_length, key_length, padding = q.size(2), k.size(2), inputs.padding
-    slopes, earlier = inputs.bias.before.to(q.device), key_length - query_length
-    window = key_length if inputs.window is None else min(inputs.window, key_length)
-    epsilon = inputs.epsilon if key_length > CHUNKS[0] else 0.0
-    reaches = reach(q.detach(), k.detach(), slopes, epsilon).clamp(max=window - 1).to(q.device)
-
-    def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return score - slopes[h] * (i + earlier - j)
-
-    def is_seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        past = (i + earlier >= j) & (i + earlier - j < window)
-        # A query on padding sees itself, or its row would have no weights at all.
-        return past if padding is None else past & (~padding[b, j] | (i + earlier == j))
-
-    mask_everywhere = padding is not None or window < key_length  # then any block may hold a key that is not seen
-    blocks = block_mask((query_length, key_length), reaches, is_seen, mask_everywhere)
-    return flex_function(q.device.type)(q, k, v, score_mod=add_bias, block_mask=blocks)
+def flex_blocks(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
+    """Attention through FlexAttention; arguments: see `attention.py`. Blocks of keys beyond the reach are not read."""
+    batch, heads, queries = q.shape[:3]
+    keys, padding = k.size(2), inputs.padding
+    window = keys if inputs.window is None else min(inputs.window, keys)
+    slopes, table, reaches = distance_inputs(q, k, inputs)
+    reaches = torch.stack([reaches[0].clamp(max=window - 1), reaches[1].clamp(max=keys)])
+    hidden = torch.zeros(batch, keys, dtype=torch.bool, device=q.device) if padding is None else padding
+    hidden = in_blocks(hidden, keys, fill=True)
+    missing = hidden.size(1) - keys
+    numbers = torch.tensor([keys - queries, keys - 1, window, queries - 1 + missing], dtype=torch.int32)
+    out = flex_function()(
+        *(in_blocks(x.flatten(0, 1), n).unflatten(1, (-1, BLOCK)) for x, n in ((q, queries), (k, keys), (v, keys))),
+        PassTensors(
+            slopes.repeat(1, batch),
+            None if table is None else F.pad(table, (missing, 0)).repeat(batch, 1),
+            numbers.to(q.device, non_blocking=True),
+            reaches.int().repeat(1, batch),
+            hidden.repeat_interleave(heads, 0).clone(),  # a view would have guards of its own
+        ),
+        inputs.causal,
+    )
+    return out[:, 0, :queries].unflatten(0, (batch, heads))
 
 
-def block_mask(lengths: tuple[int, int], reaches: Tensor, is_seen: Callable[..., Tensor], mask_everywhere: bool) -> Any:
-    """FlexAttention's list of the blocks that are read, see `visible_blocks`.
+def in_blocks(x: Tensor, length: int, fill: bool = False) -> Tensor:
+    """(N, length, ...) filled up to whole blocks, two at least, because a size of 1 would be compiled anew."""
+    missing = max(2 * BLOCK, length + -length % BLOCK) - length
+    return F.pad(x, (*(0, 0) * (x.dim() - 2), 0, missing), value=fill).contiguous()
+
+
+def distance_inputs(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    """(2, H) slopes before and after a query, or zeros and (H, T + S - 1) values by distance; (2, H) reaches."""
+    heads, bias, q, k = q.size(1), inputs.bias, q.detach(), k.detach()
+    epsilon = inputs.epsilon if k.size(2) > CHUNKS[0] else 0.0
+    epsilon = epsilon if inputs.causal else epsilon / 2
+    none = q.new_zeros(heads, dtype=torch.float32)
+    if isinstance(bias, DistanceBias):
+        values = bias.values.detach().expand(heads, -1)[:, : q.size(2) + k.size(2) - 1].float()
+        parts = values.split([q.size(2) - 1, 1, k.size(2) - 1], dim=1)
+        reaches = [distance_reach(q, k, part, parts[1][:, 0], epsilon) for part in (parts[2], parts[0].flip(1))]
+        return torch.stack([none, none]), values.clamp(min=-1e9), torch.stack(reaches).nan_to_num(posinf=2**30)
+    before, after = (bias.before, bias.after) if isinstance(bias, LinearBias) else (none, None)
+    slopes = torch.stack([before.to(q.device), none if after is None else after.to(q.device)])
+    reaches = [reach(q, k, slope, epsilon) for slope in slopes[: 1 if after is None else 2]]
+    return slopes.clamp(max=STEEPEST), None, torch.stack([*reaches, none.double()][:2]).nan_to_num(posinf=2**30)
+
+
+class PassTensors(NamedTuple):
+    """What differs between passes, beside queries, keys and values.
 
     Args:
-        lengths: T and S.
-        reaches: (H,).
-        is_seen: FlexAttention's `mask_mod`.
-        mask_everywhere: whether it has to be asked in all blocks, not only in those on the diagonal.
+        slopes: (2, N) for keys before and after a query.
+        table: (N, ...) bias by distance; None for slopes alone.
+        numbers: (4,) int32: keys before the first query; the last key; the window; where distance 0 is in the table.
+        reaches: (2, N) int32, how far a head reaches back and ahead.
+        hidden: (N, C * BLOCK) bool, True at padding.
     """
-    from torch.nn.attention.flex_attention import BlockMask  # it imports TorchDynamo, which takes a second
 
-    first, diagonal, last = visible_blocks(*lengths, reaches)
-    whole = first if mask_everywhere else torch.maximum(first, diagonal.expand_as(first))
-    every = torch.arange(-(-lengths[1] // BLOCK), device=reaches.device, dtype=torch.int32)
+    slopes: Tensor
+    table: Optional[Tensor]
+    numbers: Tensor
+    reaches: Tensor
+    hidden: Tensor
 
-    def listed(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:  # `count` blocks from `start` on, (1, H, ...)
-        indices = (start[..., None] + every).clamp(max=len(every) - 1)
-        return count.contiguous()[None], indices.contiguous()[None]
 
-    return BlockMask.from_kv_blocks(
-        *listed(whole, last - whole + 1),
-        *listed(first, whole - first),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=is_seen,
-        seq_lengths=lengths,
-    )
+def flex_pass(q: Tensor, k: Tensor, v: Tensor, of_pass: PassTensors, causal: bool) -> Tensor:
+    """What is compiled: (N, R, BLOCK, D), (N, C, BLOCK, D) twice -> (N, 1, R * BLOCK, D)."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    (before, after), table, _, reaches, hidden = of_pass
+    earlier, last, window, own_place = of_pass.numbers.unbind()
+
+    def position(i: Tensor) -> Tensor:  # queries that fill the last block are copies of the last one
+        return torch.minimum(i + earlier, last)
+
+    def add_bias(score: Tensor, n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        distance = position(i) - j
+        if table is not None:
+            return score + table[n, distance + own_place]
+        return score - torch.where(distance > 0, before[n] * distance, -after[n] * distance)
+
+    def is_seen(n: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        # A query on padding sees itself, or its row would have no weights at all.
+        seen = ~hidden[n, j] | (j == position(i))
+        return seen & (j <= position(i)) & (position(i) - j < window) if causal else seen
+
+    visible, whole = blocks((q.size(1), k.size(1)), (earlier, last, window), reaches, hidden, causal)
+    partial = visible & ~whole
+    lists: list[Any] = [*listed(partial), *listed(whole), *[None] * 4]
+    if torch.is_grad_enabled():
+        lists[4:] = [*listed(partial.transpose(1, 2)), *listed(whole.transpose(1, 2))]
+    q, k, v = (x.flatten(1, 2)[:, None] for x in (q, k, v))
+    lists = [(q.size(2), k.size(2)), *lists, (BLOCK, BLOCK), is_seen]
+    options: Any = kernel_options(q.dtype, q.size(-1))
+    return flex_attention(q, k, v, add_bias, BlockMask(*lists), kernel_options=options)
+
+
+def kernel_options(dtype: torch.dtype, dim: int) -> dict[str, Any]:
+    """Tiles that fit the shared memory of every GPU: PyTorch's own do not for wide float32 on sm_86, sm_89 and sm_120.
+
+    The kernel for few queries is ruled out, because it is another graph.
+    """
+    options: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if dtype.itemsize >= 4 and dim > 64:
+        options.update(fwd_BLOCK_M=64 if dim <= 128 else 32, fwd_BLOCK_N=32, fwd_num_stages=1, fwd_num_warps=4)
+    return options
+
+
+def blocks(
+    counts: tuple[int, int], numbers: tuple[Tensor, Tensor, Tensor], reaches: Tensor, hidden: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Which blocks of keys each block of queries reads, and those of them in which every query sees every key.
+
+    Args:
+        counts: R and C.
+        numbers: keys before the first query; the last key; the window.
+        reaches, hidden: see `PassTensors`.
+        causal: whether a query sees no key after it.
+
+    Returns:
+        Two (N, R, C) bool.
+    """
+    earlier, last, window = numbers
+    first_query = torch.minimum(earlier + BLOCK * torch.arange(counts[0], device=hidden.device), last)[:, None]
+    last_query = torch.minimum(first_query + BLOCK - 1, last)
+    first_key = BLOCK * torch.arange(counts[1], device=hidden.device)
+    last_key = first_key + BLOCK - 1
+    back, ahead = (of_head[:, None, None] for of_head in reaches)
+    newest = last_query if causal else torch.minimum(last_query + ahead, last)
+    visible = (first_key <= newest) & (last_key >= first_query - back)
+    whole = visible & ~hidden.unflatten(1, (-1, BLOCK)).any(2)[:, None]
+    if causal:
+        whole = whole & (last_key <= first_query) & (first_key > last_query - window)
+    return visible, whole
+
+
+def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, R, C) bool as FlexAttention takes it: (N, 1, R) int32 how many blocks, (N, 1, R, C) int32 these first."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
+def compiled_pass(*arguments: Any) -> Tensor:
+    """`flex_pass`, in compiled code alone: elsewhere FlexAttention would make all scores."""
+    if not torch.compiler.is_compiling():
+        raise RuntimeError("torch.compile is turned off")
+    return flex_pass(*arguments)
 
 
 @functools.cache
-def flex_function(device: str) -> Callable[..., Any]:
-    """FlexAttention, compiled as one kernel on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention
+def flex_function() -> Callable[..., Tensor]:
+    """`flex_pass`, compiled."""
+    import torch._dynamo.config as dynamo  # these take a second
+    import torch.fx.experimental._config as symbols
 
-    compiled: Optional[Callable[..., Any]] = torch.compile(flex_attention, dynamic=True) if device == "cuda" else None
-    return compiled or flex_attention
+    compiled = torch.compile(compiled_pass, dynamic=True, fullgraph=True)
+
+    def call(*arguments: Any) -> Tensor:
+        # Sizes that happen to be equal are not taken for the same one.
+        with symbols.patch(use_duck_shape=False), dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # type: ignore[attr-defined]
+            return compiled(*arguments)
+
+    return call

@@ -11,6 +11,7 @@ from dataclasses import field
 from typing import Any, ClassVar, Optional, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: The stacks in which a position method can work.
@@ -143,32 +144,93 @@ class PositionMethod(nn.Module):
         """Bias of each query and key: (H, T, S) float32, or None without a bias. Overridden for the kind "pair"."""
         if not self.has_distance_bias:
             return None
-        by_distance = self.distance_bias(torch.arange(key_length - 1, -query_length, -1, device=device))
         if torch.compiler.is_compiling():  # unfold fixes the length of a graph
-            return by_distance[:, key_length - 1 - distances(query_length, key_length, device)]
-        # The values go from the longest distance down; row t of the bias is the part that ends at its own distance.
-        return by_distance.unfold(1, key_length, 1).flip(1)
+            values = self.distance_bias(torch.arange(key_length - 1, -query_length, -1, device=device))
+            return values[:, key_length - 1 - distances(query_length, key_length, device)]
+        return by_distance(self.distance_bias, query_length, key_length, device)
 
     def future_mask(
-        self, query_length: int, key_length: int, window: Optional[int] = None, device: Optional[torch.device] = None
+        self,
+        query_length: int,
+        key_length: int,
+        window: Optional[int] = None,
+        device: Optional[torch.device] = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
+        """The bias folded into the causal mask, -inf where a key lies in a query's future: see `make_future_mask`."""
+        return make_future_mask(self, (query_length, key_length, window), device, dtype)
 
-        (H, T, S) float32, or (1, T, S) for a method without bias, added to the scores of every batch row. With a
-        `window` a query sees only so many keys, the last ones, itself included.
-        """
-        bias = self.pair_bias(query_length, key_length, device)
-        if bias is None:
-            bias = torch.zeros(1, query_length, key_length, device=device)
-        distance = distances(query_length, key_length, device)
-        unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        # The mask is the largest tensor at long lengths, so it is changed in place unless autograd may need the bias.
-        return bias.masked_fill(unseen, -math.inf) if bias.requires_grad else bias.masked_fill_(unseen, -math.inf)
-
-    def full_mask(self, length: int, device: Optional[torch.device] = None) -> Tensor:
+    def full_mask(
+        self, length: int, device: Optional[torch.device] = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """The mask of an encoder, whose queries see the keys after them too: the bias (H, S, S), or zeros (1, 1, S)."""
+        if self.has_distance_bias and not torch.compiler.is_compiling():
+            return by_distance(lambda distance: self.distance_bias(distance).to(dtype), length, length, device)
         bias = self.pair_bias(length, length, device)
-        return torch.zeros(1, 1, length, device=device) if bias is None else bias
+        return torch.zeros(1, 1, length, device=device, dtype=dtype) if bias is None else bias.to(dtype)
+
+
+def make_future_mask(
+    method: PositionMethod,
+    lengths: tuple[int, int, Optional[int]],
+    device: Optional[torch.device],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
+
+    Args:
+        method: whose bias it is.
+        lengths: T and S, and the number of keys that a query sees, the last ones, itself included; None for all.
+        device: of the result.
+        dtype: of the result; the bias is computed in float32.
+
+    Returns:
+        (H, T, S), or (1, T, S) for a method without bias. It is added to the scores of every batch row.
+    """
+    query_length, key_length, window = lengths
+    window = key_length if window is None else window
+
+    def seen(distance: Tensor) -> Tensor:
+        bias = method.distance_bias(distance) if method.has_distance_bias else torch.zeros_like(distance).float()[None]
+        return bias.masked_fill((distance < 0) | (distance >= window), -math.inf).to(dtype)
+
+    if method.bias_kind != "pair" and not torch.compiler.is_compiling():
+        return by_distance(seen, query_length, key_length, device)
+    bias = method.pair_bias(query_length, key_length, device)
+    if bias is None:
+        bias = torch.zeros(1, query_length, key_length, device=device)
+    distance = distances(query_length, key_length, device)
+    # The mask is the largest tensor at long lengths, so it is changed in place unless autograd may need the bias.
+    fill = bias.masked_fill if bias.requires_grad else bias.masked_fill_
+    return aligned(fill((distance < 0) | (distance >= window), -math.inf).to(dtype))
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """A mask whose rows lie a multiple of 16 numbers apart on a GPU, or its kernels would copy it in every layer."""
+    keys = mask.size(-1)
+    if mask.device.type == "cpu" or mask.size(-2) == 1 or mask.stride(-2) % 16 == 0:
+        return mask
+    return F.pad(mask, (0, -keys % 16))[..., :keys]
+
+
+def by_distance(
+    values: Callable[[Tensor], Tensor], query_length: int, key_length: int, device: Optional[torch.device] = None
+) -> Tensor:
+    """(H, T, S) numbers that depend on the distance alone, with no larger tensor on the way.
+
+    Args:
+        values: (N,) int64 distances -> (H, N).
+        query_length, key_length: T and S.
+        device: of the result, whose rows lie as those of `aligned`.
+    """
+    width = key_length + (0 if device is None or torch.device(device).type == "cpu" else -key_length % 16)
+    # From the longest distance down; row t of the result is the part that ends at its own distance.
+    distance = torch.arange(key_length - 1, key_length - query_length - width, -1, device=device)
+    rows = values(distance).unfold(1, width, 1)
+    if query_length >= width:
+        return rows.flip(1)[..., :key_length]
+    # Here flip would lay columns, not rows, side by side.
+    return rows.index_select(1, torch.arange(query_length - 1, -1, -1, device=device))[..., :key_length]
 
 
 def linear_bias(before: Tensor, after: Optional[Tensor], distance: Tensor) -> Tensor:

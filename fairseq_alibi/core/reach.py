@@ -35,12 +35,12 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
         epsilon: weight of 1 that may be skipped; 0 skips nothing.
 
     Returns:
-        (H,) float64 on the CPU: whole distances in tokens, at least 0, infinite where there is no end.
+        (H,) float64: whole distances in tokens, at least 0, infinite where there is no end.
     """
-    m = slopes.cpu().double()
+    m = slopes.detach().double()
     if epsilon <= 0:
         return torch.full_like(m, math.inf).masked_fill(m.isinf(), 0)
-    e = score_excess(q, k).amax((0, 2)).cpu().double()
+    e = score_excess(q, k).amax((0, 2)).double()
     x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
     return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
 
@@ -59,12 +59,12 @@ def distance_reach(q: Tensor, k: Tensor, bias: Tensor, own: Tensor, epsilon: flo
         epsilon: see `reach`.
 
     Returns:
-        (H,) float64 on the CPU: whole distances, N at most; infinite if nothing may be skipped.
+        (H,) float64: whole distances, N at most; infinite if nothing may be skipped.
     """
     if epsilon <= 0 or bias.size(1) == 0:
-        return torch.full(own.shape, math.inf, dtype=torch.float64, device="cpu")
-    e = score_excess(q, k).amax((0, 2)).cpu().double()
-    tails = (bias - own[:, None]).cpu().double().flip(1).logcumsumexp(1).flip(1)
+        return torch.full_like(own, math.inf, dtype=torch.float64)
+    e = score_excess(q, k).amax((0, 2)).double()
+    tails = (bias - own[:, None]).double().flip(1).logcumsumexp(1).flip(1)
     return (~(e[:, None] + tails <= math.log(epsilon))).sum(1).double()
 
 
@@ -83,18 +83,18 @@ def oldest_keys(q: Tensor, k: Tensor, sums: Tensor, chunk: int, epsilon: float =
         epsilon: see `reach`.
 
     Returns:
-        (H, chunks) int64 on the CPU: the number of the first key that is needed, for all batch rows.
+        (H, chunks) int64: the number of the first key that is needed, for all batch rows.
     """
     heads, queries = q.size(1), q.size(2)
     count = -(-queries // chunk)
     if epsilon <= 0:
-        return torch.zeros(heads, count, dtype=torch.int64, device="cpu")
+        return torch.zeros(heads, count, dtype=torch.int64, device=q.device)
     own = sums[:, :, -queries:]
     excess = torch.nn.functional.pad(score_excess(q, k).double(), (0, count * chunk - queries), value=-math.inf)
     excess = excess.unflatten(2, (count, chunk)).amax(3) + own[:, :, ::chunk]
     tails = (-sums).logcumsumexp(2)
     threshold = (math.log(epsilon) - excess).nan_to_num(nan=-math.inf)
-    return torch.searchsorted(tails.contiguous(), threshold.contiguous(), right=True).amin(0).cpu()
+    return torch.searchsorted(tails.contiguous(), threshold.contiguous(), right=True).amin(0)
 
 
 def score_excess(q: Tensor, k: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ class Sandwich(PositionMethod):
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """See `PositionMethod.distance_bias`."""
-        # On the CPU in float64: angles are as large as distances.
-        frequencies = 10000 ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64, device="cpu") / WIDTH)
-        parts = distance.abs().cpu().double().split(CHUNK)
+        # In float64, which Apple's GPUs do not have: angles are as large as distances.
+        device = "cpu" if distance.device.type == "mps" else distance.device
+        frequencies = 10000 ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64, device=device) / WIDTH)
+        parts = distance.abs().to(device).double().split(CHUNK)
         sums = torch.cat([(part[:, None] * frequencies).cos_().sum(1) for part in parts])
-        heads = torch.arange(1, self.num_heads + 1, dtype=torch.float64, device="cpu")[:, None]
+        heads = torch.arange(1, self.num_heads + 1, dtype=torch.float64, device=device)[:, None]
         return (sums * self.num_heads / (8 * heads)).float().to(distance.device)

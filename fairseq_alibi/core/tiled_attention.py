@@ -11,7 +11,6 @@ A bias by key is carried by further dimensions of queries and keys, see `key_fea
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional, TypeVar
 
@@ -22,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, PairBias
 from .key_features import FEATURES, features_of_keys, widen, write_features
-from .positions import linear_bias
+from .positions import aligned, linear_bias
 from .reach import distance_reach, oldest_keys, reach
 
 #: Queries in a tile, by how far its heads reach.
 CHUNKS = (256, 512, 1024)
 
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def merge_padding_into_mask(mask: Tensor, padding: Optional[Tensor]) -> Tensor:
@@ -132,12 +131,16 @@ class TileBias(NamedTuple):
 
 
 def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias, list[Tile]]:
-    """The bias and the tiles for queries (B, H, T, D) and keys (B, H, S, D)."""
+    """The bias and the tiles for queries (B, H, T, D) and keys (B, H, S, D).
+
+    What a head reaches decides the tiles, and so has to be known on the host. On a GPU that would have to be waited
+    for, so nothing is skipped there.
+    """
     heads, query_length, key_length = q.size(1), q.size(2), k.size(2)
     window = key_length if inputs.window is None else min(inputs.window, key_length)
     dtype = torch.promote_types(q.dtype, torch.float32)
     # Over short sequences the least reach is most of the past, so nothing is skipped.
-    epsilon = inputs.epsilon if key_length > CHUNKS[0] else 0.0
+    epsilon = inputs.epsilon if key_length > CHUNKS[0] and q.device.type == "cpu" else 0.0
     bias, oldest = inputs.bias, None
     if isinstance(bias, DistanceBias):
         first = 1 - query_length
@@ -145,6 +148,8 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
         parts = vector.detach().split([query_length - 1, 1, key_length - 1], dim=1)
         back, ahead = (
             distance_reach(q.detach(), k.detach(), part, parts[1][:, 0], epsilon if inputs.causal else epsilon / 2)
+            if epsilon
+            else torch.full((heads,), math.inf)
             for part in (parts[2], parts[0].flip(1))
         )
         back, ahead = back.clamp(max=window - 1), torch.zeros_like(ahead) if inputs.causal else ahead
@@ -153,7 +158,9 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
         back, ahead = torch.full((heads,), 8.0 * CHUNKS[0]), torch.zeros(heads)
         vector = linear_bias(q.new_zeros(heads, dtype=dtype), None, torch.arange(first, key_length, device=q.device))
     elif isinstance(bias, KeyBias):
-        oldest = oldest_keys(q.detach(), k.detach(), bias.sums.detach(), CHUNKS[0], epsilon)
+        oldest = torch.zeros(heads, -(-query_length // CHUNKS[0]), dtype=torch.int64)
+        if epsilon:
+            oldest = oldest_keys(q.detach(), k.detach(), bias.sums.detach(), CHUNKS[0], epsilon)
         starts = key_length - query_length + torch.arange(0, query_length, CHUNKS[0])
         oldest = oldest.maximum(starts - window + 1)
         back, ahead, first = (starts - oldest).double().mean(1), torch.zeros(heads), 1 - min(query_length, CHUNKS[-1])
@@ -161,13 +168,15 @@ def plan_tiles(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[TileBias,
     else:
         before = bias.before.to(q.device) if isinstance(bias, LinearBias) else q.new_zeros(heads, dtype=torch.float32)
         after = bias.after.to(q.device) if isinstance(bias, LinearBias) and bias.after is not None else None
+        back, ahead, first = torch.full((heads,), math.inf), torch.zeros(heads), 1 - min(query_length, CHUNKS[-1])
         if after is None:
-            back = reach(q.detach(), k.detach(), before, epsilon).clamp(max=window - 1)
-            ahead, first = torch.zeros_like(back), 1 - min(query_length, CHUNKS[-1])
+            back = reach(q.detach(), k.detach(), before, epsilon) if epsilon else back
         else:  # what is skipped may be half on either side
-            back, ahead = (reach(q.detach(), k.detach(), slopes, epsilon / 2) for slopes in (before, after))
-            first = 1 - key_length
+            ahead, first = back, 1 - key_length
+            if q.device.type == "cpu":  # slopes alone tell which side a head does not see
+                back, ahead = (reach(q.detach(), k.detach(), slopes, epsilon / 2) for slopes in (before, after))
             after = after.to(dtype)
+        back = back.clamp(max=window - 1)
         vector = linear_bias(before.to(dtype), after, torch.arange(first, key_length, device=q.device))
     if window < key_length:
         vector = vector.masked_fill(torch.arange(first, key_length, device=q.device) >= window, -math.inf)
@@ -233,38 +242,11 @@ class FlashTiles(torch.autograd.Function):
         return q_grad, k_grad.to(k.dtype), v_grad.to(v.dtype), sums_grad, None, None
 
 
-@functools.cache
-def flash_kernel_works() -> bool:
-    """Whether PyTorch's private CPU flash kernel is there and computes what its public function does; tried once.
-
-    A PyTorch where it is not is named in one warning.
-    """
-    generator = torch.Generator().manual_seed(1)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            q, k, v = (torch.randn(1, 2, 8, 8, generator=generator).requires_grad_() for _ in range(3))
-            vector = torch.randn(2, 15, generator=generator)
-            bias, cut = TileBias(vector, -7, 8, None), [Tile(slice(0, 2), slice(0, 8), slice(0, 8))]
-            out = FlashTiles.apply(q, k, v, None, bias, cut)
-            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.of(cut[0]))
-            torch.testing.assert_close(out, expected)
-            grads, expected_grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
-            torch.testing.assert_close(grads, expected_grads)
-    except Exception as error:  # a changed private function fails in any way
-        warnings.warn(
-            f"torch {torch.__version__} has no CPU flash kernel of the known kind "
-            f"({' '.join(str(error).split())[:100]}): attention without a mask takes its slower public function",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
 def not_compiled(function: Function) -> Function:
     """`torch.compiler.disable`, but only where something is compiled: it imports TorchDynamo, which takes a second."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any, **options: Any) -> Tensor:
+    def wrapper(*args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, **options)
         return function(*args, **options)
@@ -289,13 +271,7 @@ def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float
     learned = isinstance(inputs.bias, PairBias) or (
         isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
     )
-    return (
-        supports_recomputed(q, k, inputs, dropout)
-        and q.device.type == "cpu"
-        and not dropout
-        and not learned
-        and flash_kernel_works()
-    )
+    return supports_recomputed(q, k, inputs, dropout) and q.device.type == "cpu" and not dropout and not learned
 
 
 @not_compiled
@@ -321,8 +297,8 @@ def recomputed_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, d
         if isinstance(inputs.bias, PairBias):
             positions = torch.arange(k.size(2), device=q.device)
             mask = mask + inputs.bias.of_tile(positions[-q.size(2) :][t], positions.flip(0)[s])[None, h].to(mask.dtype)
-        if q.device.type != "cpu":  # kernels of a GPU want their own dtype, and rows that lie apart
-            mask = mask.to(q.dtype).contiguous()
+        if q.device.type != "cpu":  # kernels of a GPU want their own dtype
+            mask = aligned(mask.to(q.dtype).contiguous())
         if sums is not None:
             features = features_of_keys(sums[:, h, s], t.stop - t.start, dim, k.dtype)
             queries = torch.cat([queries, torch.ones_like(queries[..., : features.size(-1)])], dim=-1)

@@ -31,6 +31,27 @@ TASKS = ("language_modeling", "masked_lm")  # the tasks of fairseq whose models 
 LENGTH_MULTIPLES = (1, 2, 4, 8, 16)  # the default lengths are these multiples of the training length
 
 
+def evaluation_dtype(device: str) -> str:
+    """The dtype in which a model is evaluated unless another one is asked for: half precision on a GPU."""
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+
+
+def tokens_that_fit(model: BaseFairseqModel, device: str) -> int:
+    """Tokens in a batch: 4,096 on a CPU, on a GPU so many that their activations take a quarter of its free memory.
+
+    A layer without gradients is taken to hold 24 numbers of each token per channel, and what is in its widest part.
+    """
+    widths = [(part.in_features, part.out_features) for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    if device == "cpu" or not widths:
+        return 4096
+    widest = max(min(pair) * 24 + max(pair) for pair in widths if max(pair) <= 16 * min(pair))
+    free, _ = torch.cuda.mem_get_info()
+    tokens = free // (4 * widest * next(model.parameters()).element_size())
+    return min(max(4096, 2 ** (tokens.bit_length() - 1)), 65536)
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is evaluated and how; ValueError if two settings contradict each other."""
@@ -44,7 +65,7 @@ class EvaluationSettings:
     by_position: bool = False  # results hold the loss by position in the window
     token_losses: Optional[Path] = None  # .npz file for the losses of single tokens
     marker: Optional[str] = None  # of subword units, see `EvaluationText`
-    max_tokens: int = 4096  # in a batch, context included
+    max_tokens: Optional[int] = None  # in a batch, context included; None for `tokens_that_fit`
     model_overrides: dict[str, Any] = field(default_factory=dict)  # options of the model, by name
     dtype: str = "float32"
     device: str = "cpu"
@@ -140,7 +161,9 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
 class EvaluationFiles:
     """The files that one checkpoint's evaluation reads and writes; opened by the first process only."""
 
-    def __init__(self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings) -> None:
+    def __init__(
+        self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings, max_tokens: int
+    ) -> None:
         environment = describe_environment(settings.device)
         #: By which each result names the run that made it.
         self.run = f"{environment['date']} {uuid.uuid4().hex[:8]}"
@@ -153,7 +176,7 @@ class EvaluationFiles:
                 self.run: {
                     "command": shlex.join(sys.argv),
                     "data": settings.data,
-                    "max_tokens": settings.max_tokens,
+                    "max_tokens": max_tokens,
                     "processes": processes.count(),
                     "environment": environment,
                 }
@@ -183,9 +206,10 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
             file=sys.stderr,
         )
     files = None
+    max_tokens = processes.broadcast(settings.max_tokens or tokens_that_fit(loaded.model, settings.device))
     with processes.fail_together():
         if processes.is_first():
-            files = EvaluationFiles(checkpoint, loaded, settings)
+            files = EvaluationFiles(checkpoint, loaded, settings, max_tokens)
     done = processes.broadcast(files and [windowing for windowing in windowings if files.holds(windowing)])
     for windowing in windowings:
         title = f"{Path(checkpoint).resolve().parent.name}: {windowing.name}"
@@ -195,7 +219,7 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
             continue
         try:
             result, losses = evaluate_model(
-                loaded.model, loaded.text, windowing, settings.max_tokens, settings.by_position, title
+                loaded.model, loaded.text, windowing, max_tokens, settings.by_position, title
             )
         except RuntimeError as error:
             raise ValueError(f"{title}: {one_line(error)}") from error
