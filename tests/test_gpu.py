@@ -406,7 +406,7 @@ def test_doctor_measures_a_gpu_as_far_as_a_cpu_can(monkeypatch, tmp_path):
     assert "longest mask" in text
     assert (tmp_path / "gpu.md").read_text().startswith(text[:40])
     assert (tmp_path / "speed.png").exists()
-    wrong = attention.Kernel("wrong", lambda *_: True, lambda q, k, v, inputs, dropout: q * math.nan)
+    wrong = attention.Kernel("wrong", lambda *_: True, lambda q, k, v, *rest: (q + k.sum() + v.sum()) * math.nan)
     row = gpu_check.check_case(check, wrong, "one query", torch.float32, 16)
     assert row["result"] == "WRONG", "NaN is not right"
     late = gpu_check.GpuCheck("cpu", None, (torch.float32,), (16,), (300,), minutes=0)

@@ -127,11 +127,11 @@ class AttentionSetup:
         """
         method = self.method
         seen_padding = self.visible_padding(x, padding)
-        rows = x.size(0) if padding is not None or (self.is_learned and torch.is_grad_enabled()) else 1
+        rows = x.size(0) if padding is not None or (is_learned(method) and torch.is_grad_enabled()) else 1
         # Kernels without a mask cannot be traced or transformed. Compiled code leaves the graph for them where it must.
         by_distance = not in_transform(x)
         if torch.compiler.is_dynamo_compiling() and not is_exporting():
-            by_distance = self.settings.kernel == "fused" or not self.mask_fits(x.device, span, rows)
+            by_distance = self.settings.kernel == "fused" or not span_mask_fits(self, x.device, span, rows)
         if window is not None and method.gives_bias_of_tiles:
             raise ValueError(f"--position-method {method.name} has no windows: its bias depends on a query's position")
         if span.queries == 0:
@@ -177,7 +177,7 @@ class AttentionSetup:
                 return method.future_mask(keys, keys, None, device, dtype)
             return method.full_mask(keys, device, dtype)
 
-        if self.is_learned or not KeptTensor.usable_with(x):
+        if is_learned(method) or not KeptTensor.usable_with(x):
             return make()
         kept = self.kept_mask.get(device, dtype)
         if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):
@@ -193,17 +193,6 @@ class AttentionSetup:
         if form == "none":
             return scale
         return scale_by_count(form, visible, self.settings.training_length) * (1 if scale is None else scale)
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether the bias has parameters, and so is another one in each pass."""
-        return next(self.method.parameters(), None) is not None
-
-    def mask_fits(self, device: torch.device, span: TokenSpan, rows: int) -> bool:
-        """Whether a mask of so many rows of a batch takes a small share of the memory."""
-        plain = self.method.bias_kind == "none"
-        queries = 1 if plain and not self.settings.causal else span.queries
-        return mask_fits(device, rows * (1 if plain else self.method.num_heads) * queries * span.keys)
 
     def runs_without_mask(
         self,
@@ -227,7 +216,7 @@ class AttentionSetup:
         if kernel == "mask" or single_row:
             return False
         if needs_mask(method):
-            return self.settings.causal and not self.mask_fits(device, span, rows)
+            return self.settings.causal and not span_mask_fits(self, device, span, rows)
         if not self.settings.causal and not method.has_distance_bias:
             # The mask is one row, for the padding, but with dropout PyTorch's CPU kernel makes all scores.
             return dropped_on_cpu and span.keys > LONGEST_MASK
@@ -238,8 +227,20 @@ class AttentionSetup:
             return True
         whole = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped_on_cpu
         return whole or (
-            span.queries > 1 and (span.keys > longest_mask(device) or not self.mask_fits(device, span, rows))
+            span.queries > 1 and (span.keys > longest_mask(device) or not span_mask_fits(self, device, span, rows))
         )
+
+
+def is_learned(method: PositionMethod) -> bool:
+    """Whether the bias has parameters, and so is another one in each pass."""
+    return next(method.parameters(), None) is not None
+
+
+def span_mask_fits(setup: AttentionSetup, device: torch.device, span: TokenSpan, rows: int) -> bool:
+    """Whether a mask of so many rows of a batch takes a small share of the memory."""
+    plain = setup.method.bias_kind == "none"
+    queries = 1 if plain and not setup.settings.causal else span.queries
+    return mask_fits(device, rows * (1 if plain else setup.method.num_heads) * queries * span.keys)
 
 
 def query_scale(
