@@ -108,8 +108,7 @@ def append(earlier: CachedTensors, new: CachedTensors) -> CachedTensors:
 class Cache:
     """Keys and values of the tokens that a stack has read, for reading more tokens after them.
 
-    `Transformer` takes any object with the first two methods, transformers' caches among them, unless its bias is by
-    key: then there are running sums to keep.
+    `Transformer` takes any object with the first two methods, unless its bias is by key: then there are sums to keep.
     """
 
     def __init__(self) -> None:

@@ -28,13 +28,9 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 
 def refuse_arguments(arguments: dict[str, Any]) -> None:
-    """Refuses arguments that the model does not have, unless they ask for nothing.
+    """Refuses arguments that the model does not have, unless they ask for nothing; ValueError names one.
 
-    Args:
-        arguments: by name. Those of `PACKING` say again what `position_ids` of one row say.
-
-    Raises:
-        ValueError: names one.
+    Those of `PACKING` say again what `position_ids` of one row say.
     """
     ids, lengths = arguments.pop("position_ids", None), arguments.get("cu_seq_lens_q")
     if ids is not None and lengths is not None and len(ids) == 1:

@@ -13,8 +13,8 @@ from .positions import DECODER, PositionMethod, register_position_method
 class T5(PositionMethod):
     """A learned bias for each head and range of distances, shared by all layers, from 0 on.
 
-    Causal: distances below `buckets` / 2 have a bucket each, those to `longest` share the others, of growing width, and
-    all beyond the last one.
+    Distances below `buckets` / 2 have a bucket each, those to `longest` share the others, of growing width, the last
+    one also all beyond.
     """
 
     bias_kind = "distance"

@@ -1,13 +1,8 @@
 """Perplexity of a checkpoint at several lengths through fairseq-eval-lm, in one JSON file.
 
-Two ways to cut a subset into windows (Press et al. 2022, section 4 and appendix B):
-
-non-overlapping   Blocks of L tokens. A token sees its own block only, so tokens early in a block see little context.
-sliding window    Windows of L tokens, each `stride` tokens after the one before. A window scores its last `stride`
-                  tokens, which see at least L - stride tokens of context. The first window scores all its tokens.
-
-Both score every token of the subset exactly once. fairseq-eval-lm does so only in one process without data workers, and
-does not report tokens that it leaves out. This module therefore runs it that way and counts the tokens.
+Blocks and sliding windows, see `measurement`, score every token of the subset exactly once. fairseq-eval-lm does so
+only in one process without data workers, and does not report tokens that it leaves out. This module therefore runs it
+that way and counts the tokens.
 """
 
 import argparse

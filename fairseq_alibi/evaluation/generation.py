@@ -58,11 +58,7 @@ def decode_tokens(model: GeneratorHubInterface, tokens: Tensor) -> str:
 
 
 def check_memory(model: GeneratorHubInterface, sequences: int, length: int) -> None:
-    """Checks that the keys and values of all layers fit the memory of the device.
-
-    Raises:
-        ValueError: They do not.
-    """
+    """Raises ValueError if the keys and values of all layers do not fit the memory of the device."""
     layers, device = model.models[0].decoder.layers, model.device
     weight = layers[0].self_attn.k_proj.weight
     needed = 2 * weight.size(0) * weight.element_size() * len(layers) * sequences * length

@@ -35,7 +35,7 @@ class ResultFile:
     """The JSON file with the results of one checkpoint; each new result is written at once.
 
     `content` is everything but the results: `content["subject"]` says what is evaluated, `content["runs"]` by name what
-    makes the results. ValueError: the file holds results of another subject. OSError: it cannot be written.
+    makes the results. ValueError: the file holds results of another subject.
     """
 
     def __init__(self, path: Path, content: dict[str, Any], overwrite: bool) -> None:
@@ -85,8 +85,7 @@ class ResultFile:
 class TokenLossFile:
     """An .npz file with the losses of single tokens, one array per windowing, always written whole.
 
-    It also holds the (N,) tokens of the text, and the subject as JSON. ValueError: it holds something else. OSError: it
-    cannot be written.
+    It also holds the (N,) tokens of the text, and the subject as JSON. ValueError: it holds something else.
     """
 
     def __init__(self, path: Optional[Path], stream: Tensor, subject: dict[str, Any], overwrite: bool) -> None:

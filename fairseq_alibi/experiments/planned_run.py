@@ -33,8 +33,8 @@ def divisors(number: int) -> list[int]:
 class PlannedRun:
     """A training run. Its model is built with one and two layers on PyTorch's meta device, which has shapes only.
 
-    The counts of the dictionary say how many tokens are in which band of an adaptive vocabulary. ValueError: the
-    options make no model, or see `check_plannable`.
+    The dictionary's counts say how many tokens are in a band of an adaptive vocabulary. ValueError: see
+    `check_plannable`.
     """
 
     def __init__(self, cfg: DictConfig, dictionary: Dictionary):
