@@ -57,7 +57,7 @@ setup(
         "matplotlib",
         "sacremoses",
         "subword-nmt",
-        "tabulate",
+        "tabulate>=0.9",  # older ones cannot break the heads of columns
         "tensorboardX",
     ],
     extras_require={

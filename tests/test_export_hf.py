@@ -203,8 +203,17 @@ def test_loss_in_trainer_is_ours(both, tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-4)
+
+    def metrics(found):
+        return {"right": (found.predictions[:, :-1].argmax(-1) == found.label_ids[:, 1:]).sum().item()}
+
+    data = {"train_dataset": dataset, "eval_dataset": dataset}
+    trainer = transformers.Trainer(model, arguments, compute_metrics=metrics, **data)
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    inputs = torch.stack([item["input_ids"] for item in dataset])
+    with torch.no_grad():
+        assert evaluated["eval_right"] == (ours(inputs).logits[:, :-1].argmax(-1) == inputs[:, 1:]).sum()
     trainer.train()
     (logged,) = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(expected, abs=1e-3), "which transformers rounds"

@@ -1,13 +1,20 @@
-"""Exported models in trl, peft and quanto, each where it is installed, and with the oldest transformers."""
+"""Exported models in the libraries that people use with them, and with the oldest transformers.
+
+`bash scripts/test_transformers.sh clients` installs the libraries; elsewhere the tests of those that are missing skip.
+"""
 
 import copy
+import json
+import math
 import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+import transformers
+from conftest import BIN, ROOT, run
 from test_hf_model import agree, build_model, text
 
+from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.tokenization_alibi import AlibiTokenizer
 
 TEXTS = [" ".join(f"w{(7 * n + k) % 56}" for k in range(4 + n % 9)) for n in range(12)]
@@ -68,13 +75,117 @@ def test_lora_is_merged_without_another_result(form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["plain", "tied", "adaptive", "untied"])
-def test_eight_bits_are_close(form, tmp_path):
-    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
-    from transformers import QuantoConfig
+def test_lora_of_the_embedding_is_merged_without_another_result(tmp_path):
+    """Of a tied model that is loaded untied, and with the first token, which is read as another one."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    x = text(2, 9).index_fill(1, torch.tensor([0]), 0)
+    build_model("tied", begin_token=2).save_pretrained(tmp_path)
+    model = type(build_model()).from_pretrained(tmp_path, tie_word_embeddings=False).eval()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["embed_tokens"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    wanted = adapted(x).logits
+    agree(adapted.merge_and_unload()(x).logits, wanted)
 
+
+def quantization(library):
+    """transformers' configuration of a library that quantizes weights."""
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(library, library), reason=f"{library} is not installed")
+    if library == "quanto":
+        return transformers.QuantoConfig(weights="int8")
+    if library == "bitsandbytes":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "tied", "adaptive", "untied"])
+@pytest.mark.parametrize("library", ["quanto", "bitsandbytes", "torchao"])
+def test_eight_bits_are_close(form, library, tmp_path):
     model, x = build_model(form), text(2, 9)
     model.save_pretrained(tmp_path)
-    small = type(model).from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8")).eval()
+    small = type(model).from_pretrained(tmp_path, quantization_config=quantization(library)).eval()
     difference = (small(x).logits.log_softmax(-1) - model(x).logits.log_softmax(-1)).abs().mean()
     assert 0 < difference < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["plain", "adaptive"])
+def test_onnx_computes_the_same_at_any_length(form, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, sizes = build_model(form), {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    given = {"input_ids": text(2, 9), "use_cache": False}
+    file = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (), file, kwargs=given, dynamo=True, dynamic_shapes={**sizes, "use_cache": None})
+    session = runtime.InferenceSession(file)
+    for shape in ((2, 9), (1, 30), (5, 300)):
+        found = session.run(None, {session.get_inputs()[0].name: text(*shape).numpy()})[0]
+        agree(torch.from_numpy(found), model(text(*shape)).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moses", [True, False])
+def test_lm_evaluation_harness(moses, tmp_path, monkeypatch):
+    """Rolling log-likelihoods are those of `evaluate`, and pairs in a padded batch have the scores of single ones."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["the", "cat", "dog", "sat", "on", "No.", "5", "Mr.", "Smith", '"yes",', "far-away", "U.S.", "end."]
+    lines = [" ".join(words[(3 * n + k * k) % len(words)] for k in range((n + 1) % 9)) for n in range(150)]
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    files = [part for split in ("train", "valid", "test") for part in (f"--{split}", f"{split}.txt")]
+    tokenizer = [] if moses else ["--tokenizer", "none"]
+    main(["prepare-text", "data", *files, "--bpe-merges", "30", "--workers", "1", *tokenizer])
+    training = ["--user-dir", ROOT / "fairseq_alibi", "--task", "language_modeling", "--arch", "alibi_lm_tiny", "--cpu"]
+    training += [
+        "--tokens-per-sample",
+        32,
+        "--max-tokens",
+        512,
+        "--optimizer",
+        "adam",
+        "--lr",
+        0.004,
+        "--max-update",
+        9,
+    ]
+    run(BIN / "fairseq-train", "data", *training, "--save-dir", ".", cwd=tmp_path)
+    main(["export-hf", "checkpoint_last.pt", "hf"])
+    AlibiTokenizer.from_pretrained("hf", word_by_word=True).save_pretrained("words")
+
+    def client(**options):
+        return HFLM(pretrained="hf", trust_remote_code=True, device="cpu", **options)
+
+    tokens = client(add_bos_token=False).tok_encode((tmp_path / "valid.txt").read_text())
+    length = next(length for length in range(20, len(tokens)) if len(tokens) % length == 0)
+    main(["evaluate", "data", "checkpoint_last.pt", "--lengths", str(length), "--cpu"])
+    (wanted,) = json.loads((tmp_path / "checkpoint_last_valid.json").read_text())["results"]
+    tasks = TaskManager(include_path=str(ROOT / "examples/language_model/lm_eval"), include_defaults=False)
+    rolling = client(add_bos_token=False, max_length=length)
+    found = simple_evaluate(rolling, tasks=["own_text"], task_manager=tasks, bootstrap_iters=0)["results"]["own_text"]
+    assert wanted["tokens"] == len(tokens)
+    assert found["bits_per_byte,none"] == pytest.approx(wanted["bits_per_byte"], abs=1e-6)
+    bits = found["bits_per_byte,none"] * (tmp_path / "valid.txt").stat().st_size
+    counted = sum(map(len, map(str.split, lines))) + 1
+    assert math.log2(found["word_perplexity,none"]) * counted == pytest.approx(bits)
+
+    pairs = [(" ".join(words[n:][: n + 1]), f" {words[n - 3]} {words[n - 7]}") for n in range(9)] + [("", "the cat")]
+    requests = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    single, padded = client(tokenizer="words"), client(tokenizer="words", batch_size=10)
+    for context, choice in pairs:
+        before, whole = single.tok_encode(context), single.tok_encode(context + choice)
+        assert whole[: len(before)] == before
+    one_by_one = [single.loglikelihood([request])[0] for request in requests]
+    for (score, greedy), (other, also) in zip(one_by_one, padded.loglikelihood(requests)):
+        assert score == pytest.approx(other, abs=1e-4)
+        assert greedy == also

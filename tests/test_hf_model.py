@@ -296,6 +296,19 @@ def test_offloaded_weights_give_the_same_logits(form, method, tmp_path):
     assert torch.equal(loaded.generate(x, max_new_tokens=3, **GREEDY), model.generate(x, max_new_tokens=3, **GREEDY))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["alibi", "t5", "rotary", "cable", "fire"])
+def test_layers_on_a_second_device(method):
+    """A device without data, as this machine may have one only; the inputs of attention move there too."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, mask = build_model(position_method=method), left_padded(text(2, 9), 9, 6)[1]
+    for part in (model.decoder.layers[1], model.decoder.layer_norm, model.lm_head):
+        part.to("meta")
+        hooks.add_hook_to_module(part, hooks.AlignDevicesHook(execution_device="meta"))
+    for given in (None, mask):
+        assert model(text(2, 9), attention_mask=given, use_cache=True).logits.device.type == "meta"
+
+
 def test_inputs_of_attention_move_to_the_device_of_a_layer():
     inputs = AttentionInputs(bias=FoldedMask(torch.zeros(3, 4, 4)), padding=torch.zeros(2, 4).bool(), window=3)
     moved = inputs.to("meta", non_blocking=True)
