@@ -36,6 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["fairseq_alibi", "fairseq_alibi.*"]),
+    package_data={"fairseq_alibi.evaluation": ["paper.json"]},
     cmdclass={"build_py": BuildWithStartup},
     entry_points={"console_scripts": ["fairseq-alibi = fairseq_alibi.__main__:main"]},
     # 3.15 has not been tried: torch has wheels for it from 2.15 on, which is newer than what is tested.

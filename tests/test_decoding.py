@@ -22,8 +22,6 @@ def test_step_by_step_equals_the_reference_past_the_training_length(build, metho
 @pytest.mark.parametrize("attention", ["auto", "fused"])
 def test_a_prefix_is_read_in_one_pass_and_gone_on_from(build, method, attention, pieces, padded):
     """Pieces of any length, the first row padded on the left; the training length is 8."""
-    if method == "fire" and padded:
-        pytest.skip("FIRE's bias depends on the position, which counts padding")
     model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention, "--tokens-per-sample", 8)
     tokens = random_tokens(model, 3, 24)
     tokens[0, :padded] = model.decoder.padding_idx

@@ -224,6 +224,21 @@ def test_loss_in_trainer_is_ours(both, tmp_path):
     agree(ours(stream[None], labels=ignored, num_items_in_batch=torch.tensor(8)).loss, some / 2)
 
 
+REFUSED = {
+    "rotary --rotary-scaling yarn": "--rotary-scaling yarn with the factor auto: .* 'rotary_scaling_factor': '4.0'",
+    "rotary --rotary-scaling dynamic_ntk --rotary-scaling-factor 2": "--rotary-scaling dynamic_ntk with the factor 2: ",
+    "alibi --alibi-length-scale auto": "--alibi-length-scale auto: .* pass --model-overrides",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_the_exported_model_cannot_do_is_refused(build, options, tmp_path):
+    checkpoint = saved(build("alibi_lm_tiny", "--position-method", *options.split()), tmp_path)
+    with pytest.raises(SystemExit, match=REFUSED[options]):
+        main(["export-hf", str(checkpoint), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", position_methods())
 @torch.no_grad()
 def test_every_form_has_fairseqs_logits_at_once_and_with_a_cache(build, method, tmp_path):

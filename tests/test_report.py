@@ -7,6 +7,7 @@ import pytest
 from conftest import BIN, run
 
 from fairseq_alibi.evaluation.curves import pool_positions, read_curves
+from fairseq_alibi.evaluation.paper import paper_section, read_paper
 from fairseq_alibi.evaluation.report import REPORT_FILES, write_report
 
 
@@ -265,3 +266,96 @@ def test_loss_by_position_of_slopes_that_depend_on_the_length_is_not_averaged(re
     content["model"]["alibi_length_scale"] = "auto"
     path.write_text(json.dumps(content))
     assert [bins[0]["loss"] for bins in pool_positions(read_curves([path])).values()] == [4.0, 8.0]
+
+
+@pytest.fixture
+def published(results, tmp_path):
+    """Writes a result file of a model of the paper: `published("a.json", 512, {(512, 512): 20.0}, seed=1)`."""
+
+    def write(name, training_length, perplexities, method="alibi", subset="valid", tokens=217_646, **model):
+        content = json.loads(results(method, perplexities, name, training_length, subset).read_text())
+        content["model"].update({"parameters": 246_933_504, "updates": 286_000, **model})
+        for result in content["results"]:
+            result["tokens"] = tokens
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+def paper_rows(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_the_papers_numbers_stand_beside_those_that_match(published, tmp_path):
+    files = [
+        published("a", 512, {(512, 512): 19.85, (3072, 3072): 18.64, (99, 99): 20.0}),
+        published("a2", 512, {(3072, 512): 18.3}),
+        published("a3", 512, {(3072, 1): 18.06}),
+        published("b", 3072, {(3072, 512): 19.38, (4072, 4072): 20.0}, "sinusoidal", "test", 245_569),
+        published("c", 512, {(15512, 15512): 40.0}, "t5", updates=1000),
+    ]
+    out = run(BIN / "fairseq-alibi", "report", *files, "--paper", "--output", tmp_path / "report").output
+    section = (tmp_path / "report" / "report.md").read_text().partition("## Beside the paper\n")[2]
+    assert section.strip()
+    assert section.strip() in out
+    rows = paper_rows(section)
+    assert [" ".join(row) for row in rows] == [
+        "2, 5 alibi 512 512 non-overlapping valid 19.73 19.85 1 286000 +0.12 +0.5 of 0.24 (paper)",
+        "5, 6 alibi 512 3,072 non-overlapping valid 18.40 18.64 1 286000 +0.24 +1.0 of 0.24 (paper)",
+        "7 alibi 512 3,072 stride 512 valid 18.30 18.30 1 286000 +0.00 +0.0 of 0.24 (paper)",
+        "15 alibi 512 3,072 stride 1 valid 18.30 18.06 1 286000 -0.24 -1.0 of 0.24 (paper)",
+        "7 sinusoidal 3,072 3,072 stride 512 test 18.67 19.38 1 286000 +0.71 +3.0 of 0.24 (paper)",
+    ]
+    assert "- alibi, trained on 512, non-overlapping, valid: the paper has no number at 99 tokens." in section
+    assert "- t5, trained on 512, non-overlapping, valid: the paper has no number at 15,512 tokens." in section, "OOM"
+
+
+def test_seeds_of_one_model_are_averaged_and_give_the_standard_deviation(published):
+    seeds = [published(f"s{n}", 1024, {(1024, 1024): 18.66 + n}, seed=n) for n in (1, 2, 3)]
+    (row,) = paper_rows(paper_section(read_curves(seeds)))
+    assert row[:9] == ["3, 5", "alibi", "1,024", "1,024", "non-overlapping", "valid", "18.66", "20.66", "3"]
+    assert row[-1] == "+2.0 of 1.00 (measured)"
+    (row,) = paper_rows(paper_section(read_curves(seeds[:2])))
+    assert (row[7], row[8], row[-1]) == ("20.16", "2", "+6.2 of 0.24 (paper)"), "two are too few"
+    same = [published(f"same{n}", 1024, {(1024, 1024): 18.66 + n}, seed=1) for n in (1, 2, 3)]
+    assert len(paper_rows(paper_section(read_curves(same)))) == 3, "checkpoints of one run are no seeds"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"parameters": 1_900_000}, "another size (1,900,000 parameters)"),
+        ({"parameters": None}, "the file does not hold the number of parameters"),
+        ({"tokens": 61_000}, "another text (61,000 tokens, WikiText-103's has 217,646)"),
+        ({"subset": "train"}, "the paper has no subset 'train'"),
+        ({"method": "kerple"}, "the paper has no such method"),
+        ({"sample_break_mode": "eos"}, "another model or evaluation (sample_break_mode=eos)"),
+    ],
+)
+def test_what_cannot_be_compared_with_the_paper_is_said(published, change, reason):
+    text = paper_section(read_curves([published("a", 512, {(512, 512): 19.73}, **change)]))
+    assert "Nothing of this can be compared" in text
+    assert reason in text
+    assert not paper_rows(text)
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    """Some cells, one from each table, and the number of cells that are measurements of the plugin's methods."""
+    paper = read_paper()["results"]
+    cells = [
+        ("sinusoidal", 512, 612, "non-overlapping", "valid", 20.59, "2"),
+        ("rotary", 1024, 16024, "non-overlapping", "valid", 106.99, "3"),
+        ("t5", 3072, 3572, "non-overlapping", "valid", 17.86, "4"),
+        ("alibi", 64, 3072, "non-overlapping", "valid", 21.53, "5"),
+        ("alibi", 512, 3072, "non-overlapping", "test", 19.08, "6"),
+        ("rotary", 3072, 3072, "stride 512", "test", 18.72, "7"),
+        ("sinusoidal", 512, 3072, "stride 1", "valid", 360.12, "13"),
+        ("t5", 1024, 3072, "stride 1", "valid", 20.66, "14"),
+        ("alibi", 1024, 1536, "stride 1", "valid", 17.47, "15"),
+    ]
+    for *key, value, table in cells:
+        assert table in paper[tuple(key)][value]
+    assert all(len(values) == 1 for values in paper.values()), "tables that overlap agree"
+    assert len(paper) == 485

@@ -17,12 +17,14 @@ from fairseq_cli import train
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.methods import COMPARED
+from fairseq_alibi.evaluation.curves import read_curves
 from fairseq_alibi.experiments import comparison, comparison_page, presets
 
 
 def laptop_model(*arguments):
     """The laptop's model made smaller."""
-    return [*presets.laptop_model(*arguments), "--decoder-layers", "1", "--decoder-embed-dim", "32"]
+    sizes = ["--decoder-layers=1", "--decoder-embed-dim=32", "--decoder-ffn-embed-dim=32", "--max-tokens=64"]
+    return [*presets.laptop_model(*arguments), *sizes]
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def in_process(monkeypatch):
         for logger in loggers:  # fairseq leaves the handlers of --log-file
             logger.setLevel(logging.NOTSET)
             logger.handlers.clear()
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_memory_bytes": memory, "cpu_seconds": 60.0, "wall_seconds": 90.0, "load_average": 9.0}
 
     monkeypatch.setattr(comparison.CommandRunner, "run", run)
 
@@ -65,26 +68,51 @@ def fails(*arguments):
 
 
 def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process, tmp_path, monkeypatch):
+    """The mean and the standard deviation over seeds, a method that is another one at evaluation among them."""
     monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))
-    sweep = ("--output", tmp_path / "out", "--methods", "alibi", "learned", "--cpu")
+    methods = ("alibi", "learned", "rotary+yarn")
+    sweep = ("--output", tmp_path / "out", "--cpu", "--seeds", "1", "7", "--methods", *methods)
     main(["reproduce", *map(str, sweep)])
     page = (tmp_path / "out" / "results.md").read_text()
     for name in ("perplexity-16.png", "perplexity-16-sliding.png", "positions-16.png"):
         assert f"({name})" in page
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert "\nfairseq-train " in page
+    assert "Seeds 1, 7; means and standard deviations" in page
+    assert "18 CPU minutes, 27 minutes at 1 at a time. Load average at their ends: 9.0 to 9.0" in page
+    assert "other work ran on the machine" in page
     assert str(ROOT) not in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    assert next(row for row in rows if row[0] == "64")[2] == "", "learned positions end with the training length"
-    assert ["16", "alibi"] in [row[:2] for row in rows]
-    done = json.loads((tmp_path / "out" / "alibi-16" / "run.json").read_text())
+    assert rows[0] == ["evaluation length", *methods]
+    row = next(row for row in rows if row[0] == "64")
+    assert row[2] == "", "learned positions end with the training length"
+    for cell, name in zip(row[1:], methods):
+        folder, base = tmp_path / "out" / "results" / name.partition("+")[2], name.partition("+")[0]
+        files = [folder / f"{base}-16{suffix}_checkpoint_last_valid.json" for suffix in ("", "-seed7")]
+        curves = [curve for file in files for curve in read_curves([file]) if curve.windows == "non-overlapping"]
+        if cell:
+            first, second = (curve.perplexity[64] for curve in curves)
+            assert first != second, "the seed changes nothing"
+            assert cell == f"{(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f}"
+    done = json.loads((tmp_path / "out" / "alibi-16-seed7" / "run.json").read_text())
     assert done.keys() == {"training", "evaluation", "sliding window"}
-    speed = next(row for row in rows if row[:2] == ["16", "alibi"])[2]
+    assert "--seed 7" in done["training"]["command"]
+    speed, seconds, memory = next(row for row in rows if row[:2] == ["16", "alibi"])[2:5]
     assert int(speed.replace(",", "")) > 0
-    assert done["training"]["peak_memory_bytes"] > 2**26
+    assert (seconds, int(memory.replace(",", "")) > 64) == ("60", True)
     monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: pytest.fail("it was done"))
     main(["reproduce", *map(str, sweep)])
     assert "another updates" in fails(*sweep, "--updates", 7)
+
+
+def test_where_alibi_loses_is_said():
+    def curves(**perplexities):
+        return [SimpleNamespace(label=name, perplexity=values) for name, values in perplexities.items()]
+
+    some = curves(alibi={64: 5.0, 128: 4.0}, t5={64: 4.5, 128: 3.9}, fox={64: 5.5, 128: 3.0}, none={64: 6.0})
+    text = comparison_page.better_than(some, "alibi")
+    assert text == "Better than alibi: t5 at 64 (-0.50), 128 (-0.10); fox at 128 (-1.00)."
+    assert comparison_page.better_than(some[:1], "alibi") == "Better than alibi: none."
 
 
 def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, tmp_path, monkeypatch):
@@ -95,7 +123,7 @@ def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, 
     monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))
     monkeypatch.setattr(comparison.Comparison, "commands", commands)
     monkeypatch.setattr(comparison, "count_updates", lambda _: 3)
-    message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3)
+    message = fails("--output", tmp_path, "--methods", "alibi", "none", "--updates", 3, "--seeds", 1)
     assert message.endswith(f"sh -c ended with status 3, see {tmp_path}/none-16/training.log: from afar")
     assert (tmp_path / "alibi-16" / "run.json").exists()
     assert not (tmp_path / "none-16" / "run.json").exists()
@@ -111,9 +139,11 @@ def test_all_models_of_a_length_differ_in_their_method_only(tmp_path):
 def test_paper_prints_its_commands(capsys, tmp_path):
     main(["reproduce", "--preset", "paper", "--output", str(tmp_path / "out")])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 3 * len(COMPARED) * 2
+    trained = len(COMPARED) - 1  # rotary+yarn is rotary at evaluation
+    assert len(lines) == 3 * 2 * (trained + 2 * len(COMPARED)), "seeds, lengths, steps"
     assert lines[0][1].endswith("scripts/train_wikitext103.sh")
     assert lines[1][:2] == ["fairseq-alibi", "evaluate"]
+    assert lines[2][-2:] == ["--stride", "512"], "as in the paper's table 7"
     assert not (tmp_path / "out").exists()
 
 
@@ -128,13 +158,15 @@ def test_paper_launched_trains_with_the_script_evaluates_and_writes_the_page(mon
         training_command=lambda *a: [*presets.paper_model(*a), *sizes],
         training_lengths=(32,),
         evaluation_lengths=(32, 64),
+        sliding=("--stride", "16"),
     )
     monkeypatch.setitem(presets.PRESETS, "paper", preset)
     launch = ("reproduce", "--preset", "paper", "--launch", "--data", corpus, "--methods", "alibi", "--updates", 21)
-    main([*map(str, launch), "--output", str(tmp_path / "out"), "--cpu"])
+    main([*map(str, launch), "--seeds", "1", "--output", str(tmp_path / "out"), "--cpu"])
     page = (tmp_path / "out" / "results.md").read_text()
     assert "train_wikitext103.sh" in page
     assert "(perplexity-32.png)" in page
+    assert "alibi, trained on 32, non-overlapping, valid: another size (" in page.partition("## Beside the paper")[2]
     state = torch.load(tmp_path / "out" / "alibi-32" / "checkpoint_last.pt")
     assert state["cfg"]["optimizer"]["_name"] == "nag"
     assert state["last_optimizer_state"] is not None
@@ -155,7 +187,7 @@ def test_order_is_compared_with_the_papers():
 
 def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
     """SIGTERM ends it with status 0, as if it were."""
-    monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: 0)
+    monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: {})
     monkeypatch.setattr(comparison, "count_updates", lambda _: 40)
     line = fails("--output", tmp_path / "out", "--methods", "alibi")
     assert "training was stopped after 40 updates; start this again" in line

@@ -451,3 +451,17 @@ def test_two_processes_stop_together_and_go_on_from_the_same_checkpoint(start_tw
     *statuses, output = start_two(stopped, "--max-update=24")
     assert statuses == [1, 1], output
     assert output.count("can be resumed from") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fox", "cable", "fire", "alibi --alibi-learned-slopes"])
+def test_learned_biases_train_in_two_processes_as_in_one(start, start_two, tmp_path, method):
+    """An update of two processes is that of one which sums two batches."""
+    options = ["--position-method", *method.split(), "--dropout=0", "--max-update=4", "--disable-validation"]
+    *statuses, output = start_two(tmp_path / "two", *options)
+    assert statuses == [0, 0], output
+    status, output = start(tmp_path / "one", *options, "--update-freq=2")
+    assert status == 0, output
+    ours, theirs = (state(tmp_path / name)["model"] for name in ("two", "one"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -243,6 +243,7 @@ def test_sizes_of_the_architectures_are_fairseqs(name):
     [
         (["--cross-self-attention"], "--cross-self-attention: source and target have no distance"),
         (["--alibi-length-scale", "auto"], "--alibi-length-scale auto: .* pass a number"),
+        (["--position-method", "rotary", "--rotary-scaling", "yarn"], "--rotary-scaling yarn: .* no training length"),
         (["--alibi-learned-slopes"], "learned slopes are for alibi_encoder_bias two_slopes, not symmetric"),
         (["--alibi-encoder-bias", "one_sided", "--position-method", "none"], "--alibi-encoder-bias one_sided is for"),
         (["--encoder-learned-pos"], "--encoder-learned-pos: drop it; alibi is the position method"),

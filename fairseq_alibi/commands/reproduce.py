@@ -10,7 +10,7 @@ from ..core.positions import position_methods
 from ..data.builtin_corpus import prepare_builtin
 from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
-from ..experiments.presets import BUILTIN, PRESETS
+from ..experiments.presets import BUILTIN, PRESETS, TEST_TIME
 from ..files.data_folders import read_dictionary, subset_tokens
 from ..files.locks import locked
 from .arguments import positive_integer, subset_name
@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
     add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
-    add("--methods", nargs="+", choices=list(position_methods()), default=list(COMPARED), metavar="METHOD")
+    methods = [*position_methods(), *TEST_TIME]
+    methods_help = f"default: {' '.join(COMPARED)}; METHOD+NAME changes METHOD's model at evaluation"
+    add("--methods", nargs="+", choices=methods, default=list(COMPARED), metavar="METHOD", help=methods_help)
+    add("--seeds", nargs="+", type=positive_integer, default=[1, 2, 3], metavar="N", help="of training (default 1 2 3)")
     add("--output", type=Path, metavar="DIR", help="default: results/reproduce-PRESET; finished steps there are kept")
     add("--launch", action="store_true", help="run the commands of the preset paper, which are printed otherwise")
     add("--cpu", action="store_true", help="do not use the GPU")
@@ -38,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--preset slice needs --data, a folder that scripts/prepare_wikitext103.sh made")
     output = args.output or Path("results") / f"reproduce-{args.preset}"
     updates = args.updates or preset.updates
-    comparison = Comparison(args.preset, preset, data, args.subset, updates, args.methods, output, args.cpu)
+    methods, seeds = args.methods, args.seeds
+    comparison = Comparison(args.preset, preset, data, args.subset, updates, methods, seeds, output, args.cpu)
     if args.preset == "paper" and not args.launch:
         for model in comparison.models():
             print("\n".join(shlex.join(command) for command in comparison.commands(model).values()))

@@ -65,9 +65,11 @@ class PairBias:
 
     Args:
         of_tile: see `PositionMethod.bias_of_tile`.
+        positions: (T,) or (B, T), of the queries.
     """
 
     of_tile: Callable[[Tensor, Tensor], Tensor]
+    positions: Tensor
 
 
 @dataclass(frozen=True)

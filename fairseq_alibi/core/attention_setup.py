@@ -25,7 +25,7 @@ from .attention_inputs import (
 )
 from .kept import KeptTensor, in_transform
 from .mask_limits import LONGEST_MASK, longest_mask, mask_fits
-from .positions import PositionMethod
+from .positions import PositionMethod, distances
 from .tiled_attention import merge_padding_into_mask
 
 #: A mask is kept for later passes at up to this length, or twice theirs, so that memory follows what is run now.
@@ -137,9 +137,9 @@ class AttentionSetup:
         if span.queries == 0:
             bias: Bias = NoBias()
         elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training, rows):
-            bias = bias_without_mask(method, span, x.device, self.settings.causal)
+            bias = bias_without_mask(method, span, x.device, self.settings.causal, seen_padding)
         else:
-            mask = self.folded_mask(x, span, window)
+            mask = self.folded_mask(x, span, window, seen_padding)
             bias = FoldedMask(mask if seen_padding is None else padded_mask(mask, seen_padding))
             seen_padding = None
         if method.needs_wide_exponents and compute_dtype(x) == torch.float16:
@@ -164,11 +164,15 @@ class AttentionSetup:
         hides = (padding[:, :-1] & ~padding[:, 1:]) if self.settings.causal else padding
         return padding if hides.any() else None
 
-    def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int]) -> Tensor:
-        """The bias folded into the mask: (H, T, S) or, without a bias, one mask for all heads."""
+    def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int], padding: Optional[Tensor]) -> Tensor:
+        """The bias folded into the mask, see `FoldedMask`."""
         method, device, keys = self.method, x.device, span.keys
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
+        if padding is not None and method.gives_bias_of_tiles:
+            distance = distances(span.queries, keys, device)
+            bias = method.bias_of_tile(query_positions(span, device, padding), distance)
+            return bias.masked_fill(distance < 0, -math.inf).to(dtype)
         if keys > span.queries or window is not None:
             return method.future_mask(span.queries, keys, window, device, dtype)
 
@@ -262,13 +266,22 @@ def query_scale(
 
 
 def padded_mask(mask: Tensor, padding: Tensor) -> Tensor:
-    """A mask with the padding in it, once for all layers: (H, T, S), (B, S) -> (B, H, T, S); see `aligned`."""
+    """A mask with the padding in it, once for all layers: [B,] H, T, S and B, S -> B, H, T, S; see `aligned`."""
     spare = 0 if mask.device.type == "cpu" else -mask.size(-1) % 16
-    merged = merge_padding_into_mask(F.pad(mask, (0, spare))[None], F.pad(padding, (0, spare)))
+    mask = mask if mask.dim() == 4 else mask[None]
+    merged = merge_padding_into_mask(F.pad(mask, (0, spare)), F.pad(padding, (0, spare)))
     return merged[..., : mask.size(-1)]
 
 
-def bias_without_mask(method: PositionMethod, span: TokenSpan, device: torch.device, causal: bool) -> Bias:
+def query_positions(span: TokenSpan, device: torch.device, padding: Optional[Tensor]) -> Tensor:
+    """Positions of the new tokens from the first token of their row on: (T,), or (B, T) with (B, S) padding."""
+    positions = torch.arange(span.keys - span.queries, span.keys, device=device)
+    return positions if padding is None else positions - padding.long().cumprod(1).sum(1, keepdim=True)
+
+
+def bias_without_mask(
+    method: PositionMethod, span: TokenSpan, device: torch.device, causal: bool, padding: Optional[Tensor]
+) -> Bias:
     """The bias for attention without a mask."""
     if method.bias_kind == "none" and not causal:
         zeros = torch.zeros(method.num_heads, device=device)
@@ -277,12 +290,12 @@ def bias_without_mask(method: PositionMethod, span: TokenSpan, device: torch.dev
         return NoBias()
     if needs_mask(method):  # the bias of the last of so many queries, cut out
 
-        def rows_of_queries(queries: Tensor, keys: Tensor) -> Tensor:
+        def rows_of_queries(queries: Tensor, distance: Tensor) -> Tensor:
             rows = method.pair_bias(len(queries), int(queries[-1]) + 1, device)
             assert rows is not None
-            return F.pad(rows, (0, span.keys - rows.size(-1)))[..., keys]
+            return F.pad(rows, (0, span.keys - rows.size(-1)))[..., queries[0] - distance[0]]
 
-        return PairBias(rows_of_queries)
+        return PairBias(rows_of_queries, query_positions(span, device, None))
     if method.bias_kind == "linear":
         before, after = method.slopes(device)
         if not before.requires_grad:  # gradients of slopes flow through a bias by distance
@@ -291,7 +304,7 @@ def bias_without_mask(method: PositionMethod, span: TokenSpan, device: torch.dev
     pairs = method.bias_kind == "pair"
     values = method.early_bias(distance, span.keys) if pairs else method.distance_bias(distance)
     if values is None:
-        return PairBias(method.bias_of_tile)
+        return PairBias(method.bias_of_tile, query_positions(span, device, padding))
     return DistanceBias(values.masked_fill(distance < 0, -math.inf) if causal else values)
 
 

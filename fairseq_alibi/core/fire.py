@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from .positions import DECODER, PositionMethod, register_position_method
+from .positions import DECODER, PositionMethod, distances, register_position_method
 
 #: Hidden units of the network.
 HIDDEN = 32
@@ -23,8 +23,8 @@ class Fire(PositionMethod):
     """The bias f(ln(|c| d + 1) / (ln(|c| max(i, |m| L0) + 1) + 1e-6)) for query i and key i - d, shared by all layers.
 
     f is a network of 32 hidden units with a number for each head, L0 the training length; c starts from 0.1, m from 1.
-    Up to position |m| L0, and so in most of the training, the bias depends on the distance alone. Positions count
-    padding to the left. There is no bound under which keys could be skipped.
+    Up to position |m| L0, and so in most of the training, the bias depends on the distance alone. Positions start
+    with the first token of a row. There is no bound under which keys could be skipped.
     """
 
     bias_kind = "pair"
@@ -51,32 +51,30 @@ class Fire(PositionMethod):
         return cls(num_heads, options.tokens_per_sample)
 
     def network(self, x: Tensor) -> Tensor:
-        """(...) -> (H, ...)."""
+        """(...) -> (..., H)."""
         hidden = (x[..., None] * self.hidden_weight[:, 0].float() + self.hidden_bias.float()).relu_()
-        return (hidden @ self.out_weight.t().float()).movedim(-1, 0)
+        return hidden @ self.out_weight.t().float()
 
     def limit(self) -> Tensor:
         """|m| L0, the position up to which all queries have the same bias."""
         return self.m.float().abs() * self.training_length
 
-    def bias_of_tile(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    def bias_of_tile(self, positions: Tensor, distance: Tensor) -> Tensor:
         """See `PositionMethod.bias_of_tile`."""
         c = self.c.float().abs()
-        scale = (c * torch.maximum(query_positions.float(), self.limit()) + 1).log() + 1e-6
-        parts = []
-        for keys in key_positions.split(KEYS):
-            distance = (query_positions[:, None] - keys).clamp(min=0)
-            parts.append(self.network((c * distance + 1).log() / scale[:, None]))
-        return torch.cat(parts, dim=2)
+        scale = (c * torch.maximum(positions.float(), self.limit()) + 1).log() + 1e-6
+        logarithm = (c * distance.clamp(min=0) + 1).log()
+        parts = [self.network(part / scale[..., None]).movedim(-1, -3) for part in logarithm.split(KEYS, dim=-1)]
+        return torch.cat(parts, dim=-1)
 
     def early_bias(self, distance: Tensor, positions: int) -> Optional[Tensor]:
         """See `PositionMethod.early_bias`."""
         limit, c = self.limit(), self.c.float().abs()
         if positions - 1 > float(limit.detach()):
             return None
-        return self.network((c * distance.clamp(min=0) + 1).log() / ((c * limit + 1).log() + 1e-6))
+        return self.network((c * distance.clamp(min=0) + 1).log() / ((c * limit + 1).log() + 1e-6)).t()
 
     def pair_bias(self, query_length: int, key_length: int, device: Optional[torch.device] = None) -> Tensor:
         """See `PositionMethod.pair_bias`."""
-        positions = torch.arange(key_length, device=device)
-        return self.bias_of_tile(positions[key_length - query_length :], positions)
+        positions = torch.arange(key_length - query_length, key_length, device=device)
+        return self.bias_of_tile(positions, distances(query_length, key_length, device))

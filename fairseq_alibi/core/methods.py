@@ -14,5 +14,5 @@ from .rotary import Rotary, XPos
 from .sandwich import Sandwich
 from .t5 import T5
 
-#: The methods that `fairseq-alibi reproduce` compares unless it is given others.
-COMPARED = ("alibi", "sinusoidal", "learned", "none", "rotary", "t5")
+#: What `fairseq-alibi reproduce` compares unless it is given others; `rotary+yarn` is a rotary model at evaluation.
+COMPARED = ("alibi", "sinusoidal", "learned", "none", "rotary", "rotary+yarn", "t5", "kerple", "fire", "fox")

@@ -319,6 +319,9 @@ def explicit_mask(given: PassInputs, setup: AttentionSetup, x: Tensor) -> tuple[
     bias = torch.zeros(1, *distance.shape, device=x.device)
     if method.has_distance_bias:
         bias = method.distance_bias(distance.flatten()).unflatten(-1, distance.shape)
+    elif method.gives_bias_of_tiles:
+        positions = given.counted_positions(x.device)[0] if given.position_ids is None else given.position_ids
+        bias = method.bias_of_tile(positions, distance)
     elif method.bias_kind == "pair":
         if isinstance(layout.first, Tensor) or layout.offset:
             raise ValueError(f"position method {method.name} needs a cache that does not slide, and no compilation")

@@ -132,8 +132,8 @@ class PositionMethod(nn.Module):
         """
         return None
 
-    def bias_of_tile(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """A "pair" bias, if `gives_bias_of_tiles`, of queries (T,) and keys (S,): (H, T, S) float32."""
+    def bias_of_tile(self, positions: Tensor, distance: Tensor) -> Tensor:
+        """A "pair" bias (H, T, S), of queries at positions (T,) in their row; (B, H, T, S) of (B, T) if rows differ."""
         raise NotImplementedError
 
     def early_bias(self, distance: Tensor, positions: int) -> Optional[Tensor]:

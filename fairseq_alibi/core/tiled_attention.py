@@ -295,8 +295,10 @@ def recomputed_tiles(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, d
         queries, keys = q[:, h, t], k[:, h, s]
         mask = bias.of(tile)
         if isinstance(inputs.bias, PairBias):
-            positions = torch.arange(k.size(2), device=q.device)
-            mask = mask + inputs.bias.of_tile(positions[-q.size(2) :][t], positions.flip(0)[s])[None, h].to(mask.dtype)
+            places = torch.arange(k.size(2), device=q.device)
+            positions = inputs.bias.positions[..., -q.size(2) :][..., t]
+            distance = places[-q.size(2) :][t, None] - places.flip(0)[s]
+            mask = mask + inputs.bias.of_tile(positions, distance)[..., h, :, :].to(mask.dtype)
         if q.device.type != "cpu":  # kernels of a GPU want their own dtype
             mask = aligned(mask.to(q.dtype).contiguous())
         if sums is not None:

@@ -2,12 +2,15 @@
 
 import math
 import os
+import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Optional
+
+import numpy
 
 from ..files.results import read_result_file
 
@@ -21,12 +24,12 @@ COMMON_DETAILS = ("subset", "dtype", "device", "model", "options", "data", "text
 OWN_DETAILS = ("checkpoint", "updates", "weights", "file")
 
 #: Details that a file need not name: then it is as another of the same model and settings, if those agree.
-OPTIONAL_DETAILS = ("device", "text", "weights", "updates")
+OPTIONAL_DETAILS = ("device", "text", "weights", "updates", "seed", "parameters")
 
 #: What a model's description says that labels and keys take from elsewhere, or that changes no result.
 NAMED_ELSEWHERE = (
     *("checkpoint", "position_method", "training_length", "architecture"),
-    *("updates", "parameters", "alibi_length_scale"),
+    *("updates", "parameters", "seed", "alibi_length_scale", "rotary_scaling"),
 )
 
 #: Options of fairseq-eval-lm that change no result or are named elsewhere: flags, and options with a value.
@@ -37,7 +40,7 @@ IGNORED_OPTIONS = ("--model-overrides", "--output-dictionary-size", "--softmax-b
 SPEED_SETTINGS = (("processes", "processes"), ("max_tokens", "tokens in a batch"))
 
 #: What a curve shows of a result; a result may lack all but the first.
-MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position")
+MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position", "tokens")
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Curve:
     bits_per_byte: dict[int, float] = field(default_factory=dict)
     tokens_per_second: dict[int, float] = field(default_factory=dict)
     by_position: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)  # that are scored
+    deviation: dict[int, float] = field(default_factory=dict)  # of the perplexity over seeds
 
 
 def window_names(windowings: Sequence[tuple[int, Optional[int]]]) -> dict[tuple[int, Optional[int]], str]:
@@ -108,6 +113,8 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
         "text": str(subject.get("text") or ""),
         "weights": str(subject.get("weights") or ""),
         "updates": str(model.get("updates") or ""),
+        "seed": str(model.get("seed") or ""),
+        "parameters": str(model.get("parameters") or ""),
         "file": str(path),
     }
 
@@ -225,7 +232,7 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
                 subset=content["subset"],
                 training_length=model["training_length"],
                 details=details,
-                scales_with_length=str(model.get("alibi_length_scale")) == "auto",
+                scales_with_length=model.get("alibi_length_scale") == "auto" or "rotary_scaling" in model,
             )
         for measure in MEASURES:
             if measure in point:
@@ -269,12 +276,32 @@ def add_detail(curves: Sequence[Curve], name: str) -> None:
         curve.label += f" ({title}{value or unknown})"
 
 
+def average_seeds(curves: Sequence[Curve]) -> Curve:
+    """The mean of curves that differ in their seed alone, with standard deviations; at the lengths that all have."""
+
+    def over_seeds(measure: str, function: Callable[[Sequence[float]], float]) -> dict[int, float]:
+        values: list[dict[int, float]] = [getattr(curve, measure) for curve in curves]
+        lengths = [length for length in values[0] if all(length in value for value in values)]
+        return {length: function([value[length] for value in values]) for length in lengths}
+
+    shares: dict[int, list[dict[str, Any]]] = {}
+    for curve in curves:
+        for length, bins in curve.by_position.items():
+            shares.setdefault(length, []).extend({**part, "tokens": part["tokens"] / len(curves)} for part in bins)
+    measures: dict[str, Any] = {
+        name: over_seeds(name, statistics.fmean) for name in ("perplexity", "bits_per_byte", "tokens_per_second")
+    }
+    deviation = over_seeds("perplexity", lambda values: float(numpy.std(values, ddof=1))) if len(curves) > 1 else {}
+    finite = {length: value for length, value in deviation.items() if math.isfinite(value)}
+    return replace(curves[0], **measures, by_position=shares, deviation=finite)
+
+
 def pool_positions(curves: Sequence[Curve]) -> dict[str, list[dict[str, Any]]]:
     """Loss by position for each curve that has it, in bins, averaged over its windows of all lengths.
 
     In a causal model a token at position p has p tokens before it, whatever the length of its window. Only a model that
-    scales its slopes by the length differs from length to length, and is not averaged. Positions that few windows score
-    are left out, such as those that only the first of many sliding windows scores.
+    scales slopes or frequencies by the length differs from length to length, and is not averaged. Positions that few
+    windows score are left out, such as those that only the first of many sliding windows scores.
     """
     pooled_curves = {}
     for curve in curves:

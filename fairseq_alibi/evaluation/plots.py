@@ -87,12 +87,20 @@ def draw_curve(axes: Any, points: Sequence[tuple[float, float]], label: str, sty
 
 
 def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
-    """Plots against evaluation length perplexity, with the training lengths as dotted lines, or tokens_per_second."""
+    """Plots against evaluation length perplexity, with the training lengths as dotted lines, or tokens_per_second.
+
+    Bands around perplexities are standard deviations over seeds.
+    """
     subsets = ", ".join(sorted({curve.subset for curve in curves}))
     with chart(path, [curve.label for curve in curves], measure == "perplexity") as axes:
         for curve, style in zip(curves, curve_styles(len(curves))):
             # A length that was not evaluated leaves no gap, one without a finite value does.
-            draw_curve(axes, sorted(getattr(curve, measure).items()), curve.label, style)
+            points = sorted(getattr(curve, measure).items())
+            draw_curve(axes, points, curve.label, style)
+            if measure == "perplexity" and curve.deviation:
+                spread = curve.deviation
+                bounds = [(x, y - spread[x], y + spread[x]) for x, y in points if x in spread]
+                axes.fill_between(*zip(*bounds), color=style["color"], alpha=0.2, linewidth=0)
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
         lengths = sorted({length for curve in curves for length in getattr(curve, measure)})

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..files.locks import locked
 from ..files.results import write_text, written_whole
 from .curves import Curve, pool_positions, read_curves
+from .paper import paper_section
 from .plots import plot_lengths, plot_positions
 from .result_files import WAIT
 from .tables import length_table, position_table
@@ -14,8 +15,11 @@ from .tables import length_table, position_table
 REPORT_FILES = ("report.md", "report.png", "speed.png", "positions.png")
 
 
-def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -> str:
-    """Writes a report of result files into a folder and returns the table of perplexity; ValueError for bad input."""
+def write_report(files: Sequence[Path], output: Path, overwrite: bool = False, paper: bool = False) -> str:
+    """Writes a report of result files into a folder and returns the table of perplexity; ValueError for bad input.
+
+    With `paper` both have the paper's numbers beside those measured, too.
+    """
     curves = read_curves(files)
     if not curves:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
@@ -24,12 +28,13 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False) -
         if existing and not overwrite:
             raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
         timed = read_curves(files, by_speed=True)
-        write_report_files(curves, timed, output)
-    return length_table(curves, "simple")
+        section = f"\n\n## Beside the paper\n\n{paper_section(curves)}" if paper else ""
+        write_report_files(curves, timed, section, output)
+    return length_table(curves, "simple") + section
 
 
-def write_report_files(curves: Sequence[Curve], timed: Sequence[Curve], output: Path) -> None:
-    """Writes the files of a report, see `write_report`; `timed` are its curves of speed."""
+def write_report_files(curves: Sequence[Curve], timed: Sequence[Curve], section: str, output: Path) -> None:
+    """Writes the files of a report, see `write_report`; `timed` are its curves of speed, `section` its end."""
     pooled = pool_positions(curves)
     by_byte = [curve for curve in curves if curve.bits_per_byte]
     text = "Perplexity.\n\n" + length_table(curves, "github") + "\n"
@@ -46,4 +51,4 @@ def write_report_files(curves: Sequence[Curve], timed: Sequence[Curve], output: 
         text += "\nLoss, bits per token, by position in the window.\n\n" + position_table(pooled) + "\n"
         with written_whole(output / "positions.png") as partial:
             plot_positions(pooled, partial)
-    write_text(output / "report.md", text)
+    write_text(output / "report.md", text.rstrip("\n") + section + "\n")

@@ -49,13 +49,22 @@ def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -
 
 def length_table(curves: Sequence[Curve], style: str, measure: str = "perplexity") -> str:
     """A measure in one of tabulate's formats, with a row per evaluation length and a column per curve."""
-    values = [getattr(curve, measure) for curve in curves]
-    lengths = sorted({length for column in values for length in column})
-    rows = [[length, *(column.get(length) for column in values)] for length in lengths]
+    number_format = {"perplexity": ".2f", "bits_per_byte": ".4f"}.get(measure, ",.0f")
+
+    def cell(curve: Curve, length: int) -> Any:
+        value = getattr(curve, measure).get(length)
+        if measure != "perplexity" or length not in curve.deviation:
+            return value
+        return f"{value:{number_format}} ± {curve.deviation[length]:{number_format}}"
+
+    lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
+    rows = [[length, *(cell(curve, length) for curve in curves)] for length in lengths]
     headers = ["evaluation length", *(curve.label for curve in curves)]
     width = 16 if style == "simple" else None  # headings wrap in a narrow terminal; Markdown needs one line per row
-    number_format = {"perplexity": ".2f", "bits_per_byte": ".4f"}.get(measure, ",.0f")
-    return tabulate(rows, headers, tablefmt=style, floatfmt=number_format, intfmt=",", maxheadercolwidths=width)
+    alignment = {"numalign": "right", "stralign": "right"} if any(curve.deviation for curve in curves) else {}
+    return tabulate(
+        rows, headers, tablefmt=style, floatfmt=number_format, intfmt=",", maxheadercolwidths=width, **alignment
+    )
 
 
 def position_table(pooled: dict[str, list[dict[str, Any]]]) -> str:

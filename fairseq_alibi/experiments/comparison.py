@@ -1,6 +1,6 @@
 """The paper's comparison: trains every position method alike and evaluates all at many lengths.
 
-All models of a training length have the same seed, the same order of the data and, where shapes agree, the same initial
+All models of a training length and seed have the same order of the data and, where shapes agree, the same initial
 weights. A step that is finished is recorded in its model's folder and not repeated.
 """
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,18 @@ from ..core import position_methods
 from ..files.errors import one_line
 from ..files.results import describe_environment, now, write_json
 from ..files.safe_reading import count_updates
-from .presets import Preset
+from .presets import TEST_TIME, Preset
 
 #: Steps of every model, in their order.
 TRAINING, EVALUATION, SLIDING_WINDOW = "training", "evaluation", "sliding window"
 
 
 class ComparedModel(NamedTuple):
-    """One model of the comparison: its position method, training length in tokens, and folder."""
+    """One model of the comparison: its position method, training length in tokens, seed, and folder."""
 
     method: str
     length: int
+    seed: int
     folder: Path
 
     @property
@@ -40,9 +42,13 @@ class ComparedModel(NamedTuple):
         """The checkpoint that is evaluated."""
         return self.folder / "checkpoint_last.pt"
 
-    def result_file(self, subset: str) -> Path:
-        """The results of its evaluation."""
-        return self.folder.parent / "results" / f"{self.folder.name}_{self.checkpoint.stem}_{subset}.json"
+    def result_folder(self, name: str) -> Path:
+        """The folder of its results as `name`, which is its method or one of `TEST_TIME`."""
+        return self.folder.parent / "results" / name.partition("+")[2]
+
+    def result_file(self, name: str, subset: str) -> Path:
+        """The results of its evaluation, see `result_folder`."""
+        return self.result_folder(name) / f"{self.folder.name}_{self.checkpoint.stem}_{subset}.json"
 
     @property
     def training_log(self) -> Path:
@@ -59,27 +65,41 @@ class Comparison:
     data: str
     subset: str  # that is evaluated
     updates: int
-    methods: list[str]
+    methods: list[str]  # and names of `TEST_TIME`
+    seeds: list[int]  # each trains every method once
     output: Path  # folder of models, results and page
     cpu: bool  # GPUs are left unused
 
     def models(self) -> list[ComparedModel]:
-        """Returns all models, by training length and method."""
-        lengths = self.preset.training_lengths
-        return [ComparedModel(name, n, self.output / f"{name}-{n}") for n in lengths for name in self.methods]
+        """Returns all models, by training length, seed and method."""
+        trained = dict.fromkeys(name.partition("+")[0] for name in self.methods)
+        return [
+            ComparedModel(method, n, seed, self.output / f"{method}-{n}{'' if seed == 1 else f'-seed{seed}'}")
+            for n in self.preset.training_lengths
+            for seed in dict.fromkeys(self.seeds)
+            for method in trained
+        ]
 
     def commands(self, model: ComparedModel) -> dict[str, list[str]]:
         """Returns the commands for a model by step, in their order."""
         lengths = list(self.preset.evaluation_lengths)
         if position_methods()[model.method].limited_to_training_length:
             lengths = [length for length in lengths if length <= model.length]
-        evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
-        evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]
-        evaluate += ["--output", str(self.output / "results")]
-        evaluate += ["--cpu"] if self.cpu or self.preset.parallel > 1 else []
         train = self.preset.training_command(self.data, model.method, model.length, model.folder, self.updates)
-        train += ["--log-format", "json", "--log-interval", "20", "--log-file", str(model.training_log)]
-        return {TRAINING: train, EVALUATION: evaluate, SLIDING_WINDOW: [*evaluate, "--stride-fraction", "1/2"]}
+        train += ["--seed", str(model.seed), "--log-format", "json", "--log-interval", "20"]
+        commands = {TRAINING: [*train, "--log-file", str(model.training_log)]}
+        for name in dict.fromkeys(self.methods):
+            method, plus, _ = name.partition("+")
+            if method == model.method:
+                evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
+                evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]
+                evaluate += ["--output", str(model.result_folder(name))]
+                evaluate += ["--model-overrides", str(TEST_TIME[name])] if plus else []
+                evaluate += ["--cpu"] if self.cpu or self.preset.parallel > 1 else []
+                suffix = f" {name}" if plus else ""
+                commands[EVALUATION + suffix] = evaluate
+                commands[SLIDING_WINDOW + suffix] = [*evaluate, *self.preset.sliding]
+        return commands
 
 
 class CommandRunner:
@@ -91,8 +111,8 @@ class CommandRunner:
         self.lock = threading.Lock()
         self.stopped = False
 
-    def run(self, command: list[str], log: Path) -> int:
-        """Runs a command, writes its output to a log, and returns the peak memory of its process, in bytes.
+    def run(self, command: list[str], log: Path) -> dict[str, float]:
+        """Runs a command, writes its output to a log, and returns memory, times, and the load average at its end.
 
         ValueError: it failed; names the log and quotes its last line.
         """
@@ -100,6 +120,7 @@ class CommandRunner:
             with self.lock:
                 if self.stopped:
                     raise KeyboardInterrupt
+                started = time.monotonic()
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.environment)
                 self.processes.add(process)
             _, status, usage = os.wait4(process.pid, 0)  # Popen.wait does not tell the memory of this process alone
@@ -110,7 +131,12 @@ class CommandRunner:
             raise ValueError(
                 f"{shlex.join(command[:2])} ended with status {process.returncode}, see {log}: {lines[-1]}"
             )
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "wall_seconds": time.monotonic() - started,
+            "load_average": os.getloadavg()[0],
+        }
 
     def stop(self) -> None:
         """Ends the running commands and prevents new ones."""
@@ -140,15 +166,15 @@ def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunne
     finished = finished_steps(model)
     for step, command in comparison.commands(model).items():
         if step not in finished:
-            bar.set_postfix_str(f"{model.method}, trained on {model.length:,}: {step}")
-            memory = runner.run(command, model.folder / f"{step.replace(' ', '-')}.log")
+            bar.set_postfix_str(f"{model.folder.name}: {step}")
+            usage = runner.run(command, model.folder / f"{step.replace(' ', '-')}.log")
             # SIGTERM ends training with status 0.
             if step == TRAINING and (updates := count_updates(model.checkpoint)) < comparison.updates:
                 raise ValueError(f"{model.folder}: training was stopped after {updates:,} updates; start this again")
             finished[step] = {
                 "command": shlex.join(command),
                 "finished": now(),
-                "peak_memory_bytes": memory,
+                **usage,
                 "environment": describe_environment("cpu" if "--cpu" in command else "cuda"),
             }
             write_json(model.folder / "run.json", finished)
@@ -188,7 +214,8 @@ def run_comparison(comparison: Comparison) -> None:
     models, parallel = comparison.models(), comparison.preset.parallel
     runner = CommandRunner(single_thread=parallel > 1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # without it the commands would survive this process
-    with tqdm(total=3 * len(models), desc="reproduce", unit="step") as bar, ThreadPoolExecutor(parallel) as pool:
+    steps = sum(len(comparison.commands(model)) for model in models)
+    with tqdm(total=steps, desc="reproduce", unit="step") as bar, ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_steps, model, comparison, runner, bar) for model in models]
         try:
             for future in futures:

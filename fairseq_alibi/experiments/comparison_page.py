@@ -1,16 +1,18 @@
 """The page of the paper's comparison: perplexity, loss by position, speed and memory of all models."""
 
 import json
+import math
 import shlex
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from tabulate import tabulate
 
-from ..core import position_methods
-from ..evaluation.curves import Curve, pool_positions, read_curves
+from ..core import ALiBi, position_methods
+from ..evaluation.curves import Curve, average_seeds, pool_positions, read_curves
+from ..evaluation.paper import paper_section
 from ..evaluation.plots import plot_lengths, plot_positions
 from ..evaluation.tables import length_table, position_table
 from ..files.results import write_text, written_whole
@@ -47,15 +49,46 @@ def compare_with_paper(curves: list[Curve], length: int) -> str:
     return f"At {length:,} tokens the order is {', '.join(order)} (best first); among the paper's methods, {verdict}."
 
 
+def better_than(curves: list[Curve], name: str) -> str:
+    """Says which curves have a lower mean perplexity than that of a name, and at which evaluation lengths."""
+    (base,) = (curve for curve in curves if curve.label == name)
+    texts = []
+    for curve in curves:
+        lower = [n for n in sorted(base.perplexity) if curve.perplexity.get(n, math.inf) < base.perplexity[n]]
+        if lower:
+            values = (f"{n:,} ({curve.perplexity[n] - base.perplexity[n]:.2f})" for n in lower)
+            texts.append(f"{curve.label} at {', '.join(values)}")
+    return f"Better than {name}: {'; '.join(texts) or 'none'}."
+
+
 def cost_table(models: list[ComparedModel]) -> str:
-    """Returns training speed and peak memory of every model, in Markdown."""
+    """Returns training speed, CPU time and peak memory of every method, in Markdown: medians over the seeds."""
     rows = []
-    for model in models:
-        finished = finished_steps(model)
-        memory = [finished[step]["peak_memory_bytes"] / 2**20 for step in (TRAINING, EVALUATION)]
-        rows.append([model.length, model.method, median_training_speed(model.training_log), *memory])
-    headers = ["trained on", "method", "training, tokens/s", "training, MiB", "evaluation, MiB"]
+    for length, method in dict.fromkeys((model.length, model.method) for model in models):
+        seeds = [model for model in models if (model.length, model.method) == (length, method)]
+        steps = [finished_steps(model) for model in seeds]
+        speeds = [speed for model in seeds if (speed := median_training_speed(model.training_log)) is not None]
+        row: list[Any] = [length, method, statistics.median(speeds) if speeds else None]
+        row.append(statistics.median(step[TRAINING].get("cpu_seconds", math.nan) for step in steps))
+        for name in (TRAINING, EVALUATION):
+            memory = [step[name]["peak_memory_bytes"] / 2**20 for step in steps if name in step]
+            row.append(statistics.median(memory) if memory else None)
+        rows.append(row)
+    headers = ["trained on", "method", "training, tokens/s", "training, CPU s", "training, MiB", "evaluation, MiB"]
     return tabulate(rows, headers, tablefmt="github", intfmt=",", floatfmt=",.0f")
+
+
+def describe_load(steps: list[dict[str, Any]], parallel: int) -> str:
+    """Says how long the steps took and whether other work ran on the machine."""
+    steps = [step for step in steps if "cpu_seconds" in step]
+    if not steps:
+        return ""
+    minutes, wall = (sum(step[name] for step in steps) / 60 for name in ("cpu_seconds", "wall_seconds"))
+    loads = sorted(step["load_average"] for step in steps)
+    text = f" All steps together: {minutes:,.0f} CPU minutes, {wall / parallel:,.0f} minutes at {parallel} at a time."
+    text += f" Load average at their ends: {loads[0]:.1f} to {loads[-1]:.1f}, median {statistics.median(loads):.1f}"
+    shared = statistics.median(loads) > parallel + 0.5
+    return text + ("; other work ran on the machine, so speeds say little." if shared else ".")
 
 
 def page_head(comparison: Comparison) -> list[str]:
@@ -72,12 +105,15 @@ def page_head(comparison: Comparison) -> list[str]:
     )
     commands = comparison.commands(comparison.models()[0])
     parallel = "" if preset.parallel == 1 else f" {preset.parallel} models at a time, one thread each."
+    seeds = [str(seed) for seed in dict.fromkeys(comparison.seeds)]
+    spread = "; means and standard deviations over them (bands in the plots)" if len(seeds) > 1 else ""
     return [
         f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
         f"Made by `bash scripts/reproduce.sh --preset {comparison.name}`: {comparison.data}, {comparison.updates:,} "
-        f"updates, evaluated on {comparison.subset}; the same seed, data order and, where shapes agree, initial "
-        f"weights. {' and '.join(made_in)}.{parallel} The first model's commands; the others differ in "
-        "method and length:",
+        f"updates, evaluated on {comparison.subset}. Seeds {', '.join(seeds)}{spread}. Models of one seed have the "
+        f"same data order and, where shapes agree, initial weights. {' and '.join(made_in)}.{parallel}"
+        f"{describe_load(steps, preset.parallel)}",
+        "The first model's commands; the others differ in method, length and seed:",
         "```sh\n" + "\n".join(shlex.join(command) for command in commands.values()).replace(f"{ROOT}/", "") + "\n```",
     ]
 
@@ -92,14 +128,21 @@ def length_section(curves: list[Curve], length: int, longest: int, output: Path)
     sliding = [curve for curve in curves if curve.windows.startswith("stride")]
     for title, suffix, some in (
         ("Non-overlapping blocks:", "", blocks),
-        ("Sliding window, stride half of the length:", "-sliding", sliding),
+        (f"Sliding window, {sliding[0].windows}:" if sliding else "", "-sliding", sliding),
     ):
+        if not some:
+            continue
         name = f"perplexity-{length}{suffix}.png"
         with written_whole(output / name) as partial:
             plot_lengths(some, partial)
         text += [title, f"![Perplexity against evaluation length]({name})", length_table(some, "github")]
         if length < longest:
             text.append(compare_with_paper(some, longest))
+        if any(curve.label == ALiBi.name for curve in some):
+            text.append(better_than(some, ALiBi.name))
+    for curve in blocks:
+        if curve.scales_with_length:  # one model for each length
+            curve.by_position = {n: bins for n, bins in curve.by_position.items() if n == longest}
     positions, name = pool_positions(blocks), f"positions-{length}.png"
     with written_whole(output / name) as partial:
         plot_positions(positions, partial)
@@ -108,19 +151,30 @@ def length_section(curves: list[Curve], length: int, longest: int, output: Path)
     return [*text, length_table(blocks, "github", "tokens_per_second")]
 
 
+def seed_curves(comparison: Comparison, length: int) -> list[list[Curve]]:
+    """Returns the curves of a training length: one list per method and kind of window, with a curve per seed."""
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for name in dict.fromkeys(comparison.methods):
+        for model in comparison.models():
+            file = model.result_file(name, comparison.subset)
+            # Others may have written into the folder.
+            if (model.method, model.length) == (name.partition("+")[0], length) and file.exists():
+                for curve in read_curves([file]):
+                    groups.setdefault((name, curve.windows), []).append(replace(curve, label=name))
+    return list(groups.values())
+
+
 def write_page(comparison: Comparison) -> str:
     """Writes results.md and its plots into the output folder, of the finished steps; returns the Markdown."""
-    order = {name: number for number, name in enumerate(position_methods())}
-    models = comparison.models()
-    # Others may have written into the folder.
-    files = [model.result_file(comparison.subset) for model in models]
-    every = read_curves([path for path in files if path.exists()])
     longest = max(comparison.preset.evaluation_lengths)
-    text = page_head(comparison)
+    text, every = page_head(comparison), []
     for length in comparison.preset.training_lengths:
-        curves = [replace(one, label=one.position_method) for one in every if one.training_length == length]
-        curves.sort(key=lambda one: order[one.position_method])
-        text += length_section(curves, length, longest, comparison.output)
-    page = "\n\n".join([*text, "## Speed and memory", cost_table(models)]) + "\n"
+        groups = seed_curves(comparison, length)
+        text += length_section([average_seeds(curves) for curves in groups], length, longest, comparison.output)
+        every += [curve for curves in groups for curve in curves]
+    text += ["## Speed and memory", cost_table(comparison.models())]
+    if comparison.name == "paper":
+        text += ["## Beside the paper", paper_section(every)]
+    page = "\n\n".join(text) + "\n"
     write_text(comparison.output / "results.md", page)
     return page

@@ -4,20 +4,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from ..core.rotary import SCALINGS
+
 ROOT = Path(__file__).parents[2]
 
 #: Data folder of the built-in corpus, which every machine can make.
 BUILTIN = "data-bin/builtin"
 
 
+#: What `METHOD+NAME` changes in a trained model of METHOD when it is evaluated.
+TEST_TIME: dict[str, dict[str, str]] = {
+    **{f"rotary+{scaling}": {"rotary_scaling": scaling} for scaling in SCALINGS[1:]},
+    "alibi+length_scale": {"alibi_length_scale": "auto"},
+}
+
+
 def small_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the fairseq-train command of a model that a CPU trains, without its architecture."""
+    """Returns the fairseq-train command of a model that a CPU trains, without its architecture and seed."""
     warmup = max(1, updates // 10)
     command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", "language_modeling", "--position-method", method]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
     command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
     command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
-    command += ["--seed", 1, "--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
+    command += ["--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
     command += ["--keep-interval-updates", 1, "--save-dir", save_dir, "--cpu"]
     return ["fairseq-train", *map(str, command)]
 
@@ -53,10 +62,16 @@ class Preset(NamedTuple):
     evaluation_lengths: tuple[int, ...]
     updates: int
     parallel: int  # models that are trained or evaluated at the same time, with one thread each if more than 1
+    sliding: tuple[str, str] = ("--stride-fraction", "1/2")  # option of `evaluate` that makes the sliding windows
 
+
+#: Lengths and stride are those of the paper's tables 2, 4, 5 and 7.
+PAPER_LENGTHS = (512, 1024, 1536, 2048, 2512, 3072, 5512, 6072, 12072, 12512)
 
 PRESETS = {
-    "laptop": Preset(laptop_model, BUILTIN, (128, 512), (128, 256, 512, 1024, 2048), 300, 2),
+    "laptop": Preset(laptop_model, BUILTIN, (128,), (128, 256, 512, 1024, 2048), 300, 2),
     "slice": Preset(slice_model, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
-    "paper": Preset(paper_model, "data-bin/wikitext-103", (512, 3072), (512, 1024, 2048, 3072, 6144, 12288), 286000, 1),
+    "paper": Preset(
+        *(paper_model, "data-bin/wikitext-103", (512, 3072), PAPER_LENGTHS, 286000, 1), sliding=("--stride", "512")
+    ),
 }

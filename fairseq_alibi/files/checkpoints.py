@@ -13,6 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from ..core import ALiBi, Learned, Sinusoidal
+from ..core.rotary import SCALINGS
 from ..models.language_model import language_model_config
 from .data_folders import first_folder, load_dictionary, read_dictionary
 from .errors import one_line
@@ -52,7 +53,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def describe_model(
     path: str, state: Optional[dict[str, Any]] = None, tasks: tuple[str, ...] = ("language_modeling",)
 ) -> dict[str, Any]:
-    """Describes the model of a checkpoint for a result: architecture, position method, training length, updates.
+    """Describes the model of a checkpoint for a result: architecture, position method, training length and more.
 
     `state` is its content, which is read if it is not given; ValueError if it was trained for none of fairseq's
     `tasks`.
@@ -73,6 +74,7 @@ def describe_model(
         "position_method": method,
         "training_length": task.tokens_per_sample,
         "updates": history[-1]["num_updates"] if history else None,
+        "seed": getattr(state["cfg"].get("common"), "seed", None),
     }
 
 
@@ -101,8 +103,11 @@ def describe_evaluated(
         if type(length) is not int or length < 1:
             raise ValueError(f"--model-overrides: tokens_per_sample {length!r}: pass a whole number of at least 1")
         description["training_length"] = length
-    scale = getattr(state["cfg"]["model"], "alibi_length_scale", None)
+    options = ("alibi_length_scale", "rotary_scaling", "rotary_scaling_factor")
+    scale, scaling, factor = (getattr(state["cfg"]["model"], name, None) for name in options)
     by_length = {"alibi_length_scale": scale} if scale == "auto" else {}
+    if scaling == "dynamic_ntk" or (scaling in SCALINGS[1:] and factor == "auto"):
+        by_length["rotary_scaling"] = scaling
     return {**description, **reading_options(state), **by_length}
 
 
