@@ -17,7 +17,7 @@ from fairseq_cli import train
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.methods import COMPARED
-from fairseq_alibi.evaluation.curves import read_curves
+from fairseq_alibi.evaluation.curves import Curve, read_curves
 from fairseq_alibi.experiments import comparison, comparison_page, presets
 
 
@@ -106,13 +106,16 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process,
 
 
 def test_where_alibi_loses_is_said():
-    def curves(**perplexities):
-        return [SimpleNamespace(label=name, perplexity=values) for name, values in perplexities.items()]
+    def group(name, *perplexities):
+        values = {"windows": "", "checkpoint": "", "subset": "", "training_length": 64, "details": {}}
+        return [Curve(name, name, **values, perplexity=dict(zip((64, 128), seed))) for seed in perplexities]
 
-    some = curves(alibi={64: 5.0, 128: 4.0}, t5={64: 4.5, 128: 3.9}, fox={64: 5.5, 128: 3.0}, none={64: 6.0})
-    text = comparison_page.better_than(some, "alibi")
-    assert text == "Better than alibi: t5 at 64 (-0.50), 128 (-0.10); fox at 128 (-1.00)."
-    assert comparison_page.better_than(some[:1], "alibi") == "Better than alibi: none."
+    alibi, t5 = group("alibi", (5.0, 4.0), (6.0, 5.0)), group("t5", (4.5, 3.9), (5.5, 4.9))
+    groups = [alibi, t5, group("fox", (5.5, 2.0), (6.5, 5.5)), group("none", (6.0,), (6.0,))]
+    text = comparison_page.better_than(groups, "alibi")
+    one, both = "1 of 2 seeds", "2 of 2 seeds"
+    assert text == f"Better than alibi: t5 at 64 (-0.50, {both}), 128 (-0.10, {both}); fox at 128 (-0.75, {one})."
+    assert comparison_page.better_than([alibi], "alibi") == "Better than alibi: none."
 
 
 def test_a_step_that_fails_is_named_with_its_log_and_the_others_are_kept(small, tmp_path, monkeypatch):

@@ -49,15 +49,22 @@ def compare_with_paper(curves: list[Curve], length: int) -> str:
     return f"At {length:,} tokens the order is {', '.join(order)} (best first); among the paper's methods, {verdict}."
 
 
-def better_than(curves: list[Curve], name: str) -> str:
-    """Says which curves have a lower mean perplexity than that of a name, and at which evaluation lengths."""
-    (base,) = (curve for curve in curves if curve.label == name)
+def better_than(groups: list[list[Curve]], name: str) -> str:
+    """Says which methods have a lower mean perplexity than one, where, and with how many seeds.
+
+    Each group has the curves of a method, one per seed in the same order, labelled by the method.
+    """
+    (base,) = (group for group in groups if group[0].label == name)
+    means = average_seeds(base).perplexity
     texts = []
-    for curve in curves:
-        lower = [n for n in sorted(base.perplexity) if curve.perplexity.get(n, math.inf) < base.perplexity[n]]
-        if lower:
-            values = (f"{n:,} ({curve.perplexity[n] - base.perplexity[n]:.2f})" for n in lower)
-            texts.append(f"{curve.label} at {', '.join(values)}")
+    for group in groups:
+        values = []
+        for length, mean in average_seeds(group).perplexity.items():
+            if length in means and mean < means[length]:
+                wins = sum(one.perplexity[length] < other.perplexity[length] for one, other in zip(group, base))
+                values.append(f"{length:,} ({mean - means[length]:.2f}, {wins} of {len(base)} seeds)")
+        if values:
+            texts.append(f"{group[0].label} at {', '.join(values)}")
     return f"Better than {name}: {'; '.join(texts) or 'none'}."
 
 
@@ -118,37 +125,38 @@ def page_head(comparison: Comparison) -> list[str]:
     ]
 
 
-def length_section(curves: list[Curve], length: int, longest: int, output: Path) -> list[str]:
-    """Returns the section of the curves of a training length and writes its plots into the folder of the page.
+def length_section(groups: list[list[Curve]], length: int, longest: int, output: Path) -> list[str]:
+    """Returns the section of a training length, see `seed_curves`, and writes its plots into the folder of the page.
 
     At `longest`, the longest evaluation length, the order of the methods is compared with the paper's.
     """
     text = [f"## Trained on {length:,} tokens"]
-    blocks = [curve for curve in curves if curve.windows == "non-overlapping"]
-    sliding = [curve for curve in curves if curve.windows.startswith("stride")]
+    blocks = [group for group in groups if group[0].windows == "non-overlapping"]
+    sliding = [group for group in groups if group[0].windows.startswith("stride")]
     for title, suffix, some in (
         ("Non-overlapping blocks:", "", blocks),
-        (f"Sliding window, {sliding[0].windows}:" if sliding else "", "-sliding", sliding),
+        (f"Sliding window, {sliding[0][0].windows}:" if sliding else "", "-sliding", sliding),
     ):
         if not some:
             continue
-        name = f"perplexity-{length}{suffix}.png"
+        curves, name = [average_seeds(group) for group in some], f"perplexity-{length}{suffix}.png"
         with written_whole(output / name) as partial:
-            plot_lengths(some, partial)
-        text += [title, f"![Perplexity against evaluation length]({name})", length_table(some, "github")]
+            plot_lengths(curves, partial)
+        text += [title, f"![Perplexity against evaluation length]({name})", length_table(curves, "github")]
         if length < longest:
-            text.append(compare_with_paper(some, longest))
-        if any(curve.label == ALiBi.name for curve in some):
+            text.append(compare_with_paper(curves, longest))
+        if any(curve.label == ALiBi.name for curve in curves):
             text.append(better_than(some, ALiBi.name))
-    for curve in blocks:
-        if curve.scales_with_length:  # one model for each length
-            curve.by_position = {n: bins for n, bins in curve.by_position.items() if n == longest}
-    positions, name = pool_positions(blocks), f"positions-{length}.png"
-    with written_whole(output / name) as partial:
-        plot_positions(positions, partial)
-    text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({name})"]
-    text += [position_table(positions), "Evaluation, tokens per second, non-overlapping:"]
-    return [*text, length_table(blocks, "github", "tokens_per_second")]
+    curves = [average_seeds(group) for group in blocks]
+    # A model that changes with the length has a loss by position for each length.
+    if positions := pool_positions([curve for curve in curves if not curve.scales_with_length]):
+        name = f"positions-{length}.png"
+        with written_whole(output / name) as partial:
+            plot_positions(positions, partial)
+        text += ["Loss, bits per token, by position in the block:", f"![Loss by position]({name})"]
+        text.append(position_table(positions))
+    text.append("Evaluation, tokens per second, non-overlapping:")
+    return [*text, length_table(curves, "github", "tokens_per_second")]
 
 
 def seed_curves(comparison: Comparison, length: int) -> list[list[Curve]]:
@@ -170,7 +178,7 @@ def write_page(comparison: Comparison) -> str:
     text, every = page_head(comparison), []
     for length in comparison.preset.training_lengths:
         groups = seed_curves(comparison, length)
-        text += length_section([average_seeds(curves) for curves in groups], length, longest, comparison.output)
+        text += length_section(groups, length, longest, comparison.output)
         every += [curve for curves in groups for curve in curves]
     text += ["## Speed and memory", cost_table(comparison.models())]
     if comparison.name == "paper":
