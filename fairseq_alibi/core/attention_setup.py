@@ -170,9 +170,7 @@ class AttentionSetup:
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
         if padding is not None and method.gives_bias_of_tiles:
-            distance = distances(span.queries, keys, device)
-            bias = method.bias_of_tile(query_positions(span, device, padding), distance)
-            return bias.masked_fill(distance < 0, -math.inf).to(dtype)
+            return mask_of_rows(method, span, device, padding).to(dtype)
         if keys > span.queries or window is not None:
             return method.future_mask(span.queries, keys, window, device, dtype)
 
@@ -277,6 +275,13 @@ def query_positions(span: TokenSpan, device: torch.device, padding: Optional[Ten
     """Positions of the new tokens from the first token of their row on: (T,), or (B, T) with (B, S) padding."""
     positions = torch.arange(span.keys - span.queries, span.keys, device=device)
     return positions if padding is None else positions - padding.long().cumprod(1).sum(1, keepdim=True)
+
+
+def mask_of_rows(method: PositionMethod, span: TokenSpan, device: torch.device, padding: Tensor) -> Tensor:
+    """The future mask (B, H, T, S) of a bias that depends on where a row's tokens begin."""
+    distance = distances(span.queries, span.keys, device)
+    bias = method.bias_of_tile(query_positions(span, device, padding), distance)
+    return bias.masked_fill(distance < 0, -math.inf)
 
 
 def bias_without_mask(
