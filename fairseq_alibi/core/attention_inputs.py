@@ -25,62 +25,41 @@ class NoBias:
 
 @dataclass(frozen=True)
 class LinearBias:
-    """The bias -before * distance for keys before a query and after * distance for keys after it.
+    """The bias -before * distance for keys before a query, after * distance for keys after it, without gradients."""
 
-    Args:
-        before, after: (H,) float32 slopes, infinite where a head sees nothing; `after` is None in causal attention.
-            Gradients do not flow through them.
-    """
-
-    before: Tensor
-    after: Optional[Tensor] = None
+    before: Tensor  # (H,) float32 slopes, infinite where a head sees nothing
+    after: Optional[Tensor] = None  # the same; None in causal attention
 
 
 @dataclass(frozen=True)
 class DistanceBias:
-    """A bias that is any function of the distance; gradients flow through it.
+    """A bias that is any function of the distance; gradients flow through it."""
 
-    Args:
-        values: (H, T + S - 1) or (1, T + S - 1) float32, of the distances 1 - T, ..., S - 1, -inf where a head sees
-            nothing.
-    """
-
+    #: (H, T + S - 1) or (1, T + S - 1) float32, of the distances 1 - T, ..., S - 1, -inf where a head sees nothing.
     values: Tensor
 
 
 @dataclass(frozen=True)
 class KeyBias:
-    """The bias c_i - c_j for query i and key j, c the running sum of decays; gradients flow through it.
+    """The bias c_i - c_j for query i and key j, c the running sum of decays; gradients flow through it."""
 
-    Args:
-        sums: (B, H, S) float64, c of each key. It does not rise along a row.
-    """
-
-    sums: Tensor
+    sums: Tensor  # (B, H, S) float64, c of each key, which does not rise along a row
 
 
 @dataclass(frozen=True)
 class PairBias:
-    """A bias that is computed when its tile is; gradients flow through it.
+    """A bias that is computed when its tile is; gradients flow through it."""
 
-    Args:
-        of_tile: see `PositionMethod.bias_of_tile`.
-        positions: (T,) or (B, T), of the queries.
-    """
-
-    of_tile: Callable[[Tensor, Tensor], Tensor]
-    positions: Tensor
+    of_tile: Callable[[Tensor, Tensor], Tensor]  # see `PositionMethod.bias_of_tile`
+    positions: Tensor  # (T,) or (B, T), of the queries
 
 
 @dataclass(frozen=True)
 class FoldedMask:
-    """The bias and what is not seen as one mask, see `PositionMethod.future_mask`.
+    """The bias and what is not seen as one mask, see `PositionMethod.future_mask`."""
 
-    Args:
-        mask: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; (B, H, T, S) where rows differ;
-            float32 or the dtype of the attention.
-    """
-
+    #: (H, T, S) or (1, T, S), T = 1 for a mask that all queries share; (B, H, T, S) where rows differ; float32 or the
+    #: dtype of the attention.
     mask: Tensor
 
 
@@ -89,36 +68,22 @@ Bias = Union[NoBias, LinearBias, DistanceBias, KeyBias, PairBias, FoldedMask]
 
 @dataclass(frozen=True, **KEYWORD_ONLY)
 class AttentionInputs:
-    """The one argument that attention gets beside the layer's input.
+    """The one argument that attention gets beside the layer's input; None is for no such thing, or all.
 
-    Args:
-        bias: what is added to the scores.
-        causal: whether a query sees no key after it. A `FoldedMask` says so by itself.
-        padding: (B, S) bool, True at keys that are hidden because they are padding; None for none.
-        window: number of keys that a query sees, the last ones, itself included; None for all.
-        queries: number of queries, the last ones, that the layer computes; None for all.
-        rotation: (2 or 4, T, D / 2) of the new tokens, see `PositionMethod.rotation`; None for none.
-        query_scale: (B or 1, H or 1, T) factors, see `PositionMethod.query_scale`; None for none.
-        cache: holds keys and values of the tokens before these and gets those of these; None for whole sequences.
-        epsilon: weight of 1 that keys skipped for their distance may have together, see `reach`; 0 skips none.
-        plain: the inputs of layers without the position method, where there are such layers.
-        weights: list that each layer appends its attention weights to, under a mask only; None for none.
-
-    Raises:
-        ValueError: a window or a cache where queries see the keys after them, or a linear bias of the other kind.
+    ValueError: a window or a cache where queries see the keys after them, or a linear bias of the other kind.
     """
 
-    bias: Bias = dataclasses.field(default_factory=NoBias)
-    causal: bool = True
-    padding: Optional[Tensor] = None
-    window: Optional[int] = None
-    queries: Optional[int] = None
-    rotation: Optional[Tensor] = None
-    query_scale: Optional[Tensor] = None
-    cache: Any = None
-    epsilon: float = EPSILON
-    plain: Optional["AttentionInputs"] = None
-    weights: Optional[list[Tensor]] = None
+    bias: Bias = dataclasses.field(default_factory=NoBias)  # what is added to the scores
+    causal: bool = True  # a query sees no key after it; a `FoldedMask` says so by itself
+    padding: Optional[Tensor] = None  # (B, S) bool, True at keys that are hidden because they are padding
+    window: Optional[int] = None  # number of keys that a query sees, the last ones, itself included
+    queries: Optional[int] = None  # number of queries, the last ones, that the layer computes
+    rotation: Optional[Tensor] = None  # (2 or 4, T, D / 2) of the new tokens, see `PositionMethod.rotation`
+    query_scale: Optional[Tensor] = None  # (B or 1, H or 1, T) factors, see `PositionMethod.query_scale`
+    cache: Any = None  # holds keys and values of the tokens before these and gets those of these
+    epsilon: float = EPSILON  # weight of 1 that keys skipped for their distance may have, see `reach`; 0 skips none
+    plain: Optional["AttentionInputs"] = None  # of layers without the position method, where there are such layers
+    weights: Optional[list[Tensor]] = None  # each layer appends its attention weights to it, under a mask only
 
     def __post_init__(self) -> None:
         """Checks the inputs against each other."""
@@ -134,11 +99,9 @@ class AttentionInputs:
         return dataclasses.replace(self, queries=queries)
 
     def with_decay(self, sums: Tensor, queries: int) -> "AttentionInputs":
-        """The same with the bias by key of a layer, folded into the mask if there is one.
+        """The same with the bias by key of a layer, see `KeyBias`, folded into the mask if there is one.
 
-        Args:
-            sums: see `KeyBias`; where the queries are not the last keys, their own follow those of the keys.
-            queries: number of queries, the last ones, that the layer computes.
+        Where the `queries` that the layer computes are not the last keys, their own sums follow those of the keys.
         """
         bias: Bias = KeyBias(sums)
         if isinstance(self.bias, FoldedMask):
@@ -159,14 +122,8 @@ class AttentionInputs:
 
 
 class TokenSpan(NamedTuple):
-    """The new tokens of a pass among all tokens.
+    """The new tokens of a pass among all tokens."""
 
-    Args:
-        queries: T, number of new tokens.
-        keys: S, number of tokens that they may see, themselves included.
-        first: position of the first new token; more than S - T where older keys were dropped.
-    """
-
-    queries: int
-    keys: int
-    first: int
+    queries: int  # T
+    keys: int  # S, those that they may see, themselves included
+    first: int  # position of the first new token; more than S - T where older keys were dropped

@@ -209,11 +209,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         return self.decoder
 
     def resize_token_embeddings(self, new_num_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; of an adaptive input or softmax the band of the rarest types changes.
-
-        Raises:
-            ValueError: the new size leaves this band empty.
-        """
+        """See transformers; the band of the rarest types changes; ValueError if it would be empty."""
         config = self.config
         cutoffs = [each for each in (config.adaptive_input_cutoff, config.adaptive_softmax_cutoff) if each is not None]
         multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args and args[0] else 1)

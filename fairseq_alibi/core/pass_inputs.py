@@ -25,18 +25,12 @@ HIDDEN = -1e4
 
 @dataclass(frozen=True)
 class KeyLayout:
-    """Positions of the new tokens and of the keys in a sequence.
+    """Positions of the new tokens and of the keys in a sequence."""
 
-    Args:
-        queries, keys: T and S.
-        first: position of the first new token; a tensor for a static cache in compiled code.
-        offset: position of the first key.
-    """
-
-    queries: int
-    keys: int
-    first: Union[int, Tensor] = 0
-    offset: int = 0
+    queries: int  # T
+    keys: int  # S
+    first: Union[int, Tensor] = 0  # position of the first new token; a tensor for a static cache in compiled code
+    offset: int = 0  # position of the first key
 
     @property
     def is_plain(self) -> bool:
@@ -53,13 +47,7 @@ class KeyLayout:
 
 
 class CacheWithPositions:
-    """A cache of transformers' as attention uses it: version 4 wants the positions of the new tokens too.
-
-    Args:
-        cache: transformers'.
-        layout: of the pass.
-        device: of its first layer.
-    """
+    """A cache of transformers' as attention uses it: version 4 wants the positions of the new tokens too."""
 
     def __init__(self, cache: TransformersCache, layout: KeyLayout, device: torch.device):
         self.cache, self.layout, self.positions = cache, layout, layout.new_positions(device)
@@ -84,11 +72,7 @@ class CacheWithPositions:
 
 
 def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
-    """The layout of a pass that reads (B, T, C) new tokens after those of a cache.
-
-    Raises:
-        ValueError: no cache that the model can use.
-    """
+    """The layout of a pass that reads (B, T, C) new tokens after those of a cache; ValueError for an unusable one."""
     length = x.size(1)
     if cache is None:
         return KeyLayout(length, length)
@@ -127,11 +111,7 @@ def key_padding(present: Tensor, layout: KeyLayout) -> Tensor:
 
 
 def check_four_dimensions(mask: Tensor, x: Tensor, layout: KeyLayout) -> None:
-    """Checks a mask of queries and keys.
-
-    Raises:
-        ValueError: another shape, or tokens that see later ones.
-    """
+    """Raises ValueError for a mask of queries and keys of another shape, or with which tokens see later ones."""
     batch, _, *sizes = mask.shape
     if batch not in (1, x.size(0)) or sizes != [layout.queries, layout.keys]:
         shape = (x.size(0), 1, layout.queries, layout.keys)
@@ -148,14 +128,10 @@ def visible_keys(mask: Tensor) -> Tensor:
 
 
 def text_numbers(position_ids: Tensor, present: Optional[Tensor]) -> Optional[Tensor]:
-    """Which text of its row each token belongs to, where several are packed into a row: (B, T); None for one text each.
+    """Which text of its row each token belongs to, where several are packed into a row: (B, T); None for one each.
 
-    Args:
-        position_ids: (B or 1, T), each text from 0; there are no tokens before these.
-        present: (B, T) bool, False at padding; None for tokens everywhere.
-
-    Raises:
-        ValueError: positions that are neither those of the tokens in their row nor in texts of their own.
+    `position_ids` (B or 1, T) begin each text with 0, and no tokens are before; `present` (B, T) is False at padding.
+    ValueError: positions that are neither those of the tokens in their row nor in texts of their own.
     """
     starts = position_ids == 0
     if in_transform(position_ids):
@@ -171,25 +147,15 @@ def text_numbers(position_ids: Tensor, present: Optional[Tensor]) -> Optional[Te
 
 @dataclass(frozen=True)
 class PassInputs:
-    """A pass as transformers describes it.
-
-    Args:
-        layout: where the tokens and the keys are.
-        padding: (B, S) bool, True at padding; None for none.
-        present: (B, L) bool, False at padding, of all tokens so far; None for no padding.
-        mask: (B or 1, 1 or H, T, S) mask of queries and keys, see `visible_keys`; None for none.
-        texts: (B or 1, T), see `text_numbers`.
-        position_ids: (B or 1, T) positions from 0; None for those that padding tells.
-        window: see `AttentionInputs`.
-    """
+    """A pass as transformers describes it."""
 
     layout: KeyLayout
-    padding: Optional[Tensor]
-    present: Optional[Tensor]
-    mask: Optional[Tensor]
-    texts: Optional[Tensor]
-    position_ids: Optional[Tensor]
-    window: Optional[int]
+    padding: Optional[Tensor]  # (B, S) bool, True at padding
+    present: Optional[Tensor]  # (B, L) bool, False at padding, of all tokens so far
+    mask: Optional[Tensor]  # (B or 1, 1 or H, T, S) of queries and keys, see `visible_keys`
+    texts: Optional[Tensor]  # (B or 1, T), see `text_numbers`
+    position_ids: Optional[Tensor]  # (B or 1, T) from 0; None for those that padding tells
+    window: Optional[int]  # see `AttentionInputs`
 
     @classmethod
     def read(

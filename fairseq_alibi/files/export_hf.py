@@ -53,15 +53,7 @@ TOLERANCE = 1e-3
 
 
 def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[str, Any]:
-    """Returns the options of the exported model, see `modeling_alibi.AlibiConfig.OPTIONS`.
-
-    Args:
-        options: Those of the checkpoint's model.
-        model: The model built from them.
-
-    Raises:
-        ValueError: The exported model does not have one of them.
-    """
+    """Returns the options of the exported model, see `AlibiConfig.OPTIONS`; ValueError for what it does not have."""
     from ..core.configuration_alibi import AlibiConfig
 
     decoder = model.decoder
@@ -128,15 +120,9 @@ def largest_difference(exported: torch.nn.Module, model: BaseFairseqModel) -> fl
 
 
 def check_texts(folder: Path, model: BaseFairseqModel, cfg: Any) -> None:
-    """Checks that the exported model gives texts the scores and the continuations that they have in fairseq.
+    """Raises ValueError unless the exported model gives texts the ids, scores and continuations of fairseq.
 
-    Args:
-        folder: The exported model and tokenizer.
-        model: fairseq's model.
-        cfg: fairseq's configuration, with the tokenizer and BPE of the data.
-
-    Raises:
-        ValueError: The ids, the scores or the continuation of a text differ.
+    `cfg` is fairseq's configuration, with the tokenizer and BPE of the data.
     """
     from ..core.modeling_alibi import AlibiForCausalLM
     from ..core.tokenization_alibi import AlibiTokenizer
@@ -179,19 +165,10 @@ def export_tokenizer(dictionary: Dictionary, data: Path, out: Path) -> str:
 
 
 def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> str:
-    """Writes the folder `out`, whole or not at all.
+    """Writes the folder `out`, whole or not at all, and returns a description of it.
 
-    Args:
-        checkpoint: A checkpoint of `alibi_lm`.
-        out: The folder to make; it may exist if it is empty.
-        data: fairseq data folder of the checkpoint; "" for the one that it was trained on.
-        overrides: Options of the model that replace those of the checkpoint, by name.
-
-    Returns:
-        A description of what was written.
-
-    Raises:
-        ValueError: The checkpoint or a folder cannot be used, or the exported model computes something else.
+    `data` is the data folder of the checkpoint, "" for the one that it was trained on; `overrides` replace its options
+    by name. ValueError: it is no `alibi_lm`, a folder cannot be used, or the exported model computes something else.
     """
     from transformers import GenerationConfig
 
