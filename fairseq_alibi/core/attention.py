@@ -39,19 +39,12 @@ from .tiled_attention import (
 
 
 class Kernel(NamedTuple):
-    """A way to compute attention.
+    """A way to compute attention."""
 
-    Args:
-        name: for messages and tests.
-        supports: whether it can compute attention for q, k, inputs and dropout.
-        run: computes it.
-        tried: whether it is tried first, see `kernel_trial.py`, and another one takes its place where it fails.
-    """
-
-    name: str
-    supports: Callable[[Tensor, Tensor, AttentionInputs, float], bool]
+    name: str  # for messages and tests
+    supports: Callable[[Tensor, Tensor, AttentionInputs, float], bool]  # for q, k, inputs and dropout
     run: Callable[[Tensor, Tensor, Tensor, AttentionInputs, float], Tensor]
-    tried: bool = False
+    tried: bool = False  # first, see `kernel_trial.py`; another one takes its place where it fails
 
 
 def backends(q: Tensor, *chosen: SDPBackend) -> AbstractContextManager[Any]:
@@ -71,11 +64,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, d
 
 
 def attention_weights(q: Tensor, k: Tensor, inputs: AttentionInputs) -> Tensor:
-    """The weights that attention under a mask gives the keys, for looking at them: (B, H, T, S) float32.
-
-    Raises:
-        ValueError: the bias is not folded into a mask.
-    """
+    """The weights that attention under a mask gives the keys, (B, H, T, S) float32; ValueError without a mask."""
     if not isinstance(inputs.bias, FoldedMask):
         raise ValueError("attention weights exist under a mask only: pass --attention mask")
     scores = (q @ k.transpose(-2, -1) * q.size(-1) ** -0.5).float()
@@ -147,11 +136,7 @@ KERNELS = (
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
-    """Attention through the first kernel that supports it. Arguments and result: see the head of this file.
-
-    Raises:
-        ValueError: shapes that contradict each other, or attention to both sides without a bias and without a mask.
-    """
+    """Attention through the first kernel that supports it, see the head of this file; ValueError for wrong shapes."""
     check_shapes(q, k, inputs)
     kernel = choose_kernel(q, k, inputs, dropout)
     if not kernel.tried or q.device.type == "cpu":
@@ -168,11 +153,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: fl
 
 
 def choose_kernel(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Kernel:
-    """The first of `KERNELS` that supports these inputs and is right; those that fail are named in one warning.
-
-    Raises:
-        ValueError: none does.
-    """
+    """The first of `KERNELS` that supports these inputs and is right; ValueError if none; one warning of failures."""
     failed = []
     for kernel in KERNELS:
         if not kernel.supports(q, k, inputs, dropout):
@@ -198,11 +179,7 @@ def warn_of(failed: Kernel, reason: str, following: Kernel, q: Tensor) -> None:
 
 
 def check_shapes(q: Tensor, k: Tensor, inputs: AttentionInputs) -> None:
-    """Checks the shapes of the attention inputs against those of queries and keys.
-
-    Raises:
-        ValueError: names the shape that is wrong and the right one.
-    """
+    """Raises ValueError for shapes of the attention inputs that do not fit those of queries and keys."""
     batch, heads, queries, keys = *q.shape[:3], k.size(2)
     bias, padding = inputs.bias, inputs.padding
     if isinstance(bias, LinearBias) and bias.before.shape != (heads,):

@@ -40,32 +40,18 @@ SCORE_SCALES = ("none", "ssmax", "log_n")
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """How a stack attends, fixed when it is built.
+    """How a stack attends, fixed when it is built; ValueError for unknown choices."""
 
-    Args:
-        kernel: "mask": under a mask that carries the bias, the reference; "fused": without a mask; "auto": the faster
-            one.
-        epsilon: see `AttentionInputs`.
-        dropout: probability that an attention weight is dropped in training.
-        causal: whether a token sees none after it.
-        score_scale: one of `SCORE_SCALES`: "ssmax": scores times s ln n for n visible keys, with s learned for each
-            head and layer from 1 / ln(training_length) on (arXiv 2501.19399); "log_n": times ln n / ln(training_length)
-            for larger n, in the layers without the position method if there are such layers.
-        position_layers: which layers have the position method, as ones and zeros that are repeated: "1110" for all but
-            every fourth.
-        training_length: in tokens, for `score_scale`.
-
-    Raises:
-        ValueError: an unknown kernel or scale, or layers that are not given by ones and zeros.
-    """
-
-    kernel: str = "auto"
-    epsilon: float = EPSILON
-    dropout: float = 0.0
-    causal: bool = True
+    kernel: str = "auto"  # the faster one of "mask", which carries the bias, the reference, and "fused", without a mask
+    epsilon: float = EPSILON  # see `AttentionInputs`
+    dropout: float = 0.0  # probability that an attention weight is dropped in training
+    causal: bool = True  # a token sees none after it
+    #: "ssmax": scores times s ln n for n visible keys, with s learned for each head and layer from
+    #: 1 / ln(training_length) on (arXiv 2501.19399); "log_n": times ln n / ln(training_length) for larger n, in the
+    #: layers without the position method if there are such layers.
     score_scale: str = "none"
-    position_layers: str = "1"
-    training_length: int = 512
+    position_layers: str = "1"  # with the method, ones and zeros that are repeated: "1110" for all but every fourth
+    training_length: int = 512  # in tokens, for `score_scale`
 
     def __post_init__(self) -> None:
         """Checks the settings."""
@@ -116,15 +102,7 @@ class AttentionSetup:
         cache: Any = None,
         training: bool = False,
     ) -> AttentionInputs:
-        """The attention inputs of a pass.
-
-        Args:
-            x: what the first layer reads, any shape; its device and dtype are those of the attention.
-            span: the new tokens.
-            padding: (B, S) bool, True at padding; None for none.
-            window, cache: see `AttentionInputs`.
-            training: whether attention weights are dropped.
-        """
+        """The attention inputs of a pass whose first layer reads `x`, of any shape; see `AttentionInputs`."""
         method = self.method
         seen_padding = self.visible_padding(x, padding)
         rows = x.size(0) if padding is not None or (is_learned(method) and torch.is_grad_enabled()) else 1
@@ -207,10 +185,7 @@ class AttentionSetup:
     ) -> bool:
         """Whether a pass runs without a mask: as the settings want it, where that is faster, or where it must.
 
-        Args:
-            device: of the pass.
-            span, padding, window, training: see `inputs`.
-            rows: of the batch that would have a mask, or the gradients of one, of their own.
+        `rows` are those of the batch that would have a mask, or the gradients of one, of their own.
         """
         method, kernel = self.method, self.settings.kernel
         single_row = span.queries == 1 < span.keys  # the mask of a single query is one row, so it is cheap to build

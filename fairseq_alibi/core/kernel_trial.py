@@ -56,17 +56,7 @@ def place_of(q: Tensor) -> str:
 
 
 def compare(run: Callable[..., Tensor], like: Tensor, inputs: AttentionInputs, gradients: bool) -> None:
-    """Runs a kernel on random numbers.
-
-    Args:
-        run: the kernel.
-        like: queries, whose device, dtype and head_dim are taken.
-        inputs: whose kind of bias and direction are taken.
-        gradients: whether gradients are compared too.
-
-    Raises:
-        AssertionError: its result is wrong; or whatever the kernel raises.
-    """
+    """Runs a kernel on random numbers, for queries and inputs like these; AssertionError if its result is wrong."""
     device, dtype, generator = like.device, like.dtype, torch.Generator().manual_seed(1)
     tolerance = TOLERANCE.get(dtype, 1e-2)
     exactly = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "xpu") else torch.no_grad()

@@ -86,11 +86,7 @@ class AlibiModel(AlibiPreTrainedModel):
         self.embed_tokens = value
 
     def embed(self, x: Tensor, given: PassInputs) -> Tensor:
-        """(B, T, input dim) vectors of the new tokens -> (B, T, C) what the layers read.
-
-        Raises:
-            ValueError: a learned position that the table does not have.
-        """
+        """(B, T, input dim) vectors of the new tokens -> (B, T, C) what the layers read; ValueError past a table."""
         x = self.embed_scale * x
         if self.project_in_dim is not None:
             x = self.project_in_dim(x)

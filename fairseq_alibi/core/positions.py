@@ -178,14 +178,8 @@ def make_future_mask(
 ) -> Tensor:
     """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
 
-    Args:
-        method: whose bias it is.
-        lengths: T and S, and the number of keys that a query sees, the last ones, itself included; None for all.
-        device: of the result.
-        dtype: of the result; the bias is computed in float32.
-
-    Returns:
-        (H, T, S), or (1, T, S) for a method without bias. It is added to the scores of every batch row.
+    (H, T, S), or (1, T, S) for a method without bias, added to the scores of every batch row. `lengths` are T, S and
+    the number of keys that a query sees, the last ones, itself included, None for all. The bias is computed in float32.
     """
     query_length, key_length, window = lengths
     window = key_length if window is None else window
@@ -216,12 +210,9 @@ def aligned(mask: Tensor) -> Tensor:
 def by_distance(
     values: Callable[[Tensor], Tensor], query_length: int, key_length: int, device: Optional[torch.device] = None
 ) -> Tensor:
-    """(H, T, S) numbers that depend on the distance alone, with no larger tensor on the way.
+    """(H, T, S) numbers that depend on the distance alone, (N,) -> (H, N) `values`, with no larger tensor on the way.
 
-    Args:
-        values: (N,) int64 distances -> (H, N).
-        query_length, key_length: T and S.
-        device: of the result, whose rows lie as those of `aligned`.
+    The rows of the result lie as those of `aligned`.
     """
     width = key_length + (0 if device is None or torch.device(device).type == "cpu" else -key_length % 16)
     # From the longest distance down; row t of the result is the part that ends at its own distance.

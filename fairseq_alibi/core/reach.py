@@ -46,20 +46,12 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
 
 
 def distance_reach(q: Tensor, k: Tensor, bias: Tensor, own: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """`reach` for a bias that is any function b of the distance.
+    """`reach` for a bias that is any function b of the distance: (H,) float64 whole distances, N at most.
 
     With e as in `reach`, key j at distance d weighs against key i itself w_j / w_i <= exp(e + b(d) - b(0)). So the keys
     beyond x weigh together at most the sum of exp(e + b(d) - b(0)) over the given distances d > x. That sum is computed
-    as it stands: nothing is assumed of b, which need not fall.
-
-    Args:
-        q, k: see `reach`.
-        bias: (H, N), b at the distances 1, ..., N.
-        own: (H,), b at distance 0.
-        epsilon: see `reach`.
-
-    Returns:
-        (H,) float64: whole distances, N at most; infinite if nothing may be skipped.
+    as it stands: nothing is assumed of b, which need not fall. `bias` is (H, N), b at the distances 1, ..., N, `own`
+    (H,) b at 0. The result is infinite if nothing may be skipped.
     """
     if epsilon <= 0 or bias.size(1) == 0:
         return torch.full_like(own, math.inf, dtype=torch.float64)
@@ -71,19 +63,11 @@ def distance_reach(q: Tensor, k: Tensor, bias: Tensor, own: Tensor, epsilon: flo
 def oldest_keys(q: Tensor, k: Tensor, sums: Tensor, chunk: int, epsilon: float = EPSILON) -> Tensor:
     """The oldest key that each chunk of queries needs under a bias by key c_i - c_j, where c does not rise.
 
-    With e as in `reach`, here the most over a chunk's queries, key l weighs against key i itself
-    w_l / w_i <= exp(e + c_i - c_l). So all keys up to j weigh together at most exp(e + c_i) times the sum of exp(-c_l)
-    over l <= j. As c does not rise, c_i of the chunk's first query bounds the others'. The sum grows with j: the keys
-    up to the last j where the bound is at most epsilon are skipped.
-
-    Args:
-        q, k: see `reach`.
-        sums: (B, H, S) float64, c.
-        chunk: number of queries in a chunk.
-        epsilon: see `reach`.
-
-    Returns:
-        (H, chunks) int64: the number of the first key that is needed, for all batch rows.
+    With e as in `reach`, here the most over a chunk's queries, key l weighs against key i itself w_l / w_i <= exp(e +
+    c_i - c_l). So all keys up to j weigh together at most exp(e + c_i) times the sum of exp(-c_l) over l <= j. As c
+    does not rise, c_i of the chunk's first query bounds the others'. The sum grows with j: the keys up to the last j
+    where the bound is at most epsilon are skipped. `sums` is c, (B, H, S) float64; the result (H, chunks) int64, for
+    all batch rows.
     """
     heads, queries = q.size(1), q.size(2)
     count = -(-queries // chunk)

@@ -31,18 +31,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def merge_padding_into_mask(mask: Tensor, padding: Optional[Tensor]) -> Tensor:
-    """Adds padded keys to a future mask.
+    """Adds padded keys, (B, S) bool, to a future mask (1, H or 1, T, S), in its dtype.
 
     A padded key gets a very negative number, not -inf: a query on padding that sees nothing but padding then stays
     finite, so that no NaN can reach the real tokens through the next layer. A real query sees at least itself, and
     against any real score the weight of a padded key underflows to exactly 0.
-
-    Args:
-        mask: (1, H, T, S), or 1 for H where the heads have one mask.
-        padding: (B, S) bool, True at padded keys; None where there are none.
-
-    Returns:
-        (B, H, T, S) in the mask's dtype, or the mask itself where there is no padding.
     """
     if padding is None:
         return mask
@@ -64,20 +57,12 @@ def tiles(
     ahead: Sequence[float],
     oldest_keys: Optional[Tensor] = None,
 ) -> list[Tile]:
-    """Cuts attention into tiles: heads of like reach together, queries in chunks, keys as far as the reach goes.
+    """Cuts attention into tiles: heads of like reach together, queries in chunks, keys at least as far as the reach.
 
-    Chunks are short where the reach is, so that few keys are read in vain, and long where the reach is long, so that
-    reading the keys and adding up their gradients does not outweigh the matrix products.
-
-    Args:
-        query_length, key_length: T and S; no tile has more than 1,024 queries.
-        back: reach of each head, see `reach`.
-        ahead: the same for the keys after a query, 0 where it sees none.
-        oldest_keys: (H, chunks) the oldest key that each chunk of the shortest size reads, where `back` says only how
-            far a head reaches on average.
-
-    Returns:
-        Tiles in which every query finds every key at a distance up to the head's reach, at least.
+    Chunks, of at most 1,024 queries, are short where the reach is, so that few keys are read in vain, and long where
+    the reach is long, so that reading the keys and adding up their gradients does not outweigh the matrix products.
+    `back` and `ahead` are the reach of each head, 0 ahead where it sees none; `oldest_keys` (H, chunks) what each chunk
+    of the shortest size reads, where `back` says only how far a head reaches on average.
     """
     behind, before = ([int(min(x, key_length)) for x in reaches] for reaches in (back, ahead))
 
@@ -102,19 +87,12 @@ def tiles(
 
 
 class TileBias(NamedTuple):
-    """The bias of every tile.
+    """The bias of every tile."""
 
-    Args:
-        vector: (H, S - first), by distance from `first` on; -inf where a head sees nothing.
-        first: the lowest distance that a tile has.
-        query_length: T.
-        padding: (B, S) bool, True at padded keys, in reversed order; or None.
-    """
-
-    vector: Tensor
-    first: int
-    query_length: int
-    padding: Optional[Tensor]
+    vector: Tensor  # (H, S - first), by distance from `first` on; -inf where a head sees nothing
+    first: int  # the lowest distance that a tile has
+    query_length: int  # T
+    padding: Optional[Tensor]  # (B, S) bool, True at padded keys, in reversed order
 
     def of(self, tile: Tile) -> Tensor:
         """The bias of a tile, a view of the vector: (1, H, T, S); (B, H, T, S), a copy, with padding.

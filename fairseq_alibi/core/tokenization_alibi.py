@@ -67,11 +67,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
         super().__init__(moses=moses, add_bos_token=add_bos_token, **options)  # which transformers saves
 
     def __call__(self, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
-        """See transformers.
-
-        Raises:
-            NotImplementedError: offsets are wanted, which the tokens of Moses do not have.
-        """
+        """See transformers; NotImplementedError for offsets, which the tokens of Moses do not have."""
         if return_offsets_mapping:
             raise NotImplementedError("return_offsets_mapping: this tokenizer knows no offsets; leave it out")
         return super().__call__(*args, **kwargs)
