@@ -7,11 +7,14 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import re
+import sys
 import warnings
 
 import pytest
 import torch
-from conftest import random_tokens
+from conftest import ROOT, random_tokens, run
 from test_attention import LargestTensor
 from torch.overrides import TorchFunctionMode
 
@@ -307,6 +310,20 @@ def test_one_graph_serves_a_whole_sweep_and_a_stream(monkeypatch, gradients):
         flex_attention.compiled_pass()
     flex_attention.flex_function.cache_clear()
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CUDA_TORCH" not in os.environ, reason="CUDA_TORCH names no folder with a CUDA build of torch")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "12.0"])
+def test_compiled_kernels_fit_the_shared_memory_of_each_gpu(capability, dim, dtype):
+    """CUDA_TORCH=DIR after: pip install --target DIR torch==2.13.0 (from PyPI; gigabytes)."""
+    script = ROOT / "tests" / "flex_codegen.py"
+    done = run(sys.executable, script, capability, dim, dtype, PYTHONPATH=f"{os.environ['CUDA_TORCH']}:{ROOT}")
+    found = re.findall(r"shared memory (\d+) of (\d+)", done.output)
+    assert found, done.output
+    assert all(int(needed) <= int(limit) for needed, limit in found), found
 
 
 def inputs_of(heads=2):
