@@ -266,12 +266,12 @@ def test_flex_attention_equals_tiles_with_gradients(eager_flex, case, bias):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_blocks_hold_every_visible_key_and_whole_ones_no_hidden_one(causal):
-    queries, keys, window, size = 200, 500, 300, flex_attention.BLOCK
+    queries, keys, window, size = 200 if causal else 500, 500, 300, flex_attention.BLOCK
     reaches = torch.tensor([[0, 50, 299], [0, 100, 400]]).int()
     hidden = torch.zeros(3, 512, dtype=torch.bool)
     hidden[:, :3] = hidden[:, keys:] = True
     numbers = tuple(torch.tensor([keys - queries, keys - 1, window]).int())
-    visible, whole = flex_attention.blocks((2, 4), numbers, reaches, hidden, causal)
+    visible, whole = flex_attention.blocks((-(-queries // size), 4), numbers, reaches, hidden, causal)
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(512)
     for head, (back, ahead) in enumerate(reaches.t().tolist()):
         reached = (distance <= back) & (distance >= (0 if causal else -ahead)) & ~hidden[head]
