@@ -156,7 +156,7 @@ def test_language_models_train_without_a_look_at_a_value(build, gpu, monkeypatch
     if method == "fire":  # looks once in a pass, before the layers, whether its bias depends on the distance alone
         monkeypatch.setattr("fairseq_alibi.core.fire.Fire.early_bias", lambda *_: None)
     more = ("--attention", kernel, "--position-method", method, "--attention-dropout", dropout)
-    model = build("alibi_lm", *SMALL, *more)
+    model = build("alibi_lm", *SMALL, *more, *["--checkpoint-activations"] * (precision == "bf16"))
     tokens, kind = random_tokens(model, 2, LENGTH).to(META), model.decoder.position_method.bias_kind
     precision = "bf16" if method == "xpos" else precision
     elements = passes(monkeypatch, model, precision, lambda model: model(tokens)[0])
@@ -302,8 +302,9 @@ def test_one_graph_serves_a_whole_sweep_and_a_stream(monkeypatch, gradients):
         q, k, v = (torch.randn(rows, n, 2, 16).transpose(1, 2).requires_grad_(gradients) for n in (queries, keys, keys))
         padding = torch.zeros(rows, keys, dtype=torch.bool) if number % 2 else None
         inputs = AttentionInputs(bias=LinearBias(slopes), padding=padding, window=window)
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=number == 3):
             out = flex_attention.flex_blocks(q, k, v, inputs)
+        with torch.set_grad_enabled(gradients):
             torch.testing.assert_close(out, tiled_attention.recomputed_tiles(q, k, v, inputs), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     with pytest.raises(RuntimeError, match=r"torch\.compile is turned off"):

@@ -202,9 +202,10 @@ def flex_function() -> Callable[..., Tensor]:
 
     compiled = torch.compile(compiled_pass, dynamic=True, fullgraph=True)
 
-    def call(*arguments: Any) -> Tensor:
-        # Sizes that happen to be equal are not taken for the same one.
-        with symbols.patch(use_duck_shape=False), dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):  # type: ignore[attr-defined]
-            return compiled(*arguments)
+    def call(q: Tensor, *arguments: Any) -> Tensor:
+        # Sizes that happen to be equal are not taken for the same one, and autocast is no reason to compile anew.
+        options: Any = dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)  # type: ignore[attr-defined]
+        with symbols.patch(use_duck_shape=False), options, torch.autocast(q.device.type, enabled=False):  # type: ignore[attr-defined]
+            return compiled(q, *arguments)
 
     return call
