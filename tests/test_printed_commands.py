@@ -1,13 +1,18 @@
 """Commands that are printed run as they are printed; only shorter, on the CPU."""
 
 import json
+import os
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, ROOT, run
+from conftest import BIN, ROOT, failure, run
+from packaging import requirements
 
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.commands.doctor import PARTS, setup_command
+from fairseq_alibi.files import errors
 
 SPLITS = ("train", "valid", "test")
 
@@ -73,3 +78,31 @@ def test_commands_in_results_give_the_same_results(corpus, train, tmp_path, caps
     (result,) = json.loads((checkpoint.parent / "nonoverlapping_valid.json").read_text())["results"]
     out = run_printed(result["command"], cwd=ROOT)
     assert f"Loss (base 2): {result['loss']:.4f}" in out
+
+
+def test_what_the_preparation_of_wikitext103_prints_names_a_script_and_the_data(elsewhere, capsys):
+    """test_recipes.py runs the script."""
+    (elsewhere / "wiki").mkdir()
+    for split in SPLITS:
+        (elsewhere / "wiki" / f"wiki.{split}.tokens").write_text(" \n = Cats = \n the cat sat \n" * 60)
+    main(["prepare-wikitext103", "my data", "--from", "wiki", "--workers", "1"])
+    program, script, data, *_ = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert (program, Path(script).name) == ("bash", "train_wikitext103.sh")
+    assert Path(script).is_file()
+    assert (Path(data) / "dict.txt").is_file()
+
+
+def test_the_scripts_and_packages_that_remedies_name_exist(elsewhere):
+    """Of doctor; from the project's folder the path is the short one of the documents."""
+    assert Path(shlex.split(setup_command())[1]).is_file()
+    commands = [shlex.split(part.remedy) for part in PARTS if part.remedy.startswith("pip install")]
+    named = {requirements.Requirement(words[-1]).name for words in commands}
+    assert {"transformers", "fairscale"} <= named
+    os.chdir(ROOT)
+    assert setup_command() == "bash scripts/setup.sh"
+
+
+def test_without_the_scripts_of_a_clone_no_command_names_them(elsewhere, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "__file__", str(elsewhere / "site-packages" / "fairseq_alibi" / "files" / "errors.py"))
+    assert "pip install --upgrade --force-reinstall ., in a clone" in setup_command()
+    assert "run it in a clone" in failure(capsys, main, "reproduce", "--preset", "paper")

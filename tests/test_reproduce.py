@@ -38,10 +38,12 @@ def small(monkeypatch, corpus):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Has the commands run in this process, one after the other, as a new one takes seconds to start."""
+    """Has the commands run in this process, as a new one takes seconds to start; returns those that were run."""
+    commands = []
 
     def run(_, command, log):
         program, *arguments = command
+        commands.append(command)
         loggers = [logging.getLogger(name) for name in ("fairseq_cli.train", "fairseq.logging.progress_bar")]
         with log.open("w") as output, contextlib.redirect_stdout(output):
             if program == "fairseq-train":
@@ -58,6 +60,7 @@ def in_process(monkeypatch):
         return {"peak_memory_bytes": memory, "cpu_seconds": 60.0, "wall_seconds": 90.0, "load_average": 9.0}
 
     monkeypatch.setattr(comparison.CommandRunner, "run", run)
+    return commands
 
 
 def fails(*arguments):
@@ -77,10 +80,11 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process,
     for name in ("perplexity-16.png", "perplexity-16-sliding.png", "positions-16.png"):
         assert f"({name})" in page
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "\nfairseq-train " in page
     assert "Seeds 1, 7; means and standard deviations" in page
     assert "18 CPU minutes, 27 minutes at 1 at a time. Load average at their ends: 9.0 to 9.0" in page
     assert "other work ran on the machine" in page
+    printed = page.split("```")[1].splitlines()[1:]
+    assert printed == [shlex.join(command).replace(f"{ROOT}/", "") for command in in_process[:3]], "as they were run"
     assert str(ROOT) not in page
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     assert rows[0] == ["evaluation length", *methods]

@@ -7,6 +7,10 @@ import shutil
 import pytest
 import torch
 from conftest import BIN, ROOT, run
+from fairseq.tasks import TASK_REGISTRY
+from fairseq_cli import train
+
+import fairseq_alibi  # noqa: F401
 
 ARCHITECTURES = ("alibi_lm_tiny", "alibi_masked_lm_tiny", "alibi_transformer_tiny")
 BLOCKS = ("--tokens-per-sample", 32, "--max-tokens", 128)
@@ -96,6 +100,18 @@ def training(folders, task, architecture, save_dir, *more, check=True):
 
 def test_the_table_names_every_task_that_is_tried():
     assert {task for task, *_ in table()} == TASKS.keys()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_other_task_of_fairseq_is_refused_by_name(monkeypatch, tmp_path, architecture):
+    """Speech, audio and the rest, some of whose options contradict those of the model."""
+    of_fairseq = {name for name, task in TASK_REGISTRY.items() if task.__module__.startswith("fairseq.tasks.")}
+    refused = of_fairseq - {task for task, one, cell in table() if one == architecture and cell == "yes"}
+    assert len(refused) > 20
+    for task in refused:
+        monkeypatch.setattr("sys.argv", ["fairseq-train", str(tmp_path), "--task", task, "--arch", architecture])
+        with pytest.raises(SystemExit, match=f"^--arch {architecture} cannot be used in --task {task}, only in "):
+            train.cli_main()
 
 
 @pytest.mark.slow

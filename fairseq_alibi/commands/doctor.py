@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from .. import __version__
+from ..files.errors import script_command
 
 
 def setup_command() -> str:
     """Returns the command that installs everything required, and repairs it, as this copy was installed."""
-    if (Path(__file__).parents[2] / "scripts" / "setup.sh").is_file():
-        return "bash scripts/setup.sh"
+    if command := script_command("setup.sh"):
+        return command
     if "pipx" in Path(sys.prefix).parts:
         return "pipx reinstall fairseq-alibi"
     try:

@@ -12,6 +12,7 @@ from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
 from ..experiments.presets import BUILTIN, PRESETS, TEST_TIME
 from ..files.data_folders import read_dictionary, subset_tokens
+from ..files.errors import script_command
 from ..files.locks import locked
 from .arguments import positive_integer, subset_name
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     data = args.data or preset.data
     if data is None:
         raise ValueError("--preset slice needs --data, a folder that scripts/prepare_wikitext103.sh made")
+    if args.preset == "paper" and not script_command("train_wikitext103.sh"):
+        raise ValueError("--preset paper runs scripts, which an installed package does not have: run it in a clone")
     output = args.output or Path("results") / f"reproduce-{args.preset}"
     updates = args.updates or preset.updates
     methods, seeds = args.methods, args.seeds

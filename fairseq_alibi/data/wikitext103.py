@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from ..files.errors import script_command
 from .binarize import SPLITS, TextSummary, check_text, count_tokens, run_preprocess
 from .destination import is_prepared, publish, work_folder
 from .download import download, md5_of_file
@@ -134,10 +135,7 @@ def prepare_wikitext103(
             check_count("tokens", {split: counts[split]["tokens"] for split in SPLITS}, TOKENS)
             check_count("types", counts["types"], TYPES)
             print("All counts are those of the whole WikiText-103")
-        script = Path(__file__).parents[2] / "scripts" / "train_wikitext103.sh"
-        if Path.cwd() in script.parents or not script.exists():  # a wheel holds no scripts
-            script = script.relative_to(script.parents[1])
-        next_command = shlex.join(["bash", str(script), str(destination), "checkpoints/alibi-512", "512"])
-        next_command += "" if script.exists() else "  # in a clone of fairseq-alibi"
+        script = script_command("train_wikitext103.sh") or "in a clone: bash scripts/train_wikitext103.sh"
+        next_command = f"{script} {shlex.join([str(destination), 'checkpoints/alibi-512', '512'])}"
         publish(data, destination, {**identity, "source": str(source or "download"), "counts": counts}, next_command)
     part.unlink(missing_ok=True)

@@ -104,8 +104,8 @@ PATCHES = (
     Patch(
         target="fairseq.options:parse_args_and_arch",
         replacement=option_checks.parse_args_and_arch,
-        what="Adds the options of --arch to the help of fairseq's commands, and refuses options in one line.",
-        why="fairseq-train --help shows no option of any model; --fp16 with --bf16 ends in a traceback.",
+        what="Adds the options of --arch to the help of fairseq's commands, and refuses a model in a wrong task.",
+        why="fairseq-train --help shows no option of a model; other tasks, and --fp16 with --bf16, end in tracebacks.",
         source="fairseq/options.py:88",
         removable="when fairseq parses --help after it has added the options of the model",
     ),
@@ -124,14 +124,6 @@ PATCHES = (
         why="argparse refuses --max-source-positions, which the model has added already.",
         source="fairseq/tasks/denoising.py:39",
         removable="when the task does not add it",
-    ),
-    Patch(
-        target="fairseq_cli.train:convert_namespace_to_omegaconf",
-        replacement=option_checks.convert_namespace_to_omegaconf,
-        what="Refuses a model in a task that it cannot be used in.",
-        why="fairseq ends with a traceback about options that the task does not have.",
-        source="fairseq/dataclass/utils.py:386",
-        removable="when tasks name the models that they can train",
     ),
     Patch(
         target="fairseq_cli.eval_lm:eval_lm",

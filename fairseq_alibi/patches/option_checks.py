@@ -57,12 +57,6 @@ def add_denoising_args(parser: argparse.ArgumentParser) -> None:
     original("fairseq.tasks.denoising:DenoisingTask.add_args")(parser)
 
 
-def convert_namespace_to_omegaconf(args: argparse.Namespace) -> DictConfig:
-    """Replaces `fairseq_cli.train.convert_namespace_to_omegaconf`, which fails for a task that lacks an option."""
-    check_task(safe_getattr(args, "arch"), safe_getattr(args, "task"))
-    return original("fairseq_cli.train:convert_namespace_to_omegaconf")(args)
-
-
 def check_criterion(cfg: FairseqConfig) -> None:
     """Checks that criterion, output layer and DDP backend of a training run fit each other, with a CommandError."""
     criterion = safe_getattr(cfg.criterion, "_name")
@@ -145,15 +139,18 @@ def is_message_for_user(error: BaseException) -> bool:
 
 
 def parse_args_and_arch(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-    """Replaces fairseq's function: help gets the options of --arch, options that exclude each other one line."""
+    """Replaces fairseq's function: help gets the options of --arch, what excludes each other is refused in one line."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--arch", "-a")
+    finder.add_argument("--task", default=parser.get_default("task"))
     finder.add_argument("--help", "-h", action="store_true")
     known = finder.parse_known_args(args[0] if args else sys.argv[1:])[0]
     if known.help and known.arch in ARCH_MODEL_REGISTRY:
         # Python prints the help and ends before fairseq would add them.
         group = parser.add_argument_group(f"options of {known.arch}", argument_default=argparse.SUPPRESS)
         ARCH_MODEL_REGISTRY[known.arch].add_args(group)
+    if not known.help:
+        check_task(known.arch, known.task)  # before the options of the task, which may contradict those of the model
     try:
         return original("fairseq.options:parse_args_and_arch")(parser, *args, **kwargs)
     except ValueError as error:
