@@ -102,3 +102,18 @@ def test_a_command_that_cannot_start_is_named(tmp_path, monkeypatch):
     (tmp_path / "fairseq-generate").unlink()
     with pytest.raises(RuntimeError, match="fairseq-generate is not installed"):
         doctor.check_commands()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "installer", "command"),
+    [
+        ("/home/me/.local/share/pipx/venvs/fairseq-alibi", "pip", "pipx runpip fairseq-alibi"),
+        ("/home/me/env", "uv", "uv pip"),
+        ("/home/me/env", "pip", f"{sys.executable} -m pip"),
+    ],
+)
+def test_advice_fits_how_the_package_was_installed(monkeypatch, prefix, installer, command):
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(importlib.metadata.Distribution, "read_text", lambda self, name: installer, raising=False)
+    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda self, name: installer)
+    assert doctor.pip_command() == command

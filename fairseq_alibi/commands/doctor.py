@@ -21,20 +21,21 @@ from .. import __version__
 from ..files.errors import script_command
 
 
-def setup_command() -> str:
-    """Returns the command that installs everything required, and repairs it, as this copy was installed."""
-    if command := script_command("setup.sh"):
-        return command
+def pip_command() -> str:
+    """Returns pip's command for the environment that this copy was installed in."""
     if "pipx" in Path(sys.prefix).parts:
-        return "pipx reinstall fairseq-alibi"
+        return "pipx runpip fairseq-alibi"
     try:
-        uv = (importlib.metadata.distribution("fairseq-alibi").read_text("INSTALLER") or "").strip() == "uv"
+        installer = importlib.metadata.distribution("fairseq-alibi").read_text("INSTALLER") or ""
     except importlib.metadata.PackageNotFoundError:
-        uv = False
-    return f"{'uv pip' if uv else f'{sys.executable} -m pip'} install --upgrade --force-reinstall ., in a clone"
+        installer = ""
+    return "uv pip" if installer.strip() == "uv" else f"{sys.executable} -m pip"
 
 
-SETUP = setup_command()
+#: What installs everything required, and repairs it, and what installs fairseq alone.
+PIP = pip_command()
+SETUP = script_command("setup.sh") or f"{PIP} install --upgrade --force-reinstall ., in a clone"
+FAIRSEQ = script_command("setup.sh") or f"{PIP} install --no-deps fairseq==0.12.2"
 GIB = 2**30
 
 
@@ -259,7 +260,7 @@ PARTS = (
     Part("numpy", installed("numpy")),
     Part("omegaconf", installed("omegaconf")),
     Part("hydra-core", installed("hydra-core", "hydra")),
-    Part("fairseq", check_fairseq),
+    Part("fairseq", check_fairseq, remedy=FAIRSEQ),
     Part("tabulate", installed("tabulate")),
     Part("tqdm", installed("tqdm")),
     Part("filelock", installed("filelock")),
@@ -270,10 +271,10 @@ PARTS = (
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),
     Part("processes", check_distributed, "training in several processes"),
     Part("text", check_text_tools, "scripts/prepare_text.sh"),
-    Part("transformers", check_transformers, "fairseq-alibi export-hf", "pip install 'transformers>=4.57,<5.25'"),
+    Part("transformers", check_transformers, "fairseq-alibi export-hf", f"{PIP} install 'transformers>=4.57,<5.25'"),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
-    Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", "pip install --force-reinstall fairscale"),
+    Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", f"{PIP} install --force-reinstall fairscale"),
     Part(
         "C++ compiler",
         check_compiler,
