@@ -10,11 +10,12 @@ import math
 import os
 import re
 import sys
+import types
 import warnings
 
 import pytest
 import torch
-from conftest import ROOT, random_tokens, run
+from conftest import ROOT, random_tokens, run, training_config
 from test_attention import LargestTensor
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +42,8 @@ from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
 from fairseq_alibi.core.positions import PositionMethod, distances, linear_bias
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.experiments import gpu_check
+from fairseq_alibi.files.data_folders import made_up_dictionary
+from fairseq_alibi.models.translation import AlibiTransformer
 
 LENGTH = 300
 META = torch.device("meta")
@@ -186,6 +189,19 @@ def test_encoders_train_without_a_look_at_a_value(build, gpu, monkeypatch, kerne
     elements = passes(monkeypatch, model, precision, lambda model: model(tokens)[0])
     assert {*gpu} == {"mask" if kernel == "auto" else "flex"}
     assert (elements >= 4 * LENGTH**2) == (kernel == "auto")
+
+
+@pytest.mark.parametrize(("kernel", "precision"), [("auto", "bf16"), ("fused", "fp16")])
+def test_translation_models_train_without_a_look_at_a_value(gpu, monkeypatch, corpus, kernel, precision):
+    monkeypatch.setattr(AttentionSetup, "visible_padding", lambda self, x, padding: padding)
+    cfg = training_config(corpus, "--task", "translation", "--arch", "alibi_transformer_tiny", "--attention", kernel)
+    dictionary = made_up_dictionary(50)
+    task = types.SimpleNamespace(cfg=cfg.task, source_dictionary=dictionary, target_dictionary=dictionary)
+    model = AlibiTransformer.build_model(cfg.model, task)
+    tokens = torch.full((2, LENGTH), 5, device=META)
+    lengths = torch.full((2,), LENGTH, device=META)
+    passes(monkeypatch, model, precision, lambda model: model(tokens, lengths, tokens)[0])
+    assert {*gpu} == {"mask" if kernel == "auto" else "flex"}
 
 
 def flash_attn_func(q, k, v, dropout_p, causal, window_size, alibi_slopes, deterministic):
