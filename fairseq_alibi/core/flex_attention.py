@@ -93,21 +93,13 @@ def distance_inputs(q: Tensor, k: Tensor, inputs: AttentionInputs) -> tuple[Tens
 
 
 class PassTensors(NamedTuple):
-    """What differs between passes, beside queries, keys and values.
+    """What differs between passes, beside queries, keys and values."""
 
-    Args:
-        slopes: (2, N) for keys before and after a query.
-        table: (N, ...) bias by distance; None for slopes alone.
-        numbers: (4,) int32: keys before the first query; the last key; the window; where distance 0 is in the table.
-        reaches: (2, N) int32, how far a head reaches back and ahead.
-        hidden: (N, C * BLOCK) bool, True at padding.
-    """
-
-    slopes: Tensor
-    table: Optional[Tensor]
-    numbers: Tensor
-    reaches: Tensor
-    hidden: Tensor
+    slopes: Tensor  # (2, N) for keys before and after a query
+    table: Optional[Tensor]  # (N, ...) bias by distance; None for slopes alone
+    numbers: Tensor  # (4,) int32: keys before the first query; last key; window; where distance 0 is in the table
+    reaches: Tensor  # (2, N) int32, how far a head reaches back and ahead
+    hidden: Tensor  # (N, C * BLOCK) bool, True at padding
 
 
 def flex_pass(q: Tensor, k: Tensor, v: Tensor, of_pass: PassTensors, causal: bool) -> Tensor:
@@ -156,16 +148,9 @@ def kernel_options(dtype: torch.dtype, dim: int) -> dict[str, Any]:
 def blocks(
     counts: tuple[int, int], numbers: tuple[Tensor, Tensor, Tensor], reaches: Tensor, hidden: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks of keys each block of queries reads, and those of them in which every query sees every key.
+    """Which blocks of keys each block of queries reads, and those in which every query sees every key: (N, R, C) bool.
 
-    Args:
-        counts: R and C.
-        numbers: keys before the first query; the last key; the window.
-        reaches, hidden: see `PassTensors`.
-        causal: whether a query sees no key after it.
-
-    Returns:
-        Two (N, R, C) bool.
+    `counts` are R and C; `numbers` are the keys before the first query, the last key and the window.
     """
     earlier, last, window = numbers
     first_query = torch.minimum(earlier + BLOCK * torch.arange(counts[0], device=hidden.device), last)[:, None]

@@ -80,10 +80,8 @@ class AlibiPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """See transformers; parameters may have the names of folders that were exported before.
 
-        With tie_word_embeddings=False the output layer of a tied folder is a copy of the embeddings.
-
-        Raises:
-            ValueError: bands of a tied adaptive softmax, which have the embeddings' parameters alone.
+        With tie_word_embeddings=False the output layer of a tied folder is a copy of the embeddings; ValueError for
+        bands of a tied adaptive softmax, which have the embeddings' parameters alone.
         """
         wanted = {"key_mapping": OLD_NAMES, **kwargs, "output_loading_info": True}
         loaded: Any = super().from_pretrained(*args, **wanted)

@@ -148,12 +148,7 @@ def alibi_bias(form: str, heads: int, length: int, max_bias: float = 8.0) -> Ten
 
 
 def draw_biases(biases: dict[str, Tensor], path: Path) -> None:
-    """Draws biases with a row per form and a column per head; row i of a cell is query i.
-
-    Args:
-        biases: (H, L, L) by form. Of more than `SHOWN_HEADS` heads only some are drawn.
-        path: of the picture.
-    """
+    """Draws (H, L, L) biases with a row per form and a column for some heads; row i of a cell is query i."""
     plt = pyplot()
     heads, length = next(iter(biases.values())).shape[:2]
     shown = sorted({round(n) for n in torch.linspace(0, heads - 1, min(heads, SHOWN_HEADS)).tolist()})

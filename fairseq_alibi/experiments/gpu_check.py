@@ -65,24 +65,15 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class GpuCheck:
-    """What is measured.
-
-    Args:
-        device: cuda or cpu.
-        data: fairseq data folder for training; None to train nothing.
-        dtypes, head_dims: of attention.
-        lengths: in tokens, for speed and memory.
-        rounds: of each speed.
-        minutes: after which no measurement begins.
-    """
+    """What is measured."""
 
     device: str = "cuda"
-    data: Optional[Path] = None
+    data: Optional[Path] = None  # fairseq data folder for training; None to train nothing
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     head_dims: tuple[int, ...] = (64, 128)
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768, 49152)
-    rounds: int = 5
-    minutes: float = 10.0
+    rounds: int = 5  # of each speed
+    minutes: float = 10.0  # after which no measurement begins
 
     @property
     def dtype(self) -> torch.dtype:
