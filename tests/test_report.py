@@ -291,7 +291,7 @@ def paper_rows(text):
 def test_the_papers_numbers_stand_beside_those_that_match(published, tmp_path):
     files = [
         published("a", 512, {(512, 512): 19.85, (3072, 3072): 18.64, (99, 99): 20.0}),
-        published("a2", 512, {(3072, 512): 18.3}),
+        published("a2", 512, {(3072, 512): 18.3, (1536, 256): 19.0}),  # a stride of 1/6 of the length
         published("a3", 512, {(3072, 1): 18.06}),
         published("b", 3072, {(3072, 512): 19.38, (4072, 4072): 20.0}, "sinusoidal", "test", 245_569),
         published("c", 512, {(15512, 15512): 40.0}, "t5", updates=1000),
