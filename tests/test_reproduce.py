@@ -151,6 +151,7 @@ def test_paper_prints_its_commands(capsys, tmp_path):
     assert lines[0][1].endswith("scripts/train_wikitext103.sh")
     assert lines[1][:2] == ["fairseq-alibi", "evaluate"]
     assert lines[2][-2:] == ["--stride", "512"], "as in the paper's table 7"
+    assert sum("{'rotary_scaling': 'yarn'}" in line for line in lines) == 3 * 2 * 2
     assert not (tmp_path / "out").exists()
 
 
