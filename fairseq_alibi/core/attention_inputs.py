@@ -101,12 +101,13 @@ class AttentionInputs:
     def with_decay(self, sums: Tensor, queries: int) -> "AttentionInputs":
         """The same with the bias by key of a layer, see `KeyBias`, folded into the mask if there is one.
 
-        Where the `queries` that the layer computes are not the last keys, their own sums follow those of the keys.
+        Where the `queries` that the layer computes are not the last keys, as in a cache of a fixed size, a constant is
+        added to their scores, which softmax ignores.
         """
         bias: Bias = KeyBias(sums)
         if isinstance(self.bias, FoldedMask):
             mask = self.bias.mask if self.bias.mask.dim() == 4 else self.bias.mask[None]
-            decay = sums[:, :, -queries:, None] - sums[:, :, None, : mask.size(-1)]
+            decay = sums[:, :, -queries:, None] - sums[:, :, None]
             bias = FoldedMask(mask[:, :, -queries:] + decay.to(mask.dtype))
         return dataclasses.replace(self, bias=bias)
 

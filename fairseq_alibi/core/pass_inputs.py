@@ -49,8 +49,8 @@ class KeyLayout:
 class CacheWithPositions:
     """A cache of transformers' as attention uses it: version 4 wants the positions of the new tokens too."""
 
-    def __init__(self, cache: TransformersCache, layout: KeyLayout, device: torch.device):
-        self.cache, self.layout, self.positions = cache, layout, layout.new_positions(device)
+    def __init__(self, cache: TransformersCache, positions: Tensor):
+        self.cache, self.positions = cache, positions
 
     def update(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """See `layers.Cache.update`."""
@@ -59,16 +59,13 @@ class CacheWithPositions:
     def extend(self, new: CachedTensors, layer: int) -> CachedTensors:
         """See `layers.Cache.extend`: in the cache the decays of a bias by key are a further dimension of the keys.
 
-        The sums start from the first key. See `AttentionInputs.with_decay` for queries that are not the last keys.
+        The sums start from the first key.
         """
         k, v, sums = new
         assert sums is not None
         decays = torch.cat([sums[..., :1], sums.diff(dim=-1)], dim=-1).to(torch.promote_types(k.dtype, torch.float32))
         keys, v = self.update(torch.cat([k, decays[..., None]], dim=-1), v, layer)  # float32, where k is less precise
-        sums = keys[..., -1].cumsum(2, dtype=torch.float64)
-        if not self.layout.is_plain:
-            sums = torch.cat([sums, sums[:, :, self.positions.to(k.device) - self.layout.offset]], dim=2)
-        return keys[..., :-1].to(k.dtype), v, sums
+        return keys[..., :-1].to(k.dtype), v, keys[..., -1].cumsum(2, dtype=torch.float64)
 
 
 def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
@@ -242,7 +239,7 @@ class PassInputs:
         """The attention inputs of the pass, of one that keeps the attention weights if `weights`."""
         layout = self.layout
         if isinstance(cache, TransformersCache):
-            cache = CacheWithPositions(cache, layout, x.device)
+            cache = CacheWithPositions(cache, layout.new_positions(x.device))
         if layout.is_plain and self.mask is None and self.texts is None:
             span = TokenSpan(layout.queries, layout.keys, int(layout.first))
             if weights:
