@@ -14,7 +14,8 @@ from tensorboardX.proto.event_pb2 import Event
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.evaluation.curves import read_curves
-from fairseq_alibi.evaluation.measurement import position_bins
+from fairseq_alibi.evaluation.measurement import Windowing, position_bins
+from fairseq_alibi.evaluation.result_files import TokenLossFile
 from fairseq_alibi.evaluation.text import EvaluationText, read_evaluation_text
 from fairseq_alibi.files.data_folders import read_subset
 
@@ -259,6 +260,15 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
     path.write_text("mine")
     assert "--overwrite" in fails(capsys, *sweep)
     assert path.read_text() == taken.read_text() == "mine"
+
+
+def test_a_file_of_token_losses_holds_one_evaluation(tmp_path):
+    path, stream, windowing = tmp_path / "losses.npz", torch.arange(5), Windowing(4, 4)
+    TokenLossFile(path, stream, {"weights": "1"}, False).add(windowing, torch.zeros(5))
+    assert not TokenLossFile(path, stream, {"weights": "1"}, False).lacks(windowing)
+    for other in ((stream, {"weights": "2"}), (stream + 1, {"weights": "1"})):
+        with pytest.raises(ValueError, match="losses of another evaluation"):
+            TokenLossFile(path, *other, False)
 
 
 def test_results_name_the_model_as_it_was_evaluated(corpus, checkpoint, tmp_path, capsys):

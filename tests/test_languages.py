@@ -6,9 +6,11 @@ import random
 
 import pytest
 from conftest import BIN, failure, run
+from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizerConfig
 from tabulate import tabulate
 
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.data.plain_text import TextSettings
 from fairseq_alibi.evaluation.generation import decode_tokens, encode_text, load_text_model
 from fairseq_alibi.files.data_folders import text_options
 
@@ -60,6 +62,15 @@ def test_text_of_any_script_comes_back_without_moses(tmp_path, tokenizer):
         pytest.importorskip("sentencepiece")
     _, shares = prepared(tmp_path, list(itertools.chain(*WORDS.values())), *OPTIONS[tokenizer])
     assert shares == {"train": 1, "valid": 1, "test": 1}
+
+
+@pytest.mark.parametrize(("escape", "dashes"), itertools.product([True, False], repeat=2))
+def test_text_is_split_as_by_fairseqs_moses_tokenizer(escape, dashes):
+    text = 'a-b, "c" well-known R&D'
+    tokens = TextSettings(escape=escape, dash_splits=dashes).moses_encoder()(text)
+    options = {"moses_no_escape": not escape, "moses_no_dash_splits": not dashes}
+    assert tokens == MosesTokenizer(MosesTokenizerConfig(source_lang="en", target_lang="en", **options)).encode(text)
+    assert ("@-@" in tokens, "&quot;" in tokens) == (dashes, escape)
 
 
 @pytest.mark.slow
