@@ -18,6 +18,7 @@ COMMANDS = {
     "eval-lm": "Perplexity at several lengths through fairseq-eval-lm.",
     "report": "Results of several evaluations as tables and plots.",
     "reproduce": "The paper's comparison: all position methods, trained and evaluated alike, on one page.",
+    "probe": "Made-up tasks with known answers: what a model finds in its context, near and far.",
     "generate": "Text that continues a prompt.",
     "import-checkpoint": "Turns a checkpoint of the ALiBi authors' fairseq fork into one of alibi_lm.",
     "export-hf": "Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.",

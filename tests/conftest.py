@@ -30,11 +30,24 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 #: The console scripts that `run` starts in a forked process.
 FORKED = {str(BIN / name) for name in SCRIPTS}
+#: The tests that take minutes.
+LONGEST = ("test_walkthrough_runs_as_written", "test_the_oldest_transformers")
 
 
+@pytest.hookimpl(trylast=True)  # after tests are deselected
 def pytest_collection_modifyitems(items):
-    """Begins with the walk-through, the longest test: begun last, it would keep one process alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_walkthrough.py")
+    """Lets each process begin with its share of the slow tests: one begun last would run alone at the end.
+
+    A process of pytest-xdist with `--dist worksteal` gets a run of consecutive tests.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    slow.sort(key=lambda item: item.name not in LONGEST)
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    bounds = [len(others) * number // processes for number in range(processes + 1)]
+    items[:] = []
+    for number in range(processes):
+        items += slow[number::processes] + others[bounds[number] : bounds[number + 1]]
 
 
 def run(*command, cwd=ROOT, check=True, new_process=False, **environment):

@@ -22,7 +22,6 @@ from tabulate import tabulate
 from .. import __version__
 from ..files.locks import locked
 from ..files.results import naming, now, write_json
-from .binarize import SPLITS
 
 MARKER = "prepared.json"
 #: What a killed preparation leaves in DEST.partial; earlier releases had a lock file there.
@@ -86,5 +85,6 @@ def publish(data: Path, destination: Path, description: dict[str, Any], next_com
     write_json(data / MARKER, {**description, "versions": versions, "date": now()})
     os.rename(data, destination)
     counts = description["counts"]
-    print(tabulate([{"split": split, **counts[split]} for split in SPLITS], headers="keys", intfmt=",", floatfmt=".1%"))
+    rows = [{"split": split, **count} for split, count in counts.items() if isinstance(count, dict)]
+    print(tabulate(rows, headers="keys", intfmt=",", floatfmt=".1%"))
     print(f"{destination} is ready: {counts['types']:,} types. Next:\n  {next_command}")

@@ -7,4 +7,4 @@ except ImportError as error:
         f"the models need fairseq ({error}): pip install --no-deps fairseq==0.12.2; see also fairseq-alibi doctor"
     ) from error
 
-from . import language_model, masked_model, translation  # noqa: F401
+from . import language_model, masked_model, probe_task, translation  # noqa: F401

@@ -1,0 +1,153 @@
+"""`fairseq-alibi probe`: data sets whose answers are known, and how many a model gets right."""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from ..experiments.probe_data import ProbeSettings, make_probe_data
+from ..experiments.probe_evaluation import ProbeEvaluation, evaluate_probe
+from ..experiments.probe_results import check_outputs, probe_table, write_probe_results
+from ..experiments.probe_tasks import PROBES, ProbeOptions
+from ..files.locks import locked
+from ..files.results import describe_environment
+from .arguments import model_options, positive_integer, shorten
+
+#: Help of the options that only some tasks have.
+OPTION_HELP = {
+    "vocabulary": "words that keys, values or symbols are drawn from",
+    "pairs": "pairs of key and value in a text",
+    "queries": "keys that are asked for",
+    "gap_power": "a gap is drawn in proportion to gap ** (gap_power - 1)",
+    "digits": "digits of a number",
+    "needles": "numbers in a text",
+    "asked": "numbers that are asked for",
+    "filler": "text file whose words stand around the numbers (default: a few sentences)",
+}
+
+
+def size_list(text: str) -> tuple[int, ...]:
+    """Reads sizes with commas between them, in rising order.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
+    """
+    return tuple(sorted({positive_integer(part) for part in text.split(",")}))
+
+
+def size_range(text: str) -> tuple[int, int]:
+    """Reads a size, or the smallest and the largest one as 4-16.
+
+    Raises:
+        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
+    """
+    first, _, last = text.partition("-")
+    return positive_integer(first), positive_integer(last or first)
+
+
+def finite_number(text: str) -> float:
+    """Reads a number.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= 100:
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}': pass a number from -100 to 100")
+    return value
+
+
+def filler_words(text: str) -> tuple[str, ...]:
+    """Reads the words of a text file.
+
+    Raises:
+        argparse.ArgumentTypeError: the file cannot be read, or holds no word.
+    """
+    try:
+        words = tuple(Path(text).read_text(encoding="utf-8").split()) if Path(text).is_file() else ()
+    except (OSError, ValueError):
+        words = ()
+    if not words:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is no text file in UTF-8 with words: name another one")
+    return words
+
+
+def share(text: str) -> float:
+    """Reads a share from 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    value = finite_number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no share: pass a number from 0 to 1")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `fairseq-alibi probe`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    tasks = actions.add_parser("make", help="a data folder for fairseq-train --task probe").add_subparsers(
+        dest="task", metavar="TASK", required=True
+    )
+    defaults = ProbeOptions()
+    types = {"gap_power": finite_number, "filler": filler_words}
+    for name, task in PROBES.items():
+        text = (task.make.__doc__ or "").replace("`", "")
+        add = tasks.add_parser(name, help=text, description=text).add_argument
+        add("destination", metavar="DEST", type=Path, help="the folder that is made")
+        add("--train-sizes", type=size_range, required=True, metavar="N-N", help=f"{task.unit} of texts for training")
+        add("--test-sizes", type=size_list, required=True, metavar="N,N,...", help=f"{task.unit} for evaluation")
+        add("--texts", type=positive_integer, default=20000, metavar="N", help="for training (default 20000)")
+        add("--tests", type=positive_integer, default=500, metavar="N", help="texts of each test size (default 500)")
+        add("--seed", type=positive_integer, default=1, help="of the texts (default 1)")
+        for option in task.options:
+            value = getattr(defaults, option)
+            shown = OPTION_HELP[option] + ("" if option == "filler" else f" (default {value})")
+            flag, kind = f"--{option.replace('_', '-')}", types.get(option, positive_integer)
+            add(flag, type=kind, default=value, help=shown, metavar="FILE" if option == "filler" else "N")
+    add = actions.add_parser("eval", help="share of answers that checkpoints get right").add_argument
+    add("data", metavar="DATA", help="folder of fairseq-alibi probe make")
+    add("checkpoints", metavar="CHECKPOINT", nargs="+")
+    add("--sizes", type=size_list, default=(), metavar="N,N,...", help="sizes of texts (default: all in the folder)")
+    add("--threshold", type=share, default=0.85, help="accuracy up to the effective length (default 0.85)")
+    add("--max-tokens", type=positive_integer, default=8192, metavar="N", help="in a batch (default 8192)")
+    add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
+    add("--cpu", action="store_true", help="do not use the GPU")
+    add("--output", type=Path, default=Path("results/probe"), metavar="DIR", help="default results/probe")
+    add("--overwrite", action="store_true", help="replace results that are there")
+
+
+def make(args: argparse.Namespace) -> None:
+    """Makes a data folder; see `make_probe_data` for errors."""
+    names = PROBES[args.task].options
+    options = dataclasses.replace(ProbeOptions(), **{name: getattr(args, name) for name in names})
+    sizes = (args.train_sizes, args.test_sizes)
+    make_probe_data(args.destination, ProbeSettings(args.task, *sizes, args.texts, args.tests, args.seed, options))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes a data folder, or evaluates checkpoints and writes a table, plots and JSON.
+
+    Raises:
+        ValueError: bad input; names it and the remedy.
+    """
+    if args.action == "make":
+        make(args)
+        return
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    settings = ProbeEvaluation(args.data, args.sizes, args.threshold, args.max_tokens, args.model_overrides, device)
+    settings.preparation()
+    with locked(args.output):
+        check_outputs(args.output, args.overwrite)
+        contents = [evaluate_probe(checkpoint, settings) for checkpoint in args.checkpoints]
+        made_by = {"command": shlex.join(sys.argv), "environment": describe_environment(device)}
+        write_probe_results(args.output, [{**content, **made_by} for content in contents])
+    print(f"\n{probe_table(contents, 'simple')}\nwritten to {args.output}")

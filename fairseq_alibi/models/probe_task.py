@@ -1,0 +1,88 @@
+"""The task `probe`: a language model learns and predicts the answers in its text, and nothing else."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from fairseq import utils
+from fairseq.data import (
+    BaseWrapperDataset,
+    IdDataset,
+    NestedDictionaryDataset,
+    NumelDataset,
+    NumSamplesDataset,
+    RightPadDataset,
+    RollDataset,
+    SortDataset,
+    data_utils,
+)
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from omegaconf import II
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+#: Beside the subset `train` stands the subset `train.answers`: the same sentences with padding for all but the answers.
+ANSWERS = ".answers"
+
+
+class AnswerTokens(BaseWrapperDataset):
+    """The tokens of each sentence that are not padding."""
+
+    def __init__(self, dataset: Any, padding: int) -> None:
+        super().__init__(dataset)
+        self.padding = padding
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(N,) tokens of a sentence."""
+        tokens = self.dataset[index]
+        return tokens[tokens != self.padding]
+
+
+@dataclass
+class ProbeConfig(LanguageModelingConfig):
+    """The options of language modelling."""
+
+    train_subset: str = II("dataset.train_subset")
+
+
+@register_task("probe", dataclass=ProbeConfig)
+class ProbeTask(LanguageModelingTask):
+    """Language modelling of a folder of `fairseq-alibi probe make`: the loss is that of the answers alone."""
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """See `FairseqTask.load_dataset`.
+
+        Raises:
+            ValueError: the folder is not one of `probe make`, or its texts are longer than --tokens-per-sample.
+        """
+        path = os.path.join(utils.split_paths(self.args.data)[0], split)
+        text, answers = (
+            data_utils.load_indexed_dataset(name, self.dictionary, self.args.dataset_impl)
+            for name in (path, path + ANSWERS)
+        )
+        if text is None or answers is None:
+            raise ValueError(f"{path} is no subset of probe data: make the folder with fairseq-alibi probe make")
+        longest = int(text.sizes.max())
+        if split == self.args.train_subset and longest > self.args.tokens_per_sample:
+            raise ValueError(f"{path} has texts of {longest} tokens: pass --tokens-per-sample {longest}")
+        padding = self.dictionary.pad()
+        columns = {
+            "id": IdDataset(),
+            "net_input": {
+                "src_tokens": RightPadDataset(RollDataset(text, 1), pad_idx=padding),  # begins with the end of a line
+                "src_lengths": NumelDataset(text),
+            },
+            "target": RightPadDataset(answers, pad_idx=padding),
+            "nsentences": NumSamplesDataset(),
+            "ntokens": NumelDataset(AnswerTokens(answers, padding), reduce=True),
+        }
+        nested = NestedDictionaryDataset(columns, sizes=[text.sizes])
+        with data_utils.numpy_seed(self.args.seed):
+            order = numpy.random.permutation(len(text))
+        self.datasets[split] = SortDataset(nested, sort_order=[order, text.sizes])
+        scored = sum(len(tokens) for tokens in AnswerTokens(answers, padding))
+        logger.info("%s: %d texts; loss and accuracy are of their %d answer tokens", split, len(text), scored)

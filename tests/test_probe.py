@@ -1,0 +1,310 @@
+"""Probes: their texts against independent ones, what is trained and scored, and models whose accuracy is known."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import BIN, failure, run
+from fairseq.data import Dictionary
+from fairseq.data.data_utils import load_indexed_dataset
+
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.experiments import probe_evaluation
+from fairseq_alibi.experiments.probe_tasks import FILLER, PROBES, Answer, Draws, ProbeOptions
+
+SIZES = {name: 200 if task.unit == "tokens" else 12 for name, task in PROBES.items()}
+
+
+def probes(task, size, count=50, seed="1", **options):
+    """Texts of a task."""
+    draws = Draws(seed)
+    return [PROBES[task].make(draws, size, ProbeOptions(**options)) for _ in range(count)]
+
+
+def spans(probe):
+    """The words of each answer."""
+    return [probe.words[answer.start : answer.stop] for answer in probe.answers]
+
+
+def looked_up(task, words):
+    """What the answers have to be, by other means than those by which the texts are made."""
+    text = " ".join(words)
+    if task == "mqar":
+        seen, found = {}, []
+        for n in range(0, len(words) - 1, 2):
+            first, second = words[n : n + 2]
+            if first in seen:
+                found.append([seen[first]])
+            elif int(first[1:]) < 32:
+                seen[first] = second
+        return found
+    if task in ("passkey", "needles"):
+        asked = [part.split()[0] for part in text.split("what is the ")[1:]]
+        return [f"{text} ".split(f"the {name} key is ")[1].split()[:5] for name in asked]
+    question = words[: words.index("=")]
+    if task == "addition":
+        plus = question.index("+")
+        total = int("".join(question[:plus])) + int("".join(question[plus + 1 :]))
+        return [list(str(total).zfill(plus + 1))]
+    by_task = {
+        "copy": list,
+        "reverse": lambda x: x[::-1],
+        "sort": sorted,
+        "parity": lambda x: [str(sum(map(int, x)) % 2)],
+    }
+    return [by_task[task](question)]
+
+
+@pytest.mark.parametrize("task", PROBES)
+def test_answers_are_those_of_an_independent_reading(task):
+    words = set(PROBES[task].words(ProbeOptions()))
+    for probe in probes(task, SIZES[task]):
+        assert spans(probe) == looked_up(task, probe.words)
+        assert set(probe.words) <= words
+        assert PROBES[task].unit != "tokens" or len(probe.words) == SIZES[task]
+        for answer in probe.answers:
+            assert answer.source < answer.start
+            if task not in ("addition", "parity"):
+                told = probe.words[answer.source]
+                assert told == probe.words[answer.start], "the source tells the first word"
+
+
+def test_several_needles_are_asked_for_one_after_the_other():
+    for probe in probes("needles", 150, needles=5, asked=3):
+        assert len(probe.answers) == 3
+        assert len({answer.source for answer in probe.answers}) == 3
+        assert spans(probe) == looked_up("needles", probe.words)
+
+
+def test_the_smallest_texts_have_no_filler():
+    options = ProbeOptions(needles=2, asked=2, digits=3)
+    smallest = PROBES["needles"].smallest(options)
+    (probe,) = probes("needles", smallest, 1, needles=2, asked=2, digits=3)
+    assert len(probe.words) == smallest
+    (probe,) = probes("mqar", 24, 1)
+    assert len(probe.words) == 24
+    assert [answer.start for answer in probe.answers] == [17, 19, 21, 23]
+
+
+def test_texts_stay_the_same():
+    """With every version of Python; whoever changes the generator changes data that somebody compares with."""
+    assert (
+        " ".join(probes("mqar", 16, 1, vocabulary=8, pairs=2, queries=2)[0].words)
+        == "s1 s5 s2 s4 s4 s4 s1 s5 s6 s6 s4 s6 s5 s5 s2 s4"
+    )
+    assert " ".join(probes("addition", 3, 1)[0].words) == "4 0 1 + 8 2 0 = 1 2 2 1"
+    assert probes("copy", 5) != probes("copy", 5, seed="2")
+
+
+def test_the_law_of_the_gaps():
+    def mean_gap(power):
+        found = [a.start - a.source for p in probes("mqar", 400, 200, gap_power=power) for a in p.answers]
+        return sum(found) / len(found)
+
+    assert mean_gap(1.0) == pytest.approx(200, abs=15), "even from 16 to 400 tokens"
+    assert mean_gap(0.01) < 100
+
+
+def test_depths_and_filler_are_spread_evenly():
+    found = probes("passkey", 300, 400)
+    depths = [probe.answers[0].source / 300 for probe in found]
+    assert sum(depths) / len(depths) == pytest.approx(0.5, abs=0.05)
+    assert {probe.words[0] for probe in found} >= set(FILLER) - {"the"}
+
+
+@pytest.fixture(scope="module")
+def folder(make_once):
+    """A folder of the smallest associative recall that a tiny model learns in seconds."""
+
+    def fill(path):
+        sizes = ["--train-sizes", "10-14", "--test-sizes", "14,28", "--texts", "2000", "--tests", "60"]
+        options = ["--vocabulary", "8", "--pairs", "2", "--queries", "2"]
+        main(["probe", "make", "mqar", str(path / "data"), *sizes, *options])
+
+    return make_once("probe", fill) / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(folder, make_once):
+    """A model trained on it, with the log of the training."""
+
+    def fill(path):
+        done = run(
+            *(BIN / "fairseq-train", folder, "--user-dir", "fairseq_alibi", "--task", "probe", "--cpu"),
+            *("--arch", "alibi_lm_tiny", "--decoder-embed-dim", 64, "--tokens-per-sample", 15, "--max-tokens", 1500),
+            *("--optimizer", "adam", "--lr", 0.005, "--max-update", 150, "--no-epoch-checkpoints", "--dropout", 0),
+            *("--save-dir", path, "--log-format", "simple", "--disable-validation"),
+        )
+        (path / "log").write_text(done.output)
+
+    return make_once("probe-model", fill)
+
+
+def test_a_folder_holds_what_it_says(folder):
+    record = json.loads((folder / "prepared.json").read_text())
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    seen = {}
+    for split in ("train", "valid", "test-14", "test-28"):
+        text, answers = (load_indexed_dataset(str(folder / split) + end, dictionary) for end in ("", ".answers"))
+        seen[split] = {tuple(sentence.tolist()) for sentence in text}
+        assert len(text) == record["counts"][split]["texts"] == (2000 if split == "train" else 60)
+        for sentence, marked in zip(text, answers):
+            scored = marked != dictionary.pad()
+            assert torch.equal(sentence[scored], marked[scored])
+            assert scored.sum() == 2
+    for split in ("valid", "test-14", "test-28"):
+        assert not seen["train"] & seen[split]
+    listed = json.loads((folder / "test-14.json").read_text())
+    sentence = load_indexed_dataset(str(folder / "test-14"), dictionary)[0]
+    for start, stop, source in listed[0]:
+        assert sentence[start] == sentence[source]
+        assert stop == start + 1
+
+
+def test_only_answers_are_trained_and_scored(folder, trained):
+    """The loss of a batch by hand: source, targets, sum over the answers."""
+    from fairseq import criterions, tasks
+
+    cfg = torch.load(trained / "checkpoint_last.pt")["cfg"]
+    task = tasks.setup_task(cfg["task"])
+    model = task.build_model(cfg["model"]).eval()
+    task.load_dataset("valid")
+    batch = task.dataset("valid").collater([task.dataset("valid")[n] for n in range(5)])
+    criterion = criterions.build_criterion(cfg["criterion"], task)
+    loss, size, _ = criterion(model, batch)
+    assert size == 10
+    expected = 0
+    for row in range(5):
+        source, target = batch["net_input"]["src_tokens"][row], batch["target"][row]
+        length = int(batch["net_input"]["src_lengths"][row])
+        log_probs = model.get_normalized_probs(model(source[None, :length]), log_probs=True)[0]
+        assert source[0] == task.dictionary.eos()
+        for place in range(length):
+            if target[place] != task.dictionary.pad():
+                expected -= log_probs[place, target[place]]
+                assert place + 1 == length or source[place + 1] == target[place]
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert "answers" in (trained / "log").read_text()
+
+
+def test_a_model_learns_it_and_the_results_are_written(folder, trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["probe", "eval", str(folder), str(trained / "checkpoint_last.pt"), "--cpu", "--output", str(output)]
+    main(command)
+    table = capsys.readouterr().out
+    content = json.loads((output / "probe.json").read_text())
+    (model,) = content["models"]
+    at_14, at_28 = model["results"]
+    assert at_14["exact_match"] > 0.9, "attention with any method does this at the training length"
+    assert at_14["answers"] == at_28["answers"] == 120
+    assert f"{at_14['exact_match']:.1%}" in table
+    assert sum(part["answers"] for part in at_14["by_gap"]) == 120
+    assert sum(part["answers"] * part["exact_match"] for part in at_28["by_depth"]) == pytest.approx(
+        120 * at_28["exact_match"]
+    )
+    assert {path.name for path in output.iterdir()} == {"probe.json", "probe.md", "probe.png", "depth.png"}
+    assert "exists: pass --overwrite" in failure(capsys, main, *command)
+
+
+class Planted(torch.nn.Module):
+    """Answers as a function of the tokens so far says."""
+
+    def __init__(self, dictionary, rule):
+        super().__init__()
+        self.decoder = self
+        self.dictionary, self.rule = dictionary, rule
+
+    def forward(self, tokens, incremental_state=None):
+        scores = torch.zeros(*tokens.shape, len(self.dictionary))
+        for row, line in enumerate(tokens.tolist()):
+            for place in range(len(line)):
+                scores[row, place, self.rule(line[1 : place + 1])] = 1
+        return scores
+
+    def get_normalized_probs(self, scores, log_probs):
+        return scores
+
+    def max_positions(self):
+        return 1000
+
+
+def test_a_planted_model_has_the_accuracy_that_it_must_have(folder):
+    """One that looks up is always right, one that guesses among the four values is right by chance."""
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    rng = random.Random(1)
+
+    def look_up(line):
+        return line[line.index(line[-1]) + 1] if line and line[-1] in line[:-1] else 4
+
+    settings = probe_evaluation.ProbeEvaluation(str(folder))
+    outcomes = probe_evaluation.outcomes_of_size(Planted(dictionary, look_up), 28, settings, "")
+    assert probe_evaluation.accuracy(outcomes)["exact_match"] == 1
+    values = [dictionary.index(f"s{n}") for n in range(4, 8)]
+    outcomes = probe_evaluation.outcomes_of_size(Planted(dictionary, lambda _: rng.choice(values)), 28, settings, "")
+    low, high = probe_evaluation.accuracy(outcomes)["interval"]
+    assert low < 0.25 < high
+
+
+def test_longer_answers_are_decoded_after_the_models_own_choices(build):
+    """Through the cache as by whole passes; an error is followed by what the model says after it."""
+    model = build("alibi_lm_tiny")
+    torch.manual_seed(1)
+    tokens = torch.randint(4, 40, (3, 30))
+    answers = [[Answer(10, 14, 0), Answer(20, 25, 0)]] * 3
+    found = probe_evaluation.predict(model, tokens, answers, 2)
+    for row in range(3):
+        line = [2, *tokens[row].tolist()]
+        for place in [*range(10, 14), *range(20, 25)]:
+            with torch.no_grad():
+                line[place + 1] = int(model(torch.tensor([line[: place + 1]]))[0][0, -1].argmax())
+            assert found[row, place] == line[place + 1]
+
+
+def test_effective_length_and_interval():
+    def results(*shares):
+        return [{"size": 2**n, "exact_match": share} for n, share in enumerate(shares)]
+
+    assert probe_evaluation.effective_length(results(1, 0.9, 0.8, 1), 0.85) == 2
+    assert probe_evaluation.effective_length(results(0.5, 1), 0.85) == 0
+    assert probe_evaluation.wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert probe_evaluation.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "make mqar OUT --train-sizes 10 --test-sizes 64",
+            "size 10: mqar with these options has 24 to",
+        ),
+        ("make copy OUT --train-sizes 9-3 --test-sizes 4", "--train-sizes 9-3: pass the smaller one first"),
+        ("make mqar OUT --train-sizes 64 --test-sizes 64 --queries 9", "--queries 9: there are 8 pairs to ask for"),
+        ("make mqar OUT --train-sizes 64 --test-sizes 64 --vocabulary 10", "--vocabulary 10: half of it are keys"),
+        ("make needles OUT --train-sizes 600 --test-sizes 600 --needles 99", "--needles 99: there are 16 names"),
+        ("make needles OUT --train-sizes 99 --test-sizes 99 --asked 5", "--asked 5: there are 4 needles to ask for"),
+        ("make parity OUT --train-sizes 1-2 --test-sizes 2", "too few different texts of sizes 1 to 2"),
+        ("make parity OUT --train-sizes 1-2 --test-sizes 2 --pairs 3", "unrecognized arguments: --pairs 3"),
+        ("make sort OUT --train-sizes 1-x --test-sizes 2", "'x' is no such number"),
+        ("make passkey OUT --train-sizes 99 --test-sizes 99 --filler nowhere", "nowhere is no text file"),
+        ("make mqar OUT --train-sizes 64 --test-sizes 64 --gap-power nan", "'nan': pass a number from -100 to 100"),
+        ("eval DATA CHECKPOINT --sizes 15", "has no texts of size 15, only of 14, 28"),
+        ("eval CORPUS CHECKPOINT", "holds no probes: make a folder with fairseq-alibi probe make"),
+        ("eval DATA CHECKPOINT --threshold 2", "'2' is no share"),
+        ("eval DATA nowhere.pt", "there is no checkpoint nowhere.pt"),
+    ],
+)
+def test_bad_input_is_one_line(folder, trained, corpus, tmp_path, capsys, arguments, message):
+    places = {"OUT": tmp_path / "out", "DATA": folder, "CORPUS": corpus, "CHECKPOINT": trained / "checkpoint_last.pt"}
+    line = failure(capsys, main, "probe", *(places.get(word, word) for word in arguments.split()))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_on_longer_texts_or_other_folders_is_refused(folder, corpus, tmp_path):
+    common = ("--user-dir", "fairseq_alibi", "--task", "probe", "--arch", "alibi_lm_tiny", "--cpu", "--max-tokens", 512)
+    common += ("--optimizer", "adam", "--save-dir", tmp_path, "--max-update", 1)
+    done = run(BIN / "fairseq-train", folder, *common, "--tokens-per-sample", 12, check=False)
+    assert "pass --tokens-per-sample 15" in done.output
+    done = run(BIN / "fairseq-train", corpus, *common, check=False)
+    assert "is no subset of probe data: make the folder with fairseq-alibi probe make" in done.output
