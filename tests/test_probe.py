@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 
 import pytest
 import torch
@@ -119,23 +120,21 @@ def folder(make_once):
     def fill(path):
         sizes = ["--train-sizes", "10-14", "--test-sizes", "14,28", "--texts", "2000", "--tests", "60"]
         options = ["--vocabulary", "8", "--pairs", "2", "--queries", "2"]
-        main(["probe", "make", "mqar", str(path / "data"), *sizes, *options])
+        made = run(BIN / "fairseq-alibi", "probe", "make", "mqar", path / "data", *sizes, *options)
+        (path / "printed").write_text(made.output)
 
     return make_once("probe", fill) / "data"
 
 
 @pytest.fixture(scope="module")
 def trained(folder, make_once):
-    """A model trained on it, with the log of the training."""
+    """A model trained on it by the command that was printed, but smaller, with its log."""
 
     def fill(path):
-        done = run(
-            *(BIN / "fairseq-train", folder, "--user-dir", "fairseq_alibi", "--task", "probe", "--cpu"),
-            *("--arch", "alibi_lm_tiny", "--decoder-embed-dim", 64, "--tokens-per-sample", 15, "--max-tokens", 900),
-            *("--optimizer", "adam", "--lr", 0.005, "--max-update", 400, "--no-epoch-checkpoints", "--dropout", 0),
-            *("--save-dir", path, "--log-format", "simple", "--disable-validation"),
-        )
-        (path / "log").write_text(done.output)
+        name, *command = shlex.split((folder.parent / "printed").read_text().splitlines()[-1])
+        smaller = ("--decoder-embed-dim", 64, "--dropout", 0, "--lr", 0.005, "--max-tokens", 900, "--max-update", 400)
+        others = ("--cpu", "--no-epoch-checkpoints", "--disable-validation", "--log-format", "simple")
+        (path / "log").write_text(run(BIN / name, *command, *smaller, *others, "--save-dir", path).output)
 
     return make_once("probe-model", fill)
 
