@@ -12,9 +12,8 @@ from fairseq.models import BaseFairseqModel
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.checkpoints import describe_evaluated, read_checkpoint
+from ..files.checkpoints import describe_evaluated, load_model, read_checkpoint
 from ..files.data_folders import first_folder, open_subset, read_preparation
-from ..files.model_loading import load_model
 from ..models.decoder import AlibiDecoder
 from .probe_tasks import Answer
 
