@@ -13,6 +13,7 @@ from fairseq.data.data_utils import load_indexed_dataset
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.experiments import probe_evaluation
+from fairseq_alibi.experiments.probe_data import ProbeSettings, training_probes
 from fairseq_alibi.experiments.probe_tasks import FILLER, PROBES, Answer, Draws, ProbeOptions
 
 SIZES = {name: 200 if task.unit == "tokens" else 12 for name, task in PROBES.items()}
@@ -159,6 +160,15 @@ def test_a_folder_holds_what_it_says(folder):
     for start, stop, source in listed[0]:
         assert sentence[start] == sentence[source]
         assert stop == start + 1
+
+
+def test_no_text_of_an_evaluation_is_trained_on():
+    """Of the 28 texts of parity with 2 to 4 bits the first 20 are kept out."""
+    settings = ProbeSettings("parity", (2, 4), (4,), texts=500)
+    every = {tuple(probe.words) for probe in training_probes(settings, "train", set())}
+    assert len(every) == 28
+    forbidden = set(sorted(every)[:20])
+    assert {tuple(probe.words) for probe in training_probes(settings, "train", forbidden)} == every - forbidden
 
 
 def test_only_answers_are_trained_and_scored(folder, trained):
