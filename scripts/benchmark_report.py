@@ -32,8 +32,8 @@ def tables(content: dict[str, Any]) -> str:
     idle = [one for one in content["measurements"] if one.get("of", "") is None]
     text = [
         f"{environment['device']}; {environment['platform']}; {versions}; {settings['dtype']}. Median of "
-        f"{settings['repeats']} rounds or, where these take long, of three, after one that warms up and compiles; ± "
-        f"half of their range. Batches of about {settings['tokens']:,} tokens, at least one sequence. Load average at "
+        f"3 rounds or, within the budget, up to {settings['repeats']}, after one that warms up and compiles; ± half of "
+        f"their range. Batches of about {settings['tokens']:,} tokens, at least one sequence. Load average at "
         f"the start: {content['load_average']:.1f}."
     ]
     for part, head_dim, found in groups(content["measurements"]):

@@ -40,6 +40,7 @@ from fairseq_alibi.core.attention_inputs import (
 )
 from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
 from fairseq_alibi.core.positions import PositionMethod, distances, linear_bias
+from fairseq_alibi.core.transformer import Transformer
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.experiments import gpu_check
 from fairseq_alibi.files.data_folders import made_up_dictionary
@@ -404,6 +405,24 @@ def test_a_method_that_gives_masks_alone_runs_in_chunks_of_queries_where_none_fi
     assert largest.elements < 2 * 700**2
     mask = FoldedMask(NeedsMask(2).future_mask(700, 700))
     torch.testing.assert_close(out, attention.attend(q, k, v, AttentionInputs(bias=mask)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [2**20, 2**30])
+def test_compiled_code_leaves_its_graph_where_no_mask_fits(monkeypatch, limit):
+    monkeypatch.setattr(mask_limits, "COMPILED_LIMIT", limit)
+    torch._dynamo.reset()
+    model, x, graphs = Transformer(1, 32, 4).eval(), torch.randn(1, 600, 32), []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.compile(model, backend=backend)(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+    assert (len(graphs) == 1) == (limit == 2**30)
+    torch._dynamo.reset()
 
 
 def test_a_measured_crossover_is_read(monkeypatch, tmp_path):

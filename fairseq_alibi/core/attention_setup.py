@@ -24,7 +24,7 @@ from .attention_inputs import (
     TokenSpan,
 )
 from .kept import KeptTensor, in_transform
-from .mask_limits import LONGEST_MASK, longest_mask, mask_fits
+from .mask_limits import LONGEST_MASK, mask_fits, mask_is_slower
 from .positions import PositionMethod, distances
 from .tiled_attention import merge_padding_into_mask
 
@@ -204,7 +204,7 @@ class AttentionSetup:
             return True
         whole = method.bias_kind == "none" and span.queries == span.keys and padding is None and not dropped_on_cpu
         return whole or (
-            span.queries > 1 and (span.keys > longest_mask(device) or not span_mask_fits(self, device, span, rows))
+            span.queries > 1 and (mask_is_slower(device, span.keys) or not span_mask_fits(self, device, span, rows))
         )
 
 

@@ -38,6 +38,11 @@ def longest_mask(device: torch.device) -> float:
         return math.inf
 
 
+def mask_is_slower(device: torch.device, keys: int) -> bool:
+    """Whether a mask of so many keys is known to be slower than none; compiled code does not ask."""
+    return not torch.compiler.is_compiling() and keys > longest_mask(device)
+
+
 @functools.cache
 def memory_of(device: torch.device) -> int:
     """Bytes of a GPU's memory; of the machine's for other devices, and where a GPU is only pretended."""
