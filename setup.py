@@ -55,11 +55,11 @@ setup(
         "regex",
         "sacrebleu",
         "tqdm",
-        "matplotlib",
+        "matplotlib>=3.8.4",  # older ones were built for numpy 1 and do not import with numpy 2
         "sacremoses",
         "subword-nmt",
         "tabulate>=0.9",  # older ones cannot break the heads of columns
-        "tensorboardX",
+        "tensorboardX>=2.6.2.2",  # 2.6 does not import with today's protobuf
     ],
     extras_require={
         "sentencepiece": ["sentencepiece"],
