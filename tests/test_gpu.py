@@ -383,7 +383,7 @@ def test_no_mask_takes_more_than_its_share_of_the_memory(monkeypatch):
                 with torch.device(META):
                     found = setup.runs_without_mask(META, span, None, None, True, rows)
                 assert found == (rows * 2 * length**2 * 4 > share), (name, length, rows)
-        bias = attention_setup.bias_without_mask(method, TokenSpan(5, 5, 0), torch.device("cpu"), True)
+        bias = attention_setup.bias_without_mask(method, TokenSpan(5, 5, 0), torch.device("cpu"), True, None)
         assert isinstance(bias, kind)
 
 
