@@ -63,10 +63,10 @@ setup(
     ],
     extras_require={
         "sentencepiece": ["sentencepiece"],
-        "transformers": ["transformers>=4.57,<5.25", "safetensors"],
+        "transformers": ["transformers>=4.57.1,<5.25", "safetensors"],
         "test": [
             *("accelerate", "codespell", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"),
-            *("safetensors", "sentencepiece", "transformers>=4.57,<5.25"),
+            *("safetensors", "sentencepiece", "transformers>=4.57.1,<5.25"),
         ],
     },
 )

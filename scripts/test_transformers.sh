@@ -7,7 +7,7 @@
 #   bash scripts/test_transformers.sh clients    # the libraries, 2 GB
 set -euo pipefail
 cd "$(dirname "$0")/.."
-version=${1:-4.57.0}
+version=${1:-4.57.1} # 4.57.0 was withdrawn
 packages=("transformers==$version") tests=(tests/test_hf_model.py tests/test_hf_tokenizer.py)
 if [ "$version" = clients ]; then
   # Of the versions on record (examples/language_model/transformers.md); none brings another torch.

@@ -26,6 +26,10 @@ from fairseq_alibi.core import position_methods
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+# The code of exported models that transformers copies: no trace in the user's cache, nor of another process of pytest.
+MODULES = tempfile.TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = MODULES.name
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 #: The console scripts that `run` starts in a forked process.

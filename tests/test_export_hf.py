@@ -48,13 +48,10 @@ LINES = ["word1 don't stop, 2.5 (the-end) & U.S.", "", "Unseen words: zebra <unk
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    """No network, and no trace in the user's cache."""
+def offline():
+    """No network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.setattr(sys, "path", [*sys.path])
         yield
 
 

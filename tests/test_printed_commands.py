@@ -11,7 +11,7 @@ from conftest import BIN, ROOT, failure, run
 from packaging import requirements
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.commands.doctor import PARTS, setup_command
+from fairseq_alibi.commands.doctor import FAIRSEQ, PARTS, PIP, SETUP
 from fairseq_alibi.files import errors
 
 SPLITS = ("train", "valid", "test")
@@ -94,15 +94,15 @@ def test_what_the_preparation_of_wikitext103_prints_names_a_script_and_the_data(
 
 def test_the_scripts_and_packages_that_remedies_name_exist(elsewhere):
     """Of doctor; from the project's folder the path is the short one of the documents."""
-    assert Path(shlex.split(setup_command())[1]).is_file()
-    commands = [shlex.split(part.remedy) for part in PARTS if part.remedy.startswith("pip install")]
-    named = {requirements.Requirement(words[-1]).name for words in commands}
+    assert Path(shlex.split(errors.script_command("setup.sh"))[1]).is_file()
+    remedies = {part.remedy for part in PARTS} - {SETUP, FAIRSEQ}
+    named = {requirements.Requirement(shlex.split(remedy)[-1]).name for remedy in remedies if remedy.startswith(PIP)}
     assert {"transformers", "fairscale"} <= named
     os.chdir(ROOT)
-    assert setup_command() == "bash scripts/setup.sh"
+    assert errors.script_command("setup.sh") == "bash scripts/setup.sh"
 
 
 def test_without_the_scripts_of_a_clone_no_command_names_them(elsewhere, capsys, monkeypatch):
     monkeypatch.setattr(errors, "__file__", str(elsewhere / "site-packages" / "fairseq_alibi" / "files" / "errors.py"))
-    assert "pip install --upgrade --force-reinstall ., in a clone" in setup_command()
+    assert not errors.script_command("setup.sh")
     assert "run it in a clone" in failure(capsys, main, "reproduce", "--preset", "paper")

@@ -271,7 +271,7 @@ PARTS = (
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),
     Part("processes", check_distributed, "training in several processes"),
     Part("text", check_text_tools, "scripts/prepare_text.sh"),
-    Part("transformers", check_transformers, "fairseq-alibi export-hf", f"{PIP} install 'transformers>=4.57,<5.25'"),
+    Part("transformers", check_transformers, "fairseq-alibi export-hf", f"{PIP} install 'transformers>=4.57.1,<5.25'"),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
     Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", f"{PIP} install --force-reinstall fairscale"),

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"{error.name} is not installed: get it with pip install 'transformers>=4.57,<5.25' safetensors"
+            f"{error.name} is not installed: get it with pip install 'transformers>=4.57.1,<5.25' safetensors"
         ) from error
     from ..files.export_hf import export
 

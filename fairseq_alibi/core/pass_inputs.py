@@ -64,8 +64,11 @@ class CacheWithPositions:
         k, v, sums = new
         assert sums is not None
         decays = torch.cat([sums[..., :1], sums.diff(dim=-1)], dim=-1).to(torch.promote_types(k.dtype, torch.float32))
-        keys, v = self.update(torch.cat([k, decays[..., None]], dim=-1), v, layer)  # float32, where k is less precise
-        return keys[..., :-1].to(k.dtype), v, keys[..., -1].cumsum(2, dtype=torch.float64)
+        values = v if VERSION >= (5, 0) else F.pad(v, (0, 1)).to(decays)  # version 4: shape and dtype of the keys
+        # The decays are float32 where k is less precise.
+        keys, values = self.update(torch.cat([k, decays[..., None]], dim=-1), values, layer)
+        sums = keys[..., -1].cumsum(2, dtype=torch.float64)
+        return keys[..., :-1].to(k.dtype), values[..., : v.size(-1)].to(v.dtype), sums
 
 
 def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
