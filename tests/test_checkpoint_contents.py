@@ -64,7 +64,7 @@ def test_a_model_trained_with_eval_bleu_is_read_resumed_and_generated_from(tmp_p
     """fairseq's own translation recipe: the counts of n-grams are numpy arrays."""
     for split in ("train", "valid"):
         for side in ("src", "tgt"):
-            (tmp_path / f"{split}.{side}").write_text("a b c d e\nc d a\n" * 40)
+            (tmp_path / f"{split}.{side}").write_text("a b c d e\nc d a\n" * 20)
     arguments = ["-s", "src", "-t", "tgt", "--destdir", tmp_path / "data"]
     arguments += ["--trainpref", tmp_path / "train", "--validpref", tmp_path / "valid"]
     preprocess.main(options.get_preprocessing_parser().parse_args(list(map(str, arguments))))

@@ -89,7 +89,8 @@ def test_loss_is_that_of_fairseq_eval_lm(corpus, checkpoint, sharpened, tmp_path
     found = results(tmp_path)
     assert found.keys() == {(16, 16), (longest, longest), (32, 12), (24, 6), (32, 8)}
     # fairseq's command takes seconds to start: one window of each kind tells of the other output layers
-    compared = found if kind == "plain" else {way: found[way] for way in ((longest, longest), (32, 12))}
+    ways = ((longest, longest), (32, 12), (32, 8))
+    compared = {way: found[way] for way in (ways if kind == "plain" else ways[:2])}
     for (length, stride), one in compared.items():
         arguments = ("--tokens-per-sample", length, "--context-window", length - stride, "--max-tokens", 300)
         loss, tokens = fairseqs_own(corpus, checkpoint, *arguments)
@@ -99,7 +100,7 @@ def test_loss_is_that_of_fairseq_eval_lm(corpus, checkpoint, sharpened, tmp_path
     assert found[32, 8]["loss"] != pytest.approx(found[16, 16]["loss"], abs=1e-3), "context matters to this model"
 
 
-@pytest.mark.parametrize(("length", "stride"), [(16, 16), (32, 12), (20, 1)])
+@pytest.mark.parametrize(("length", "stride"), [(16, 16), (20, 1)])
 def test_words_are_counted_as_remove_bpe_does_and_rightly(bpe_corpus, bpe_checkpoint, tmp_path, length, stride):
     """fairseq's own looks for the marker "subword_nmt", which no type has, unless it is told the right one."""
     command(bpe_corpus, bpe_checkpoint, "--lengths", length, "--stride", stride, "--output", tmp_path, "--remove-bpe")

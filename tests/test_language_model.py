@@ -163,6 +163,7 @@ def test_attention_weights_are_there_with_a_mask_only(build):
         layer(x, AttentionInputs(bias=LinearBias(*method.slopes())), need_weights=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("attention", ["mask", "fused"])
 def test_a_compiled_model_gives_the_same_numbers(build, attention):

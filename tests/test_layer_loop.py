@@ -141,7 +141,7 @@ def test_layers_are_wrapped_for_fsdp_as_those_of_fairseq(build, monkeypatch, mor
     assert transformer_encoder.fsdp_wrap is not None, "the encoder wraps with the same function"
 
 
-@pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
+@pytest.mark.parametrize("attention", ["auto", "mask"])
 def test_a_decoder_runs_in_two_threads_at_once(build, method, attention):
     """With different lengths, against models that each ran alone."""
     arguments = ["--position-method", method, "--attention", attention]
@@ -155,7 +155,7 @@ def test_a_decoder_runs_in_two_threads_at_once(build, method, attention):
 
     def work(number):
         with torch.no_grad():
-            results[number].extend(model(texts[number])[0] for _ in range(6))
+            results[number].extend(model(texts[number])[0] for _ in range(4))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -163,7 +163,7 @@ def test_a_decoder_runs_in_two_threads_at_once(build, method, attention):
     for thread in threads:
         thread.join()
     for found, wanted in zip(results, expected):
-        assert len(found) == 6
+        assert len(found) == 4
         for logits in found:
             torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
 

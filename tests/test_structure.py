@@ -5,6 +5,7 @@
 
 import ast
 import collections
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ OVERRIDES = {
 SUBCOMMAND_PROTOCOL = {"add_arguments", "run"}
 
 
+@functools.cache
 def modules():
     """Every module of the package: its path within the package ("core/attention.py") and its syntax tree."""
     return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}

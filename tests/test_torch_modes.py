@@ -113,7 +113,7 @@ def test_an_ordinary_pass_after_any_mode_trains_and_is_right(kind, attention, mo
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
+@pytest.mark.parametrize("attention", ["auto", "mask"])
 def test_a_fairseq_model_trains_after_a_pass_in_inference_mode(build, method, attention):
     """Lightning validates so."""
     model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention, "--tokens-per-sample", 16)
