@@ -4,6 +4,7 @@ import json
 import random
 import shlex
 
+import numpy
 import pytest
 import torch
 from conftest import BIN, failure, run
@@ -12,7 +13,9 @@ from fairseq.data import Dictionary
 from fairseq.data.data_utils import load_indexed_dataset
 
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.evaluation.measurement import Windowing
 from fairseq_alibi.experiments import probe_evaluation
+from fairseq_alibi.experiments.context_gain import context_before
 from fairseq_alibi.experiments.probe_data import ProbeSettings, training_probes
 from fairseq_alibi.experiments.probe_tasks import FILLER, PROBES, Answer, Draws, ProbeOptions
 
@@ -317,3 +320,66 @@ def test_training_on_longer_texts_or_other_folders_is_refused(folder, corpus, tm
     assert "pass --tokens-per-sample 15" in done.output
     done = run(BIN / "fairseq-train", corpus, *common, check=False)
     assert "is no subset of probe data: make the folder with fairseq-alibi probe make" in done.output
+
+
+def losses_file(path, **arrays):
+    """A file as evaluate writes it: 8 tokens of 3 types."""
+    named = {name.replace("_", ", stride "): numpy.array(values, float) for name, values in arrays.items()}
+    losses = {f"length {name[1:]}": values for name, values in named.items()}
+    numpy.savez(path, tokens=numpy.array([4, 5, 4, 5, 6, 5, 4, 5]), subject=numpy.array("{}"), **losses)
+    return path
+
+
+def test_what_context_gives_by_hand(tmp_path, capsys):
+    short, long = [4, 4, 4, 4, 4, 4, 4, 4], [4, 4, 0.5, 4, 5, 3, 4, 3]
+    path = losses_file(tmp_path / "a.npz", L4_4=short, L8_8=long)
+    main(["probe", "gain", str(path), "--output", str(tmp_path / "out")])
+    table = capsys.readouterr().out
+    (content,) = json.loads((tmp_path / "out" / "gain.json").read_text())["files"]
+    rows = {row["group"]: row for row in content["groups"]}
+    assert rows["all"] == {
+        **{"group": "all", "tokens": 8, "short": 4, "long": 27.5 / 8, "gain": 4.5 / 8, "share_that_gains": 3 / 8},
+        "perplexity": 2 ** (27.5 / 8),
+    }
+    assert rows["with less than 2 tokens of short context"]["gain"] == pytest.approx(0)
+    assert rows["with 2 tokens of short context or more"]["gain"] == pytest.approx(4.5 / 4)
+    assert (rows["key tokens"]["tokens"], rows["key tokens"]["long"]) == (1, 0.5), "3.5 bits are 2.4 nats"
+    assert rows["1 to 9 times in the text"]["tokens"] == 8
+    assert [(part["first"], part["gain"]) for part in content["by_context"]] == [(0, -0.5), (1, 0.5), (2, 1.125)]
+    assert "+0.562" in table
+    assert (tmp_path / "out" / "gain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_model_chooses_the_key_tokens(tmp_path):
+    flat = losses_file(tmp_path / "a.npz", L4_4=[4] * 8, L8_8=[4] * 8)
+    strong = losses_file(tmp_path / "b.npz", L4_4=[4] * 8, L8_8=[4, 4, 0, 4, 4, 4, 0, 4])
+    arguments = ["probe", "gain", str(flat), "--keys-of", str(strong), "--output", str(tmp_path / "out")]
+    main(arguments)
+    (content,) = json.loads((tmp_path / "out" / "gain.json").read_text())["files"]
+    (keys,) = [row for row in content["groups"] if row["group"] == "key tokens"]
+    assert (keys["tokens"], keys["perplexity"]) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("windowing", "expected"),
+    [((4, 4), [0, 1, 2, 3, 0, 1, 2, 3]), ((4, 2), [0, 1, 2, 3, 2, 3, 2, 3]), ((3, None), [0, 1, 2, 2, 2, 2, 2, 2])],
+)
+def test_the_context_of_each_token(windowing, expected):
+    assert context_before(8, Windowing(*windowing)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nowhere.npz", "nowhere.npz holds no losses of tokens: make it with"),
+        ("FILE --short 5", "has no losses at length 5, only at 4, 8"),
+        ("FILE --long 4", "4 tokens are not fewer than 4 (of 4, 8): pass --short and --long"),
+        ("FILE --keys-of OTHER", "is of another text than"),
+    ],
+)
+def test_gain_names_bad_input_in_one_line(tmp_path, capsys, arguments, message):
+    places = {"FILE": losses_file(tmp_path / "a.npz", L4_4=[4] * 8, L8_8=[4] * 8), "OTHER": tmp_path / "b.npz"}
+    with numpy.load(places["FILE"]) as stored:
+        numpy.savez(places["OTHER"], **{**stored, "tokens": stored["tokens"] + 1})
+    words = (places.get(word, word) for word in arguments.split())
+    assert message in failure(capsys, main, "probe", "gain", *words, "--output", tmp_path / "out")

@@ -1,14 +1,17 @@
-"""`fairseq-alibi probe`: data sets whose answers are known, and how many a model gets right."""
+"""`fairseq-alibi probe`: what a model gets right where answers are known, and what context gives it in any text."""
 
 import argparse
 import dataclasses
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..experiments.context_gain import compare_contexts, read_token_losses, write_gains
 from ..experiments.probe_data import ProbeSettings, make_probe_data
 from ..experiments.probe_evaluation import ProbeEvaluation, evaluate_probe
 from ..experiments.probe_results import check_outputs, probe_table, write_probe_results
@@ -123,6 +126,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cpu", action="store_true", help="do not use the GPU")
     add("--output", type=Path, default=Path("results/probe"), metavar="DIR", help="default results/probe")
     add("--overwrite", action="store_true", help="replace results that are there")
+    text = "what a longer context gives, from the losses of single tokens"
+    add_gain_arguments(actions.add_parser("gain", help=text, description=text).add_argument)
+
+
+def add_gain_arguments(add: Callable[..., Any]) -> None:
+    """Adds the arguments of `fairseq-alibi probe gain`."""
+    text = ".npz of evaluate --save-token-losses, with two lengths"
+    add("files", metavar="LOSSES", nargs="+", type=Path, help=text)
+    add("--short", type=positive_integer, metavar="N", help="length of the short context (default: the shortest)")
+    add("--long", type=positive_integer, metavar="N", help="length of the long context (default: the longest)")
+    add("--keys-of", type=Path, metavar="LOSSES", help="the model that chooses the key tokens (default: each its own)")
+    add("--output", type=Path, default=Path("results/gain"), metavar="DIR", help="default results/gain")
+    add("--overwrite", action="store_true", help="replace results that are there")
+
+
+def gain(args: argparse.Namespace) -> None:
+    """Writes what a longer context gave; ValueError names bad input."""
+    gains = [compare_contexts(read_token_losses(path), args.short, args.long) for path in args.files]
+    chosen_by = args.keys_of and compare_contexts(read_token_losses(args.keys_of), args.short, args.long)
+    with locked(args.output):
+        text = write_gains(args.output, gains, chosen_by, args.overwrite)
+    print(f"{text}\n\nwritten to {args.output}")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -139,8 +164,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: bad input; names it and the remedy.
     """
-    if args.action == "make":
-        make(args)
+    if args.action != "eval":
+        {"make": make, "gain": gain}[args.action](args)
         return
     device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
     settings = ProbeEvaluation(args.data, args.sizes, args.threshold, args.max_tokens, args.model_overrides, device)
