@@ -331,22 +331,24 @@ def losses_file(path, **arrays):
 
 
 def test_what_context_gives_by_hand(tmp_path, capsys):
-    short, long = [4, 4, 4, 4, 4, 4, 4, 4], [4, 4, 0.5, 4, 5, 3, 4, 3]
+    short, long = [4, 4, 4, 4, 4, 4, 4, 4], [4, 4, 0.5, 4, 5, 1.5, 4, 3]
     path = losses_file(tmp_path / "a.npz", L4_4=short, L8_8=long)
     main(["probe", "gain", str(path), "--output", str(tmp_path / "out")])
     table = capsys.readouterr().out
     (content,) = json.loads((tmp_path / "out" / "gain.json").read_text())["files"]
     rows = {row["group"]: row for row in content["groups"]}
     assert rows["all"] == {
-        **{"group": "all", "tokens": 8, "short": 4, "long": 27.5 / 8, "gain": 4.5 / 8, "share_that_gains": 3 / 8},
-        "perplexity": 2 ** (27.5 / 8),
+        **{"group": "all", "tokens": 8, "short": 4, "long": 26 / 8, "gain": 6 / 8, "share_that_gains": 3 / 8},
+        "perplexity": 2 ** (26 / 8),
     }
-    assert rows["with less than 2 tokens of short context"]["gain"] == pytest.approx(0)
+    assert rows["with less than 2 tokens of short context"]["gain"] == pytest.approx(1.5 / 4)
     assert rows["with 2 tokens of short context or more"]["gain"] == pytest.approx(4.5 / 4)
-    assert (rows["key tokens"]["tokens"], rows["key tokens"]["long"]) == (1, 0.5), "3.5 bits are 2.4 nats"
+    assert (rows["key tokens"]["tokens"], rows["key tokens"]["long"]) == (1, 0.5), (
+        "3.5 bits are 2.4 nats, 2.5 bits are 1.7"
+    )
     assert rows["1 to 9 times in the text"]["tokens"] == 8
-    assert [(part["first"], part["gain"]) for part in content["by_context"]] == [(0, -0.5), (1, 0.5), (2, 1.125)]
-    assert "+0.562" in table
+    assert [(part["first"], part["gain"]) for part in content["by_context"]] == [(0, -0.5), (1, 1.25), (2, 1.125)]
+    assert "+0.750" in table
     assert (tmp_path / "out" / "gain.png").read_bytes().startswith(b"\x89PNG")
 
 
