@@ -219,6 +219,23 @@ def test_a_model_learns_it_and_the_results_are_written(folder, tmp_path, capsys)
     assert "exists: pass --overwrite" in failure(capsys, main, *command)
 
 
+def test_options_of_an_evaluation(folder, trained, tmp_path):
+    """Batches change nothing; sizes, threshold and overrides do what they say."""
+
+    def evaluate(name, *options):
+        path = str(trained / "checkpoint_last.pt")
+        main(["probe", "eval", str(folder), path, path, "--cpu", "--output", str(tmp_path / name), *options])
+        return json.loads((tmp_path / name / "probe.json").read_text())["models"][0]
+
+    plain, small = evaluate("plain"), evaluate("small", "--max-tokens", "30", "--sizes", "28,14", "--threshold", "0")
+    assert small["results"] == plain["results"]
+    assert (plain["threshold"], plain["effective_length"], small["effective_length"]) == (0.85, 0, 28)
+    other = evaluate("other", "--sizes", "28", "--model-overrides", "{'alibi_length_scale': '0.1'}")
+    assert [result["size"] for result in other["results"]] == [28]
+    assert "with alibi_length_scale=0.1" in (tmp_path / "other" / "probe.md").read_text()
+    assert (tmp_path / "other" / "probe.md").read_text().count(str(trained)) == 2, "two models of one name"
+
+
 class Planted(torch.nn.Module):
     """Answers as a function of the tokens so far says."""
 

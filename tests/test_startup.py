@@ -78,6 +78,7 @@ def test_both_kinds_of_install_put_it_into_site_packages(kind, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fairseq_alibi_startup.py", "fairseq_alibi_startup.pth"} <= set(names)
     assert ("fairseq_alibi/core/positions.py" in names) == (kind == "wheel")
+    assert ("fairseq_alibi/evaluation/paper.json" in names) == (kind == "wheel")
     assert not any(name.startswith("fairseq_alibi/startup") for name in names), "a second copy"
 
 

@@ -19,6 +19,11 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
+def length_list(text: str) -> list[int]:
+    """Reads lengths with commas between them; raises ArgumentTypeError."""
+    return [positive_integer(part) for part in text.split(",")]
+
+
 def subset_name(text: str) -> str:
     """Reads the name of a subset of a data folder; raises ArgumentTypeError for a path."""
     if "/" in text or "\\" in text or text in (".", ".."):

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from ..evaluation.fairseq_eval_lm import EvalLmSettings, evaluate_with_fairseq
 from ..evaluation.tables import model_title
 from ..files.locks import locked
+from ..files.results import check_absent
 from .arguments import positive_integer, subset_name
 
 PASSES_ARGUMENTS_ON = True  # what follows `--` goes to fairseq-eval-lm
@@ -54,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("fairseq-eval-lm under torchrun scores one process's share only: run one process")
     output = args.output or Path(args.checkpoint).parent / name
     with locked(output):
-        if output.exists() and not args.overwrite:
-            raise ValueError(f"{output} exists: pass --overwrite to replace it, or another --output")
+        check_absent([output], args.overwrite)
         content = evaluate_with_fairseq(settings, output)
     print(f"\n{model_title(content)}, evaluated on {args.subset}")
     rows = [[result[column] for column in COLUMNS] for result in content["results"]]

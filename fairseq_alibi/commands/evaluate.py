@@ -17,17 +17,12 @@ from ..evaluation.tables import checkpoint_table
 from ..evaluation.text import read_evaluation_text
 from ..files.data_folders import first_folder, text_options
 from ..files.results import check_writable
-from .arguments import model_options, positive_integer, shorten, subset_name
+from .arguments import length_list, model_options, positive_integer, shorten, subset_name
 
 SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")  # a share of the length that is written as a fraction
 
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
 join_processes = processes.join
-
-
-def length_list(text: str) -> list[int]:
-    """Reads lengths with commas between them; raises ArgumentTypeError."""
-    return [positive_integer(part) for part in text.split(",")]
 
 
 def share_of_length(text: str) -> Fraction:

@@ -1,7 +1,6 @@
 """`fairseq-alibi probe`: what a model gets right where answers are known, and what context gives it in any text."""
 
 import argparse
-import dataclasses
 import math
 import shlex
 import sys
@@ -14,11 +13,11 @@ import torch
 from ..experiments.context_gain import compare_contexts, read_token_losses, write_gains
 from ..experiments.probe_data import ProbeSettings, make_probe_data
 from ..experiments.probe_evaluation import ProbeEvaluation, evaluate_probe
-from ..experiments.probe_results import check_outputs, probe_table, write_probe_results
+from ..experiments.probe_results import FILES, probe_table, write_probe_results
 from ..experiments.probe_tasks import PROBES, ProbeOptions
 from ..files.locks import locked
-from ..files.results import describe_environment
-from .arguments import model_options, positive_integer, shorten
+from ..files.results import check_outputs, describe_environment
+from .arguments import length_list, model_options, positive_integer, shorten
 
 #: Help of the options that only some tasks have.
 OPTION_HELP = {
@@ -33,31 +32,14 @@ OPTION_HELP = {
 }
 
 
-def size_list(text: str) -> tuple[int, ...]:
-    """Reads sizes with commas between them, in rising order.
-
-    Raises:
-        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
-    """
-    return tuple(sorted({positive_integer(part) for part in text.split(",")}))
-
-
 def size_range(text: str) -> tuple[int, int]:
-    """Reads a size, or the smallest and the largest one as 4-16.
-
-    Raises:
-        argparse.ArgumentTypeError: a part is not a whole number of at least 1.
-    """
+    """Reads a size, or the smallest and the largest one as 4-16; raises ArgumentTypeError."""
     first, _, last = text.partition("-")
     return positive_integer(first), positive_integer(last or first)
 
 
 def finite_number(text: str) -> float:
-    """Reads a number.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is none.
-    """
+    """Reads a number from -100 to 100; raises ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
@@ -68,11 +50,7 @@ def finite_number(text: str) -> float:
 
 
 def filler_words(text: str) -> tuple[str, ...]:
-    """Reads the words of a text file.
-
-    Raises:
-        argparse.ArgumentTypeError: the file cannot be read, or holds no word.
-    """
+    """Reads the words of a text file; raises ArgumentTypeError without any."""
     try:
         words = tuple(Path(text).read_text(encoding="utf-8").split()) if Path(text).is_file() else ()
     except (OSError, ValueError):
@@ -83,11 +61,7 @@ def filler_words(text: str) -> tuple[str, ...]:
 
 
 def share(text: str) -> float:
-    """Reads a share from 0 to 1.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is none.
-    """
+    """Reads a share from 0 to 1; raises ArgumentTypeError."""
     value = finite_number(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no share: pass a number from 0 to 1")
@@ -107,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = tasks.add_parser(name, help=text, description=text).add_argument
         add("destination", metavar="DEST", type=Path, help="the folder that is made")
         add("--train-sizes", type=size_range, required=True, metavar="N-N", help=f"{task.unit} of texts for training")
-        add("--test-sizes", type=size_list, required=True, metavar="N,N,...", help=f"{task.unit} for evaluation")
+        add("--test-sizes", type=length_list, required=True, metavar="N,N,...", help=f"{task.unit} for evaluation")
         add("--texts", type=positive_integer, default=20000, metavar="N", help="for training (default 20000)")
         add("--tests", type=positive_integer, default=500, metavar="N", help="texts of each test size (default 500)")
         add("--seed", type=positive_integer, default=1, help="of the texts (default 1)")
@@ -119,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("eval", help="share of answers that checkpoints get right").add_argument
     add("data", metavar="DATA", help="folder of fairseq-alibi probe make")
     add("checkpoints", metavar="CHECKPOINT", nargs="+")
-    add("--sizes", type=size_list, default=(), metavar="N,N,...", help="sizes of texts (default: all in the folder)")
+    add("--sizes", type=length_list, default=[], metavar="N,N,...", help="sizes of texts (default: all in the folder)")
     add("--threshold", type=share, default=0.85, help="accuracy up to the effective length (default 0.85)")
     add("--max-tokens", type=positive_integer, default=8192, metavar="N", help="in a batch (default 8192)")
     add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
@@ -141,6 +115,27 @@ def add_gain_arguments(add: Callable[..., Any]) -> None:
     add("--overwrite", action="store_true", help="replace results that are there")
 
 
+def make(args: argparse.Namespace) -> None:
+    """Makes a data folder; see `make_probe_data` for errors."""
+    options = ProbeOptions(**{name: getattr(args, name) for name in PROBES[args.task].options})
+    sizes = (args.train_sizes, tuple(sorted(set(args.test_sizes))))
+    make_probe_data(args.destination, ProbeSettings(args.task, *sizes, args.texts, args.tests, args.seed, options))
+
+
+def evaluate_checkpoints(args: argparse.Namespace) -> None:
+    """Evaluates checkpoints and writes a table, plots and JSON; ValueError names bad input."""
+    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
+    sizes = sorted(set(args.sizes))
+    settings = ProbeEvaluation(args.data, sizes, args.threshold, args.max_tokens, args.model_overrides, device)
+    settings.preparation()
+    with locked(args.output):
+        check_outputs([args.output / name for name in FILES], args.overwrite)
+        contents = [evaluate_probe(checkpoint, settings) for checkpoint in args.checkpoints]
+        made_by = {"command": shlex.join(sys.argv), "environment": describe_environment(device)}
+        write_probe_results(args.output, [{**content, **made_by} for content in contents])
+    print(f"\n{probe_table(contents, 'simple')}\nwritten to {args.output}")
+
+
 def gain(args: argparse.Namespace) -> None:
     """Writes what a longer context gave; ValueError names bad input."""
     gains = [compare_contexts(read_token_losses(path), args.short, args.long) for path in args.files]
@@ -150,29 +145,6 @@ def gain(args: argparse.Namespace) -> None:
     print(f"{text}\n\nwritten to {args.output}")
 
 
-def make(args: argparse.Namespace) -> None:
-    """Makes a data folder; see `make_probe_data` for errors."""
-    names = PROBES[args.task].options
-    options = dataclasses.replace(ProbeOptions(), **{name: getattr(args, name) for name in names})
-    sizes = (args.train_sizes, args.test_sizes)
-    make_probe_data(args.destination, ProbeSettings(args.task, *sizes, args.texts, args.tests, args.seed, options))
-
-
 def run(args: argparse.Namespace) -> None:
-    """Makes a data folder, or evaluates checkpoints and writes a table, plots and JSON.
-
-    Raises:
-        ValueError: bad input; names it and the remedy.
-    """
-    if args.action != "eval":
-        {"make": make, "gain": gain}[args.action](args)
-        return
-    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    settings = ProbeEvaluation(args.data, args.sizes, args.threshold, args.max_tokens, args.model_overrides, device)
-    settings.preparation()
-    with locked(args.output):
-        check_outputs(args.output, args.overwrite)
-        contents = [evaluate_probe(checkpoint, settings) for checkpoint in args.checkpoints]
-        made_by = {"command": shlex.join(sys.argv), "environment": describe_environment(device)}
-        write_probe_results(args.output, [{**content, **made_by} for content in contents])
-    print(f"\n{probe_table(contents, 'simple')}\nwritten to {args.output}")
+    """Does what the action says; ValueError names bad input."""
+    {"make": make, "eval": evaluate_checkpoints, "gain": gain}[args.action](args)

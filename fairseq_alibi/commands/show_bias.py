@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from ..evaluation.plots import FORMS, alibi_bias, draw_biases
-from ..files.results import written_whole
+from ..files.results import check_absent, written_whole
 from .arguments import positive_integer
 
 LONGEST_PICTURE = 4096  # tokens of which a picture has a point for each cell of the bias
@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draws the picture and prints its name."""
-    if args.output.exists() and not args.overwrite:
-        raise ValueError(f"{args.output} exists: pass --overwrite to replace it, or another --output")
+    check_absent([args.output], args.overwrite)
     if args.length > LONGEST_PICTURE:
         raise ValueError(f"--length {args.length:,} has more cells than a picture has points: pass at most 4,096")
     if args.heads > MOST_HEADS or args.heads * args.length**2 > LARGEST_BIAS:

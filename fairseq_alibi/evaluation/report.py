@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.locks import locked
-from ..files.results import write_text, written_whole
+from ..files.results import check_absent, write_text, written_whole
 from .curves import Curve, pool_positions, read_curves
 from .paper import paper_section
 from .plots import plot_lengths, plot_positions
@@ -24,9 +24,7 @@ def write_report(files: Sequence[Path], output: Path, overwrite: bool = False, p
     if not curves:
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
     with locked(output, WAIT):
-        existing = [output / name for name in REPORT_FILES if (output / name).exists()]
-        if existing and not overwrite:
-            raise ValueError(f"{existing[0]} exists: pass --overwrite to replace it, or another --output")
+        check_absent((output / name for name in REPORT_FILES), overwrite)
         timed = read_curves(files, by_speed=True)
         section = f"\n\n## Beside the paper\n\n{paper_section(curves)}" if paper else ""
         write_report_files(curves, timed, section, output)

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from ..evaluation.measurement import Windowing
 from ..evaluation.plots import chart, curve_styles
-from ..files.results import check_writable, write_json, write_text, written_whole
+from ..files.results import check_outputs, write_json, write_text, written_whole
 
 #: The files of a result.
 FILES = ("gain.json", "gain.md", "gain.png")
@@ -138,10 +138,7 @@ def write_gains(folder: Path, gains: Sequence[ContextGain], chosen_by: Optional[
     `chosen_by` is the model whose losses choose the key tokens; None for each its own. ValueError: there are results
     already, or that model read another text.
     """
-    for name in FILES:
-        if (folder / name).exists() and not overwrite:
-            raise ValueError(f"{folder / name} exists: pass --overwrite to replace it, or another --output")
-        check_writable(folder / name)
+    check_outputs([folder / name for name in FILES], overwrite)
     contents: list[dict[str, Any]] = []
     for gain in gains:
         if chosen_by is not None and not numpy.array_equal(chosen_by.tokens, gain.tokens):

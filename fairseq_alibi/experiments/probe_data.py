@@ -29,27 +29,14 @@ LARGEST_SIZE = 10**6
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a data folder of probes holds.
+    """What a data folder of probes holds; ValueError if two settings contradict each other."""
 
-    Args:
-        task: a name in `PROBES`.
-        train_sizes: smallest and largest size of the texts for training and validation; all between are alike likely.
-        test_sizes: one subset each.
-        texts: number for training; `tests` for validation and for each of the test subsets.
-        tests: see `texts`.
-        seed: of all draws.
-        options: of the task.
-
-    Raises:
-        ValueError: two settings contradict each other; names the value and the remedy.
-    """
-
-    task: str
-    train_sizes: tuple[int, int]
-    test_sizes: tuple[int, ...]
-    texts: int = 20000
-    tests: int = 500
-    seed: int = 1
+    task: str  # a name in `PROBES`
+    train_sizes: tuple[int, int]  # smallest and largest in training and validation; all between are alike likely
+    test_sizes: tuple[int, ...]  # one subset each
+    texts: int = 20000  # for training
+    tests: int = 500  # texts for validation and in each of the test subsets
+    seed: int = 1  # of all draws
     options: ProbeOptions = dataclasses.field(default_factory=ProbeOptions)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -22,39 +22,23 @@ DEPTHS = 10
 
 
 class Outcome(NamedTuple):
-    """What a model made of one answer.
+    """What a model made of one answer."""
 
-    Args:
-        depth: of the source in the text, from 0 to 1.
-        gap: tokens from the source to the answer.
-        right: tokens that are right.
-        tokens: of the answer.
-    """
-
-    depth: float
-    gap: int
-    right: int
-    tokens: int
+    depth: float  # of the source in the text before the answer, from 0 to 1
+    gap: int  # tokens from the source to the answer
+    right: int  # tokens that are right
+    tokens: int  # of the answer
 
 
 @dataclass(frozen=True)
 class ProbeEvaluation:
-    """How probes are evaluated.
+    """How probes are evaluated."""
 
-    Args:
-        data: folder of `fairseq-alibi probe make`.
-        sizes: those to evaluate; empty for all that the folder has.
-        threshold: accuracy that the effective length has to reach.
-        max_tokens: in a batch.
-        model_overrides: options of the model, by name.
-        device: cpu or cuda.
-    """
-
-    data: str
-    sizes: Sequence[int] = ()
-    threshold: float = 0.85
-    max_tokens: int = 8192
-    model_overrides: dict[str, Any] = field(default_factory=dict)
+    data: str  # folder of `fairseq-alibi probe make`
+    sizes: Sequence[int] = ()  # those to evaluate; empty for all that the folder has
+    threshold: float = 0.85  # accuracy that the effective length has to reach
+    max_tokens: int = 8192  # in a batch
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # options of the model, by name
     device: str = "cpu"
 
     def preparation(self) -> dict[str, Any]:
@@ -136,12 +120,6 @@ def predict(model: BaseFairseqModel, tokens: Tensor, answers: Sequence[Sequence[
     return chosen
 
 
-def batches_of_texts(count: int, length: int, max_tokens: int) -> Iterator[range]:
-    """Numbers of the texts in each batch."""
-    rows = max(1, max_tokens // length)
-    yield from (range(first, min(first + rows, count)) for first in range(0, count, rows))
-
-
 def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluation, title: str) -> list[Outcome]:
     """Every answer in the texts of a size.
 
@@ -159,10 +137,10 @@ def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluati
     if length > longest:
         raise ValueError(f"texts of size {size} have {length} tokens, the model reads {longest}: pass smaller --sizes")
     outcomes = []
-    batches = list(batches_of_texts(len(dataset), length, settings.max_tokens))
-    for batch in tqdm(batches, title, leave=False):
-        tokens = torch.stack([dataset[row] for row in batch]).to(settings.device)
-        rows = [answers[row] for row in batch]
+    rows_at_once = max(1, settings.max_tokens // length)
+    for first in tqdm(range(0, len(dataset), rows_at_once), title, leave=False):
+        rows = answers[first : first + rows_at_once]
+        tokens = torch.stack([dataset[first + number] for number in range(len(rows))]).to(settings.device)
         right = (predict(model, tokens, rows, model.decoder.dictionary.eos()) == tokens).cpu()
         for row, marks in zip(rows, right):
             for start, stop, source in row:

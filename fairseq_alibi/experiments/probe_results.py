@@ -9,24 +9,11 @@ from tabulate import tabulate
 
 from ..evaluation.curves import override_text
 from ..evaluation.plots import chart, curve_styles, pyplot
-from ..files.results import check_writable, write_json, write_text, written_whole
+from ..files.results import write_json, write_text, written_whole
 from .probe_evaluation import DEPTHS
 
 #: The files of a result.
 FILES = ("probe.json", "probe.md", "probe.png", "depth.png")
-
-
-def check_outputs(folder: Path, overwrite: bool) -> None:
-    """Checks that results can be written.
-
-    Raises:
-        ValueError: the folder holds some, and they are not to be replaced.
-        OSError: it cannot be written.
-    """
-    for name in FILES:
-        if (folder / name).exists() and not overwrite:
-            raise ValueError(f"{folder / name} exists: pass --overwrite to replace it, or another --output")
-        check_writable(folder / name)
 
 
 def model_labels(contents: Sequence[dict[str, Any]]) -> list[str]:

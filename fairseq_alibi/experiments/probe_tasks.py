@@ -76,28 +76,18 @@ class Draws:
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """Options of the tasks; each task has some of them, see `ProbeKind.options`.
+    """Options of the tasks; each task has some of them, see `ProbeKind.options`."""
 
-    Args:
-        vocabulary: words that keys, values or symbols are drawn from.
-        pairs: pairs of key and value.
-        queries: keys that are asked for.
-        gap_power: the chance of a gap between pair and query is in proportion to gap ** (gap_power - 1): 1 draws all
-            gaps alike, smaller values prefer short ones.
-        digits: of a pass key or needle.
-        needles: needles in a text.
-        asked: needles that are asked for.
-        filler: words around pass keys and needles, in their order.
-    """
-
-    vocabulary: int = 64
-    pairs: int = 8
-    queries: int = 4
+    vocabulary: int = 64  # words that keys, values or symbols are drawn from
+    pairs: int = 8  # of key and value
+    queries: int = 4  # keys that are asked for
+    #: The chance of a gap between pair and query is in proportion to gap ** (gap_power - 1): 1 draws all gaps alike,
+    #: smaller values prefer short ones.
     gap_power: float = 1.0
-    digits: int = 5
-    needles: int = 4
-    asked: int = 1
-    filler: tuple[str, ...] = field(default=FILLER, repr=False)
+    digits: int = 5  # of a pass key or needle
+    needles: int = 4  # in a text
+    asked: int = 1  # needles that are asked for
+    filler: tuple[str, ...] = field(default=FILLER, repr=False)  # words around pass keys and needles, in their order
 
 
 def symbols(options: ProbeOptions) -> list[str]:
@@ -202,21 +192,13 @@ def parity(draws: Draws, size: int, options: ProbeOptions) -> Probe:
 
 @dataclass(frozen=True)
 class ProbeKind:
-    """A task: how a text is made, of which words, with which options.
+    """A task: how a text is made, of which words, with which options."""
 
-    Args:
-        make: a text of random draws, a size and options.
-        words: all words of its texts.
-        unit: what sizes count.
-        options: the names of its options.
-        smallest: the smallest size.
-    """
-
-    make: Callable[[Draws, int, ProbeOptions], Probe]
-    words: Callable[[ProbeOptions], Sequence[str]]
-    unit: str
-    options: tuple[str, ...] = ()
-    smallest: Callable[[ProbeOptions], int] = lambda options: 1
+    make: Callable[[Draws, int, ProbeOptions], Probe]  # a text of random draws, a size and options
+    words: Callable[[ProbeOptions], Sequence[str]]  # all words of its texts
+    unit: str  # what sizes count
+    options: tuple[str, ...] = ()  # the names of its options
+    smallest: Callable[[ProbeOptions], int] = lambda options: 1  # size
 
 
 def needle_words(options: ProbeOptions) -> list[str]:

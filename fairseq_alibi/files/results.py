@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
@@ -86,6 +86,20 @@ def check_writable(path: Path) -> None:
         check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def check_absent(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raises ValueError for the first output that exists already, unless it is to be replaced."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: pass --overwrite to replace it, or another --output")
+
+
+def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
+    """Checks before the work that its results can be written and replace nothing, see `check_absent`."""
+    check_absent(paths, overwrite)
+    for path in paths:
+        check_writable(path)
 
 
 def write_text(path: Path, text: str) -> None:
