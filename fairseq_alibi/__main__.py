@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "Results of several evaluations as tables and plots.",
     "reproduce": "The paper's comparison: all position methods, trained and evaluated alike, on one page.",
     "probe": "Made-up tasks with known answers: what a model finds in its context, near and far.",
+    "reach": "How far each head of a model can see, from its weights alone, and how far it looks in a text.",
     "generate": "Text that continues a prompt.",
     "import-checkpoint": "Turns a checkpoint of the ALiBi authors' fairseq fork into one of alibi_lm.",
     "export-hf": "Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.",

@@ -37,11 +37,16 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     Returns:
         (H,) float64: whole distances in tokens, at least 0, infinite where there is no end.
     """
+    e = torch.zeros(()) if epsilon <= 0 else score_excess(q, k).amax((0, 2))
+    return reach_of_excess(e, slopes, epsilon)
+
+
+def reach_of_excess(e: Tensor, slopes: Tensor, epsilon: float) -> Tensor:
+    """The whole distances x of `reach` for e and m of any shape, in float64."""
     m = slopes.detach().double()
     if epsilon <= 0:
         return torch.full_like(m, math.inf).masked_fill(m.isinf(), 0)
-    e = score_excess(q, k).amax((0, 2)).double()
-    x = (e - math.log(epsilon) - torch.expm1(m).log()) / m
+    x = (e.double() - math.log(epsilon) - torch.expm1(m).log()) / m
     return x.nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(m.isinf(), 0).clamp(min=0).ceil()
 
 

@@ -168,3 +168,30 @@ def draw_biases(biases: dict[str, Tensor], path: Path) -> None:
     figure.colorbar(image, ax=axes, extend="min", label="bias (grey: not seen)", shrink=0.8, pad=0.02)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_reach(content: dict[str, Any], path: Path) -> None:
+    """Plots the distances that each head can see and sees in a text, a row for each head; see `describe_reach`."""
+    heads, plt = content["heads"], pyplot()
+    names = {"half_within": "half of the weight", "most_within": "99% of the weight"}
+    names.update(reach_in_text="reach in the text", reach="reach, whatever the text")
+    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.16 * len(heads)), layout="constrained")
+    shown = [name for name in names if name in heads[0]]
+    for name, style in zip(shown, curve_styles(len(shown))):
+        points = [(max(1, head[name]), row) for row, head in enumerate(heads) if head[name] is not None]
+        style = {**style, "linestyle": "", "markersize": 4}
+        axes.plot([x for x, _ in points], [row for _, row in points], label=names[name], **style)
+    for row, head in enumerate(heads):
+        if head["reach"] is None:
+            place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate("\u221e", (1, row), xytext=(-12, -3), **place)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_xlabel("distance (tokens)")
+    axes.set_ylabel("layer, head")
+    axes.set_yticks(range(len(heads)), [f"{head['layer']}, {head['head']}" for head in heads], fontsize="x-small")
+    axes.set_ylim(len(heads) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -5,14 +5,17 @@ import itertools
 import sys
 from typing import Any, Optional
 
+import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerDecoder
+from fairseq.modules import AdaptiveInput
 from torch import Tensor, nn
 
 from ..core.attention_inputs import AttentionInputs, TokenSpan
 from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
+from ..core.receptive_field import stack_excess
 from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products, wrap_for_fsdp
 from .options import attention_settings
 
@@ -52,6 +55,7 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         self.setup = AttentionSetup(position_method, settings)
         # Made last, so that the other weights start as with any method.
         self.embed_positions = position_method.position_embedding(self.embed_dim, self.longest, self.padding_idx)
+        self.kept_excess: Optional[tuple[tuple, Tensor]] = None  # see `score_excess`
 
     def build_decoder_layer(self, args: Any, no_encoder_attn: bool = False) -> nn.Module:
         """See `TransformerDecoder.build_decoder_layer`."""
@@ -120,6 +124,19 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         return self.dropout_module(x)
+
+    @torch.no_grad()
+    def score_excess(self) -> Tensor:
+        """See `stack_excess`: (layers, H) float64, computed again when the weights have changed."""
+        version = tuple((id(p), None if p.is_inference() else p._version) for p in self.parameters())
+        if self.kept_excess is None or self.kept_excess[0] != version:
+            tokens, vectors = self.embed_tokens, None
+            types = tokens.cutoff[-1] if isinstance(tokens, AdaptiveInput) else getattr(tokens, "num_embeddings", None)
+            if types is not None and self.embed_positions is None and not self.training:
+                numbers = torch.arange(types, device=next(self.parameters()).device)
+                vectors = torch.cat([self.embed(part[:, None], 1)[:, 0] for part in numbers.split(4096)])
+            self.kept_excess = version, stack_excess(self.layers, vectors)
+        return self.kept_excess[1]
 
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given or the positions end."""
