@@ -28,7 +28,7 @@ def test_target_is_replaced_once_and_its_source_is_cited(patch):
     file, line = patch.source.split(":")
     name = re.split(r"[:.]", patch.target)[-1]
     text = (SITE_PACKAGES / file).read_text().splitlines()[int(line) - 1]
-    assert re.search(rf"\bdef {name}\(|\b{name}\.|(self|parser)\.{name}\b|{name}\(self\.", text), text
+    assert re.search(rf"\b(def|class) {name}\(|\b{name}\.|(self|parser)\.{name}\b|{name}\(self\.", text), text
     assert all((patch.what, patch.why, patch.removable))
 
 

@@ -16,7 +16,7 @@ from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
 from ..core.receptive_field import stack_excess
-from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products, wrap_for_fsdp
+from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products
 from .options import attention_settings
 
 #: Key of an incremental state under which the number of tokens is noted whose keys it holds, and that were dropped.
@@ -61,7 +61,7 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         """See `TransformerDecoder.build_decoder_layer`."""
         layer = DecoderLayer(args, no_encoder_attn, self.cpu_bf16)
         self.add_positions(layer.self_attn)
-        return wrap_for_fsdp(layer, args)
+        return layer
 
     def output_layer(self, features: Tensor) -> Tensor:
         """See `TransformerDecoder.output_layer`; the logits are in the dtype of the features."""

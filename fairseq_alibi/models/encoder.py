@@ -13,7 +13,7 @@ from ..core.attention_inputs import TokenSpan
 from ..core.attention_setup import AttentionSetup
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
-from .layers import EncoderLayer, PositionedStack, wrap_for_fsdp
+from .layers import EncoderLayer, PositionedStack
 from .options import attention_settings
 
 
@@ -40,7 +40,7 @@ class AlibiEncoder(PositionedStack, TransformerEncoder):
 
     def build_encoder_layer(self, args: Any) -> nn.Module:
         """See `TransformerEncoder.build_encoder_layer`."""
-        return wrap_for_fsdp(EncoderLayer(args, self.cpu_bf16), args)
+        return EncoderLayer(args, self.cpu_bf16)
 
     def forward_embedding(self, src_tokens: Tensor, token_embedding: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
         """See `TransformerEncoder.forward_embedding`: what the layers read, and the scaled token embeddings."""

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Optional
 
 import torch
-from fairseq.distributed import fsdp_wrap
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
@@ -175,11 +174,6 @@ class EncoderLayer(DecoderLayer):
         cfg = copy.copy(cfg)
         cfg.decoder = cfg.encoder
         super().__init__(cfg, no_encoder_attn=True, cpu_bf16=cpu_bf16)
-
-
-def wrap_for_fsdp(layer: nn.Module, cfg: Any) -> nn.Module:
-    """A layer of a stack, wrapped for FSDP as fairseq wraps its own: always if checkpointed, else from a size on."""
-    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
 def autocast_products(wanted: bool, x: Tensor) -> AbstractContextManager[Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import sys
 import typing
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -124,9 +123,6 @@ def check_position_options(args: Any, *stacks: str) -> None:
         )
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
-    fairscale = sys.modules.get("fairscale.nn.wrap.auto_wrap")
-    if fairscale and fairscale.ConfigAutoWrap.in_autowrap_context and not torch.cuda.is_available():
-        raise ValueError("--ddp-backend fully_sharded: fairscale shards on GPUs only, and here is none; use legacy_ddp")
 
 
 def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any, list[str]]]:

@@ -4,7 +4,7 @@ import logging
 
 import fairseq
 
-from . import checkpoint_files, compatibility, data, option_checks, restart, training_state
+from . import checkpoint_files, compatibility, data, option_checks, restart, sharding, training_state
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,33 @@ PATCHES = (
         why="They start from 0 at a restart, and the run ends with other parameters.",
         source="fairseq/trainer.py:433",
         removable="when fairseq saves them",
+    ),
+    Patch(
+        target="fairseq_cli.train:Trainer",
+        replacement=sharding.make_trainer,
+        what="Trains models of this package with --ddp-backend fully_sharded on torch's FSDP2.",
+        why="fairseq needs fairscale, which had its last release in 2022, and refuses --bf16.",
+        source="fairseq/trainer.py:41",
+        removable="when fairseq shards with torch",
+        in_command=True,
+    ),
+    Patch(
+        target="fairseq_cli.train:fsdp_enable_wrap",
+        replacement=sharding.fsdp_enable_wrap,
+        what="Does nothing without fairscale.",
+        why="fairseq ends with an ImportError.",
+        source="fairseq/distributed/fully_sharded_data_parallel.py:80",
+        removable="with that of Trainer",
+        in_command=True,
+    ),
+    Patch(
+        target="fairseq_cli.train:fsdp_wrap",
+        replacement=sharding.fsdp_wrap,
+        what="Leaves models of this package as they are, and refuses others in one line without fairscale.",
+        why="fairseq ends with an ImportError, or wraps the model in fairscale's class.",
+        source="fairseq/distributed/fully_sharded_data_parallel.py:114",
+        removable="with that of Trainer",
+        in_command=True,
     ),
     Patch(
         target="fairseq_cli.train:train",

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from ..files.locks import locked
 from .data import SKIP
 from .patch import CommandError, original
+from .sharding import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,8 @@ def check_precision(cfg: FairseqConfig, training: bool) -> None:
         if common.bf16:
             logger.warning("--bf16 is ignored by this command, which computes in float32: drop it, or pass --fp16")
         return
-    if common.bf16 and not (gpu or common.tpu):
+    sharded = cfg.distributed_training.ddp_backend == "fully_sharded"
+    if common.bf16 and not (gpu or common.tpu or sharded):
         raise CommandError("--bf16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
     precisions = [f"--{name}" for name in ("fp16", "bf16", "amp") if common[name]]
     if len(precisions) > 1:
@@ -185,6 +187,9 @@ def check_precision(cfg: FairseqConfig, training: bool) -> None:
 
 def train_alone(main: Callable[..., None], cfg: FairseqConfig, **kwargs: Any) -> None:
     """Calls fairseq's training under a lock on --save-dir, into which a second run would mix its checkpoints."""
+    from .catalogue import apply  # the catalogue imports this file
+
+    apply(in_command=True)  # in a process that fairseq has started
     with contextlib.ExitStack() as stack:
         if is_master(cfg.distributed_training) and not cfg.checkpoint.no_save:
             try:
@@ -209,6 +214,8 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
         architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
         check_task(architecture, safe_getattr(cfg.task, "_name"))
         check_criterion(cfg)
+        if cfg.distributed_training.ddp_backend == "fully_sharded":
+            check_sharding(cfg)
         main = functools.partial(train_alone, main)
     try:
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)

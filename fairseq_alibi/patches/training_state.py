@@ -103,9 +103,10 @@ def has_lost_patience(cfg: FairseqConfig) -> bool:
 def inexact_options(cfg: FairseqConfig) -> list[str]:
     """Returns the options of a run with which a restart is not exact, each with what is lost."""
     found = []
+    sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # the weights of the checkpoint are float32
     for name, loss in INEXACT_OPTIONS.items():
         group, _, option = name.partition(".")
-        exact = option in ("fp16", "bf16") and getattr(cfg.common, f"memory_efficient_{option}")
+        exact = option in ("fp16", "bf16") and (sharded or getattr(cfg.common, f"memory_efficient_{option}"))
         if getattr(cfg[group], option) and not exact:
             found.append(f"a restart is not exact with --{option.replace('_', '-')}: {loss}")
     return found
