@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from functools import partial
 
 import numpy
@@ -304,13 +303,3 @@ def test_fairseq_eval_lm_refuses_windows_with_the_wrong_context(build, corpus, o
     model.prepare_for_inference_(config("--context-window", "32"))
     with pytest.raises(ValueError, match=f"{option} 2 with --context-window"):
         model.prepare_for_inference_(config(option, "2", "--context-window", "32"))
-
-
-def test_fully_sharded_training_without_a_gpu_is_refused(build, monkeypatch):
-    wrapping = types.SimpleNamespace(ConfigAutoWrap=types.SimpleNamespace(in_autowrap_context=True))
-    monkeypatch.setitem(sys.modules, "fairscale.nn.wrap.auto_wrap", wrapping)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="fully_sharded: fairscale shards on GPUs only"):
-        build("alibi_lm_tiny")
-    wrapping.ConfigAutoWrap.in_autowrap_context = False
-    build("alibi_lm_tiny")

@@ -5,10 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import random_tokens
-from fairseq.models.transformer import transformer_decoder, transformer_encoder
 from fairseq.modules import MultiheadAttention
-
-from fairseq_alibi.models import layers
 
 LANGUAGE_MODEL = ["--decoder-layers", 4, "--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 64]
 LANGUAGE_MODEL += ["--decoder-attention-heads", 4, "--decoder-input-dim", 32, "--decoder-output-dim", 32]
@@ -126,19 +123,6 @@ def test_encoder_and_decoder_loops_are_those_of_fairseq(build_translation, optio
         return [x, *attention, *extra["inner_states"], *encoded["encoder_states"], *encoded["encoder_out"]]
 
     assert_same_pass(ours, theirs, run)
-
-
-@pytest.mark.parametrize("more", [[], ["--checkpoint-activations"], ["--min-params-to-wrap", 5]])
-def test_layers_are_wrapped_for_fsdp_as_those_of_fairseq(build, monkeypatch, more):
-    """What a CPU can show: each layer goes through fairseq's `fsdp_wrap` with the size that fairseq gives it."""
-    wrapped = {"ours": [], "theirs": []}
-    for name, module in (("ours", layers), ("theirs", transformer_decoder)):
-        monkeypatch.setattr(module, "fsdp_wrap", lambda x, n=name, **options: wrapped[n].append(options) or x)
-    build("alibi_lm", *LANGUAGE_MODEL, *more)
-    build("transformer_lm", *LANGUAGE_MODEL, *more)
-    assert wrapped["ours"] == wrapped["theirs"]
-    assert len(wrapped["ours"]) == 4
-    assert transformer_encoder.fsdp_wrap is not None, "the encoder wraps with the same function"
 
 
 @pytest.mark.parametrize("attention", ["auto", "mask"])

@@ -97,7 +97,7 @@ def test_the_scripts_and_packages_that_remedies_name_exist(elsewhere):
     assert Path(shlex.split(errors.script_command("setup.sh"))[1]).is_file()
     remedies = {part.remedy for part in PARTS} - {SETUP, FAIRSEQ}
     named = {requirements.Requirement(shlex.split(remedy)[-1]).name for remedy in remedies if remedy.startswith(PIP)}
-    assert {"transformers", "fairscale"} <= named
+    assert "transformers" in named
     os.chdir(ROOT)
     assert errors.script_command("setup.sh") == "bash scripts/setup.sh"
 

@@ -227,14 +227,6 @@ def check_tensorboard() -> str:
     return f"tensorboardX {importlib.metadata.version('tensorboardX')}"
 
 
-def check_fairscale() -> str:
-    """Checks whether it is installed; nothing of this package needs it."""
-    try:
-        return installed("fairscale")()
-    except ImportError:
-        return "not installed; only --ddp-backend fully_sharded needs it (pip install fairscale)"
-
-
 def check_compiler() -> str:
     """Finds the C++ compiler."""
     name = os.environ.get("CXX", "c++").split()[0]
@@ -274,7 +266,6 @@ PARTS = (
     Part("transformers", check_transformers, "fairseq-alibi export-hf", f"{PIP} install 'transformers>=4.57.1,<5.25'"),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
-    Part("fairscale", check_fairscale, "--ddp-backend fully_sharded", f"{PIP} install --force-reinstall fairscale"),
     Part(
         "C++ compiler",
         check_compiler,

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from fairseq.modules import MultiheadAttention
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.attention_inputs import AttentionInputs
 from ..core.attention_setup import AttentionSettings, AttentionSetup

@@ -180,7 +180,7 @@ PATCHES = (
         replacement=sharding.make_trainer,
         what="Trains models of this package with --ddp-backend fully_sharded on torch's FSDP2.",
         why="fairseq needs fairscale, which had its last release in 2022, and refuses --bf16.",
-        source="fairseq/trainer.py:41",
+        source="fairseq/trainer.py:37",
         removable="when fairseq shards with torch",
         in_command=True,
     ),

@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from fairseq.optim import lr_scheduler
 from fairseq.trainer import Trainer
 from fairseq.utils import has_parameters, safe_getattr
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -84,10 +84,14 @@ def fsdp_wrap(module: nn.Module, **options: Any) -> nn.Module:
     return original("fairseq_cli.train:fsdp_wrap")(module, **options)
 
 
-def make_trainer(cfg: FairseqConfig, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None) -> Trainer:
+def make_trainer(
+    cfg: FairseqConfig, task: Any, model: nn.Module, criterion: nn.Module, quantizer: Any = None
+) -> Trainer:
     """Replaces the class `Trainer` in fairseq's training command."""
     sharded = cfg.distributed_training.ddp_backend == "fully_sharded" and is_ours(model)
-    return (ShardedTrainer if sharded else original("fairseq_cli.train:Trainer"))(cfg, task, model, criterion, quantizer)
+    return (ShardedTrainer if sharded else original("fairseq_cli.train:Trainer"))(
+        cfg, task, model, criterion, quantizer
+    )
 
 
 @contextlib.contextmanager
@@ -104,17 +108,26 @@ def switched_off(cfg: FairseqConfig, *names: str) -> Iterator[None]:
             setattr(owner, option, value)
 
 
-def shard_model(model: nn.Module, least: int, reshard: bool, options: dict[str, Any]) -> None:
-    """Divides the layers of at least `least` parameters, each for itself, and then the rest of a model together.
+def shard_model(model: nn.Module, cfg: FairseqConfig, device: torch.device, precision: MixedPrecisionPolicy) -> None:
+    """Divides each layer that is large enough, as the options say, and then the rest of a model together.
 
-    `reshard`: whether a layer frees its whole weights after its forward pass. `options` are those of `fully_shard`.
     CommandError: a parameter has no rows.
     """
     for name, parameter in model.named_parameters():
         if not parameter.dim():
             raise CommandError(f"{BACKEND} cannot divide {name}, a single number: use --ddp-backend legacy_ddp")
+    if not dist.is_initialized():  # one process, which fairseq gives no group
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    options: Any = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": precision,
+        "offload_policy": CPUOffloadPolicy() if cfg.distributed_training.cpu_offload else OffloadPolicy(),
+    }
     # Called before FSDP's own hook, because it is registered before.
     model.register_forward_hook(fill_missing_gradients)
+    least = 0 if safe_getattr(cfg.model, "checkpoint_activations") else cfg.model.min_params_to_wrap
+    reshard = not cfg.distributed_training.no_reshard_after_forward
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         if sum(parameter.numel() for parameter in layer.parameters()) >= least:
             fully_shard(layer, reshard_after_forward=reshard, **options)
@@ -162,8 +175,8 @@ def own_rows(whole: Tensor, like: DTensor) -> Tensor:
 def as_shard(own: Tensor, like: DTensor) -> DTensor:
     """Returns the whole of which the tensor `own` has the rows of this process, divided like another tensor."""
     own = own.to(like.device_mesh.device_type)
-    shape = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **shape)
+    sizes: Any = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(own, like.device_mesh, like.placements, run_check=False, **sizes)
 
 
 class ShardedTrainer(Trainer):
@@ -176,10 +189,11 @@ class ShardedTrainer(Trainer):
     def __init__(self, cfg: FairseqConfig, *args: Any):
         if has_parameters(args[2]):
             raise CommandError(f"{BACKEND}: the criterion has parameters, which are not divided: pass legacy_ddp")
+        self._wrapped_model: Any = None
         self.updating = False
         self.gathered_model: dict[str, Any] = {}
         #: Each divided parameter, and the tensor of its share that the optimizer has.
-        self.shares: list[tuple[DTensor, nn.Parameter]] = []
+        self.shares: list[tuple[Any, nn.Parameter]] = []
         # fairseq would convert the model to half precision, and offload with fairscale alone.
         with switched_off(cfg, "common.fp16", "common.bf16", "distributed_training.cpu_offload"):
             super().__init__(cfg, *args)
@@ -188,45 +202,29 @@ class ShardedTrainer(Trainer):
     def model(self) -> nn.Module:
         """See `Trainer.model`."""
         if self._wrapped_model is None:
+            self._model: Any
             options, common = self.cfg.distributed_training, self.cfg.common
             half = torch.float16 if common.fp16 else torch.bfloat16 if common.bf16 else None
             efficient = common.memory_efficient_fp16 or common.memory_efficient_bf16
             if half and efficient:
                 self._model.to(half)
-            self._shard(
-                self._model,
+            precision = MixedPrecisionPolicy(
                 param_dtype=None if efficient else half,
                 reduce_dtype=torch.float32 if half and options.fp32_reduce_scatter else None,
             )
+            shard_model(self._model, self.cfg, self.device, precision)
             self._model.all_reduce_grads = self._hand_out_gradients  # fairseq's optimizers call it after each backward
             self._wrapped_model = self._model
             if options.heartbeat_timeout > 0:
                 self._wrapped_model = DistributedTimeoutWrapper(self._model, timeout=options.heartbeat_timeout)
         return self._wrapped_model
 
-    def _shard(self, model: nn.Module, **precision: Optional[torch.dtype]) -> None:
-        """Divides a model."""
-        options, architecture = self.cfg.distributed_training, self.cfg.model
-        if not dist.is_initialized():  # one process, which fairseq gives no group
-            backend = "nccl" if self.cuda else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        mesh: DeviceMesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
-        shard_model(
-            model,
-            least=0 if safe_getattr(architecture, "checkpoint_activations") else architecture.min_params_to_wrap,
-            reshard=not options.no_reshard_after_forward,
-            options={
-                "mesh": mesh,
-                "mp_policy": MixedPrecisionPolicy(**precision),
-                "offload_policy": CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy(),
-            },
-        )
-
     def _build_optimizer(self) -> None:
         """See `Trainer._build_optimizer`. With half precision the weights may be float32 already: there is no copy."""
-        self.model.reshard()  # type: ignore[operator]  # only divided parameters are DTensors
-        divided = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self.shares = [(parameter, nn.Parameter(parameter.to_local().detach())) for parameter in divided]  # type: ignore[operator]
+        assert self.model is not None
+        self._model.reshard()  # only divided parameters are DTensors
+        divided: Any = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self.shares = [(parameter, nn.Parameter(parameter.detach().to_local())) for parameter in divided]
         shares = [share for _, share in self.shares]
         if self.cfg.common.fp16 or self.cfg.common.bf16:
             build, more = optim.MemoryEfficientFP16Optimizer.build_optimizer, {"allow_unsupported": True}
@@ -244,7 +242,7 @@ class ShardedTrainer(Trainer):
     def _hand_out_gradients(self) -> None:
         """Gives the optimizer's tensors the memory and the gradients of the divided parameters."""
         for parameter, share in self.shares:
-            share.data = parameter.detach().to_local()
+            share.data = parameter.detach().to_local()  # older releases of torch move it before the first pass
             share.grad = None if parameter.grad is None else parameter.grad.detach().to_local()
 
     def zero_grad(self) -> None:
@@ -305,7 +303,7 @@ class ShardedTrainer(Trainer):
         return {**state, "state": own}
 
     def _gather(self, value: Tensor, like: Tensor) -> Tensor:
-        """Returns the whole of a divided tensor in the first process, nothing in the others; other tensors unchanged."""
+        """Returns the whole of a divided tensor in the first process, nothing in the others; of others, the value."""
         if not isinstance(like, DTensor):
             return value
         own = value.to_local() if isinstance(value, DTensor) else value

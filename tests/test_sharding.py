@@ -1,0 +1,97 @@
+"""`--ddp-backend fully_sharded` on torch's FSDP2 against training in one process, on this machine's CPU."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import BIN, run
+from test_distributed import in_two_processes
+
+from fairseq_alibi.patches import sharding
+
+SHARDED = ("--ddp-backend", "fully_sharded", "--distributed-backend", "gloo", "--min-params-to-wrap", 1000)
+#: Bands that a batch of one row may lack, so that a process has no gradient for them.
+ADAPTIVE = (
+    *("--criterion", "adaptive_loss", "--adaptive-input", "--tie-adaptive-weights"),
+    *(f"--adaptive-{part}={value}" for part in ("input-cutoff", "softmax-cutoff") for value in ("20,38",)),
+    *(f"--adaptive-{part}=2" for part in ("input-factor", "softmax-factor")),
+    *(f"--decoder-{part}-dim=32" for part in ("embed", "input", "output", "ffn-embed")),
+    *("--decoder-layers", 2, "--dropout", 0, "--attention-dropout", 0),
+    *("--adam-eps", 1e-4),  # the gradients of some parameters are rounding errors, which Adam would enlarge
+)
+
+
+def command(corpus, save_dir, *arguments):
+    optimizer = ("--optimizer", "adam", "--lr", 0.003, "--clip-norm", 0.3, "--cpu")
+    task = ("--user-dir", "fairseq_alibi", "--task", "language_modeling", "--arch", "alibi_lm_tiny")
+    sizes = ("--tokens-per-sample", 16, "--batch-size", 1, "--disable-validation", "--no-epoch-checkpoints")
+    log = ("--log-format", "json", "--log-interval", 1)
+    return (BIN / "fairseq-train", corpus, "--save-dir", save_dir, *task, *optimizer, *sizes, *log, *arguments)
+
+
+def updates_in(output):
+    lines = re.findall(r"train_inner \| (\{.*\})", output)
+    return [(one["loss"], one["gnorm"], one["wpb"]) for one in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_restarted_end_as_one_process(corpus, tmp_path):
+    """With tied adaptive bands, clipping and accumulation; the checkpoint between and the last one are whole."""
+    whole = (*ADAPTIVE, "--max-update", 8, "--update-freq", 4, "--ddp-backend", "legacy_ddp")
+    expected = updates_in(run(*command(corpus, tmp_path / "one", *whole)).output)
+    assert len(expected) == 8
+    found = []
+    for updates in (4, 8):
+        more = (*ADAPTIVE, *SHARDED, "--max-update", updates, "--update-freq", 2)
+        (folder := tmp_path / f"log{updates}").mkdir()
+        statuses, output = in_two_processes(folder, *command(corpus, tmp_path / "two", *more))
+        assert statuses == [0, 0], output
+        found += updates_in(output)
+    assert found == expected
+    one, two = (torch.load(tmp_path / name / "checkpoint_last.pt") for name in ("one", "two"))
+    for name in one["model"].keys() - {name for name in one["model"] if "_float_tensor" in name}:
+        torch.testing.assert_close(two["model"][name], one["model"][name], rtol=0, atol=1e-5)
+    states = [state["last_optimizer_state"]["state"] for state in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for number, values in states[0].items():
+        for name, value in values.items():
+            torch.testing.assert_close(states[1][number][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--amp"], "--amp cannot run with --ddp-backend fully_sharded"),
+        (["--store-ema"], "--store-ema cannot run"),
+        (["--decoder-layerdrop", 0.5], "--decoder-layerdrop cannot run"),
+        (["--use-bmuf"], "--use-bmuf cannot run"),
+        (["--zero-sharding", "os"], "--zero-sharding os is part of --ddp-backend fully_sharded"),
+        (["--cpu-offload"], "--cpu-offload needs a GPU"),
+        (["--fp16"], "--fp16 needs a GPU"),
+        (["--position-method", "fire"], "cannot divide decoder.position_method"),
+        (["--optimizer", "adagrad"], "--optimizer adagrad needs whole parameters"),
+        (["--arch", "transformer_lm"], "TransformerLanguageModel is no model of fairseq_alibi"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_in_one_line(corpus, tmp_path, options, message):
+    done = run(*command(corpus, tmp_path, *SHARDED, "--max-update", 1, *options), check=False)
+    assert done.returncode == 1
+    assert message in done.output.splitlines()[-1]
+
+
+def test_rows_of_the_last_process_may_be_few_or_none():
+    class Mesh:
+        def __init__(self, rank, size):
+            self.get_local_rank, self.size = lambda: rank, lambda: size
+
+    class Like:
+        pass
+
+    for rows, size in ((5, 4), (1, 3), (8, 4)):
+        like, parts = Like(), []
+        for rank in range(size):
+            like.device_mesh = Mesh(rank, size)
+            parts.append(sharding.own_rows(torch.arange(rows), like))
+        chunks = torch.arange(rows).chunk(size)
+        assert [part.tolist() for part in parts if len(part)] == [chunk.tolist() for chunk in chunks]
