@@ -8,7 +8,7 @@ import torch
 from conftest import BIN, run
 from test_distributed import in_two_processes
 
-from fairseq_alibi.patches import sharding
+from fairseq_alibi.patches.sharded_trainer import own_rows
 
 SHARDED = ("--ddp-backend", "fully_sharded", "--distributed-backend", "gloo", "--min-params-to-wrap", 1000)
 #: Bands that a batch of one row may lack, so that a process has no gradient for them.
@@ -92,6 +92,6 @@ def test_rows_of_the_last_process_may_be_few_or_none():
         like, parts = Like(), []
         for rank in range(size):
             like.device_mesh = Mesh(rank, size)
-            parts.append(sharding.own_rows(torch.arange(rows), like))
+            parts.append(own_rows(torch.arange(rows), like))
         chunks = torch.arange(rows).chunk(size)
         assert [part.tolist() for part in parts if len(part)] == [chunk.tolist() for chunk in chunks]
