@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from benchmark_contenders import PRECISION, SCORING, contenders_of
-from benchmark_measure import BASES, memory, quiet, timed, timed_scoring
+from benchmark_contenders import METHODS, PRECISION, SCORING, contenders_of
+from benchmark_measure import BASES, memory, quiet, timed, timed_method, timed_scoring
 from benchmark_models import HEADS, Case, first_tokens, train_model
 from benchmark_report import write_report
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from fairseq_alibi.files.checkpoints import describe_model
 from fairseq_alibi.files.results import check_writable, describe_environment, write_json
 
 HEAD_DIMS = (64, 128)  # of one layer of attention
-PARTS = ("attention", "training", "evaluation", "scoring", "memory")
+PARTS = ("attention", "training", "methods", "evaluation", "scoring", "memory")
 MODELS = {False: "4 layers, width 256, 8 heads, 8,000 types", True: "alibi_lm_wiki103 and transformer_lm_wiki103"}
 #: The vocabularies of the WikiText-103 slice that this was developed with, and of the whole corpus.
 CASES = (
@@ -38,6 +38,7 @@ CASES = (
 QUICK: dict[str, Any] = {
     "attention": (512, 4096),
     "training": (512, 2048),
+    "methods": (512,),
     "evaluation": (512, 8192),
     "memory of training": (2048,),
     "memory of evaluation": (4096,),
@@ -49,6 +50,7 @@ QUICK: dict[str, Any] = {
 ALL_LENGTHS: dict[str, Any] = {
     "attention": (512, 1024, 2048, 4096, 8192),
     "training": (128, 256, 512, 1024, 2048, 4096),
+    "methods": (512, 2048),
     "evaluation": (512, 2048, 8192, 32768, 131072),
     "memory of training": (128, 256, 512, 1024, 2048, 4096),
     "memory of evaluation": (512, 2048, 8192, 32768, 131072),
@@ -71,6 +73,10 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, Callable[[], list[dict[str
         if part == "scoring":
             for case in (ALL_LENGTHS if args.all_lengths else QUICK)["cases"]:
                 found.append((f"scoring {case.title}", partial(timed_scoring, case, args)))
+        elif part == "methods":
+            for method in METHODS:
+                for length in lengths_of(part, args):
+                    found.append((f"{method}, length {length:,}", partial(timed_method, method, length, args)))
         elif part == "memory":
             if args.device == "cpu":  # what a process takes before it does anything
                 found.append((part, partial(memory, None, "imports only", 0, args)))

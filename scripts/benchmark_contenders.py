@@ -23,6 +23,7 @@ from fairseq.models import BaseFairseqModel
 from fairseq.trainer import Trainer
 from torch import Tensor
 
+from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.alibi import ALiBi
 from fairseq_alibi.core.attention import attend
 from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias, TokenSpan
@@ -56,6 +57,9 @@ TRAINING = {
     "no position": ("alibi_lm", "--position-method", "none"),
     "transformer_lm": ("transformer_lm",),
 }
+#: Training of every position method, with the attention that it has by itself and under a mask.
+METHODS = {name: ("alibi_lm", "--position-method", name) for name in position_methods()}
+UNDER_MASK = {f"{name}, mask": (*method, "--attention", "mask") for name, method in METHODS.items()}
 #: Evaluation: options of the model in the place of those in the checkpoint.
 EVALUATION: dict[str, dict[str, Any]] = {
     "auto": {"attention": "auto"},
@@ -101,7 +105,7 @@ def attention_step(contender: str, length: int, head_dim: int, args: argparse.Na
 
 def training_config(contender: str, length: int, args: argparse.Namespace, data: str) -> FairseqConfig:
     """The configuration that fairseq-train would make of a contender's options."""
-    arch, *more = TRAINING[contender]
+    arch, *more = {**TRAINING, **METHODS, **UNDER_MASK}[contender]
     arguments = [data, "--task", "language_modeling", "--tokens-per-sample", length, "--distributed-world-size", 1]
     arguments += ["--arch", arch + "_wiki103" * args.full, "--dropout", 0.1, "--attention-dropout", 0, "--seed", 1]
     arguments += ["--optimizer", "adam", "--lr", 1e-4, "--clip-norm", 0.1, *PRECISION[args.dtype], *more]

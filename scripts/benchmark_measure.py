@@ -45,6 +45,7 @@ ROUNDS = 3
 BASES = {
     "attention": ("mask", "no bias"),
     "training": ("mask", "transformer_lm"),
+    "methods": ("mask", "alibi"),
     "evaluation": ("mask", "no skipping"),
     "scoring": ("fairseq-eval-lm",),
 }
@@ -125,7 +126,7 @@ def compared(part: str, length: int, tokens: int, times: dict[str, Timing], **mo
     """The measurements of one length, each contender's speed beside that of the part's bases.
 
     Args:
-        part: attention, training, evaluation or scoring.
+        part: one that has `BASES`.
         length: tokens in a sequence.
         tokens: that were worked on in all.
         times: see `alternate`.
@@ -176,6 +177,15 @@ def timed(part: str, length: int, head_dim: int, args: argparse.Namespace) -> li
         ):  # the others compute what auto does
             measurement["perplexity"] = perplexity(contender, length, args)
     return measurements
+
+
+def timed_method(method: str, length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the speed of training with a position method, under a mask too, beside ALiBi, see `compared`."""
+    named = {"auto": method, "mask": f"{method}, mask", "alibi": "alibi"}
+    steps = {name: made_once(partial(training_step, contender, length, args)) for name, contender in named.items()}
+    batch = rows(length, args.tokens)
+    times = alternate(steps, args.repeats, args.budget)
+    return compared("methods", length, batch * length, times, rows=batch, case=f"{method}, {length:,}")
 
 
 def timed_scoring(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:

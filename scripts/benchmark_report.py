@@ -14,6 +14,8 @@ CAPTIONS = {
     "milliseconds (times as fast as {bases}).",
     "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}). Products: share of "
     "auto's time that its matrix products outside attention need at the best rate measured here.",
+    "methods": "Training as above, a position method per row: tokens per second with the attention that it has by itself, under "
+    "a mask, and of ALiBi in the same run (times as fast as {bases}).",
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
     "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. "
     "Reach per head: tokens, median of the layers.",
@@ -39,7 +41,7 @@ def tables(content: dict[str, Any]) -> str:
     for part, head_dim, found in groups(content["measurements"]):
         bases = content["bases"].get(part, ())
         columns = list(dict.fromkeys(one["contender"] for one in found))
-        first = "length / stride / types" if part.endswith("scoring") else "length"
+        first = {"scoring": "length / stride / types", "methods": "method, length"}.get(part.split()[-1], "length")
         lines: dict[Any, list[Any]] = {label(one): [label(one), *[""] * len(columns)] for one in found}
         for one in found:
             lines[label(one)][1 + columns.index(one["contender"])] = cell(one, bases)
@@ -85,6 +87,11 @@ def groups(found: list[dict[str, Any]]) -> list[tuple[str, Optional[int], list[d
     return [(*key, group) for key, group in tabled.items()]
 
 
+def drawn(found: list[dict[str, Any]]) -> list[tuple[str, Optional[int], list[dict[str, Any]]]]:
+    """The groups whose measurements are speed or memory against length."""
+    return [group for group in groups(found) if group[0].split()[-1] not in ("scoring", "methods")]
+
+
 def cell(one: dict[str, Any], bases: Sequence[str] = ()) -> str:
     """A measurement as a table shows it, beside the bases of its part."""
     if "error" in one:
@@ -108,7 +115,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panels = [group for group in groups(found) if not group[0].endswith("scoring")]  # that is not against length
+    panels = drawn(found)
     names = list(dict.fromkeys(one["contender"] for *_, group in panels for one in group))  # one style each in all
     columns = min(2, len(panels))
     figure, all_axes = plt.subplots(
@@ -159,7 +166,7 @@ def write_report(content: dict[str, Any], folder: Path) -> str:
     """
     text = tables(content)
     write_text(folder / "benchmark.md", text)
-    if any(not part.endswith("scoring") for part, *_ in groups(content["measurements"])):
+    if drawn(content["measurements"]):
         with written_whole(folder / "benchmark.png") as partial:
             plot(content["measurements"], partial)
     return text

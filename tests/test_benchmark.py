@@ -37,6 +37,7 @@ def test_the_script_measures(tmp_path):
 def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path, monkeypatch, capsys):
     cases = (benchmark_models.Case(40, "10,20", 16, 4, 200), benchmark_models.Case(40, None, 16, 16, 200))
     monkeypatch.setitem(benchmark.QUICK, "cases", cases)
+    monkeypatch.setattr(benchmark, "METHODS", ["alibi", "fox"])
     options = ("--cpu", "--lengths", 300, "--tokens", 600, "--repeats", 2, "--budget", 600, "--output", tmp_path)
     benchmark.main([str(part) for part in (*options, "--checkpoint", checkpoint, "--data", corpus)])
     out = capsys.readouterr().out
@@ -49,6 +50,9 @@ def test_every_part_is_measured_and_reported(checkpoint, corpus, tmp_path, monke
     scored = [(one["case"], one["contender"]) for one in content["measurements"] if one["part"] == "scoring"]
     assert scored == [(case.title, name) for case in cases for name in benchmark_contenders.SCORING]
     assert {one["contender"] for one in found.pop("memory of scoring").values()} == set(benchmark_contenders.SCORING)
+
+    trained = [(one["case"], one["contender"]) for one in content["measurements"] if one["part"] == "methods"]
+    assert trained == [(f"{name}, 300", how) for name in ("alibi", "fox") for how in ("auto", "mask", "alibi")]
 
     left_out = set() if benchmark_contenders.cpu_bf16_helps() else {"auto, bf16"}
 

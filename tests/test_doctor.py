@@ -1,6 +1,7 @@
 """`fairseq-alibi doctor`: all parts are tried, what does not work is named, with the first thing to fix."""
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import sys
@@ -39,6 +40,15 @@ def test_an_optional_part_that_is_missing_is_named(capsys, monkeypatch):
     assert found["text"].startswith("BROKEN, needed for scripts/prepare_text.sh: ")
     assert "sacremoses" in found["text"]
     assert last == "fix first: text, with: bash scripts/setup.sh"
+
+
+def test_transformers_is_no_fault_where_it_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "PARTS", [part for part in PARTS if part.name == "transformers"])
+    main(["doctor"])
+    found, last = rows(capsys)
+    assert found["transformers"].startswith("not installed; only fairseq-alibi export-hf needs it (")
+    assert last == "nothing to fix"
 
 
 def test_the_first_required_part_comes_first_and_is_the_status(capsys, monkeypatch):

@@ -6,6 +6,7 @@ This file needs Python's standard library only, so that it runs where torch or f
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -35,6 +36,7 @@ def pip_command() -> str:
 #: What installs everything required, and repairs it, and what installs fairseq alone.
 PIP = pip_command()
 SETUP = script_command("setup.sh") or f"{PIP} install --upgrade --force-reinstall ., in a clone"
+TRANSFORMERS = f"{PIP} install 'transformers>=4.57.1,<5.25'"
 FAIRSEQ = script_command("setup.sh") or f"{PIP} install --no-deps fairseq==0.12.2"
 GIB = 2**30
 
@@ -195,7 +197,9 @@ def check_text_tools() -> str:
 
 
 def check_transformers() -> str:
-    """Compares the version of transformers with the tested ones."""
+    """Compares the version of transformers, where it is installed, with the tested ones."""
+    if importlib.util.find_spec("transformers") is None:
+        return f"not installed; only fairseq-alibi export-hf needs it ({TRANSFORMERS})"
     import transformers
 
     from ..core.configuration_alibi import NEWEST, OLDEST, check_version
@@ -263,7 +267,7 @@ PARTS = (
     Part("GPU", check_gpu, "attention without a mask on a GPU", "pass --attention mask, or update the GPU's driver"),
     Part("processes", check_distributed, "training in several processes"),
     Part("text", check_text_tools, "scripts/prepare_text.sh"),
-    Part("transformers", check_transformers, "fairseq-alibi export-hf", f"{PIP} install 'transformers>=4.57.1,<5.25'"),
+    Part("transformers", check_transformers, "fairseq-alibi export-hf", TRANSFORMERS),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
     Part(
