@@ -22,6 +22,7 @@ COMMANDS = {
     "reach": "How far each head of a model can see, from its weights alone, and how far it looks in a text.",
     "generate": "Text that continues a prompt.",
     "import-checkpoint": "Turns a checkpoint of the ALiBi authors' fairseq fork into one of alibi_lm.",
+    "merge-checkpoint": "Makes one file of a checkpoint that sharded training wrote with --use-sharded-state.",
     "export-hf": "Writes a checkpoint as a folder for Hugging Face's transformers: weights, code and tokenizer.",
     "show-bias": "A picture of the ALiBi bias, head by head, causal and in the three forms of encoders.",
     "prepare-text": "Makes a data folder of plain-text files: Moses tokens, BPE, fairseq's binary format.",

@@ -1,13 +1,18 @@
 """`--ddp-backend fully_sharded` on torch's FSDP2 against training in one process, on this machine's CPU."""
 
 import json
+import os
+import pickle
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import BIN, run
+from conftest import BIN, failure, fairseqs_own, run
 from test_distributed import in_two_processes
 
+from fairseq_alibi.__main__ import main
+from fairseq_alibi.files.shard_sets import KEY, crc32_of_file
 from fairseq_alibi.patches.sharded_trainer import own_rows
 
 SHARDED = ("--ddp-backend", "fully_sharded", "--distributed-backend", "gloo", "--min-params-to-wrap", 1000)
@@ -95,3 +100,56 @@ def test_rows_of_the_last_process_may_be_few_or_none():
             parts.append(own_rows(torch.arange(rows), like))
         chunks = torch.arange(rows).chunk(size)
         assert [part.tolist() for part in parts if len(part)] == [chunk.tolist() for chunk in chunks]
+
+
+@pytest.fixture
+def shards(make_once, corpus, tmp_path):
+    """A run in one process that wrote its checkpoints of updates 2 and 4 as shards; returns a copy of its folder."""
+
+    def fill(folder):
+        more = (*SHARDED, "--use-sharded-state", "--save-interval-updates", 2, "--max-update", 4, "--decoder-layers", 1)
+        run(*command(corpus, folder, *more))
+
+    return shutil.copytree(make_once("shards", fill), tmp_path / "run")
+
+
+def test_commands_read_shards_and_merge_them(shards, corpus, tmp_path, capsys):
+    whole = tmp_path / "whole.pt"
+    main(["merge-checkpoint", str(shards / "checkpoint_last.pt"), str(whole)])
+    losses = [fairseqs_own(corpus, path) for path in (shards / "checkpoint_last.pt", whole)]
+    assert losses[0] == losses[1]
+    state = torch.load(whole)
+    assert (
+        state["last_optimizer_state"]["state"][0]["exp_avg"].shape
+        == state["model"]["decoder.embed_tokens.weight"].shape
+    )
+    assert "is whole already" in failure(capsys, main, "merge-checkpoint", whole, tmp_path / "again.pt")
+    assert "exists" in failure(capsys, main, "merge-checkpoint", shards / "checkpoint_last.pt", whole)
+
+
+def test_a_damaged_folder_is_found_and_training_resumes_from_the_one_before(shards, corpus, capsys, tmp_path):
+    (index,) = shards.glob("shards-4-*/__0_0.distcp")
+    content = bytearray(index.read_bytes())
+    content[len(content) // 2] ^= 1
+    index.write_bytes(content)
+    last = shards / "checkpoint_last.pt"
+    assert "__0_0.distcp is damaged" in failure(capsys, main, "evaluate", corpus, last, "--cpu", "--output", tmp_path)
+    more = (*SHARDED, "--use-sharded-state", "--max-update", 5, "--decoder-layers", 1)
+    output = run(*command(corpus, shards, *more)).output
+    assert "training resumes from checkpoint_1_2.pt, 2 updates" in output
+    assert len(updates_in(output)) == 3
+    for path in shards.glob("shards-*"):
+        shutil.rmtree(path)
+    assert "is missing beside it" in failure(capsys, main, "merge-checkpoint", last, tmp_path / "whole.pt")
+
+
+def test_the_index_of_a_folder_runs_no_code(shards, capsys, tmp_path):
+    checkpoint = shards / "checkpoint_1_2.pt"
+    state = torch.load(checkpoint)
+    folder = shards / state[KEY]["folder"]
+    (folder / ".metadata").write_bytes(pickle.dumps(os.getcwd))
+    state[KEY]["files"][".metadata"] = crc32_of_file(folder / ".metadata")
+    torch.save(state, checkpoint)
+    assert "getcwd, which could run anything" in failure(
+        capsys, main, "merge-checkpoint", checkpoint, tmp_path / "x.pt"
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import pickletools
 import re
 import warnings
@@ -13,6 +14,7 @@ from typing import Optional
 import torch
 
 from .errors import one_line
+from .shard_sets import find_shard_damage
 
 
 @contextlib.contextmanager
@@ -59,7 +61,11 @@ def find_damage(path: Path) -> Optional[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
-        return record and f"its record {record} is damaged"
+        if record:
+            return f"its record {record} is damaged"
+        with safe_loader(), contextlib.suppress(pickle.UnpicklingError, RuntimeError):  # the caller's reading explains
+            return find_shard_damage(path)
+        return None
     except (zipfile.BadZipFile, EOFError, NotImplementedError):
         with path.open("rb") as file:
             size = path.stat().st_size

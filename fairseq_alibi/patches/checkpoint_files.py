@@ -12,6 +12,7 @@ from fairseq.file_io import PathManager
 
 from ..files.errors import one_line
 from ..files.safe_reading import checked_reading
+from ..files.shard_sets import read_shards
 from .patch import CommandError, original
 
 
@@ -75,6 +76,6 @@ def load_checkpoint_to_cpu(
         return load(path, arg_overrides, load_on_all_ranks)
     try:
         with checked_reading(Path(path)):
-            return load(path, arg_overrides, load_on_all_ranks)
+            return read_shards(path, load(path, arg_overrides, load_on_all_ranks))
     except ValueError as error:
         raise CommandError(str(error)) from error

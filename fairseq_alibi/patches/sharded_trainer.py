@@ -7,7 +7,9 @@ that a criterion can use the output layer. fairseq's optimizers get the shares a
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from ..files.shard_sets import KEY, remove_unused_folders, write_shards
 from ..models.layers import DecoderLayer
 from .patch import CommandError
 from .sharding import BACKEND
@@ -128,7 +131,7 @@ class ShardedTrainer(Trainer):
             raise CommandError(f"{BACKEND}: the criterion has parameters, which are not divided: pass legacy_ddp")
         self._wrapped_model: Any = None
         self.updating = False
-        self.gathered_model: dict[str, Any] = {}
+        self.gathered: dict[str, Any] = {}
         #: Each divided parameter, and the tensor of its share that the optimizer has.
         self.shares: list[tuple[Any, nn.Parameter]] = []
         # fairseq would convert the model to half precision, and offload with fairscale alone.
@@ -172,7 +175,7 @@ class ShardedTrainer(Trainer):
             name = self.cfg.optimizer._name
             raise CommandError(f"--optimizer {name} needs whole parameters and cannot run with {BACKEND}: pass adam")
         load = self._optimizer.load_state_dict
-        self._optimizer.load_state_dict = lambda state, overrides=None: load(self._own_states(state), overrides)
+        self._optimizer.load_state_dict = lambda state, overrides=None: load(own_states(state, self.shares), overrides)
         self._lr_scheduler = lr_scheduler.build_lr_scheduler(self.cfg.lr_scheduler, self.optimizer)
         self._lr_scheduler.step_update(0)
 
@@ -209,47 +212,53 @@ class ShardedTrainer(Trainer):
     def consolidate_optimizer(self) -> None:
         """See `Trainer.consolidate_optimizer`; all processes call it before the first of them saves.
 
-        Gathers the whole model and optimizer state in the memory of the first process' CPU.
+        Gathers the whole model and optimizer state in the memory of the first process' CPU; with --use-sharded-state
+        each process writes its share instead.
         """
         if self.updating:  # an update failed, maybe in this process only: the others would not take part
             return
-        self.gathered_model = {name: self._gather(value, value) for name, value in self._model.state_dict().items()}
-        self._gathered_optim_state = None if self.cfg.checkpoint.no_save_optimizer_state else self._gather_states()
+        states: dict[int, dict[str, Any]] = {}
+        optimizer = None
+        if not self.cfg.checkpoint.no_save_optimizer_state:
+            optimizer = self.optimizer.state_dict()
+            for number, values in optimizer["state"].items():
+                parameter, share = self.shares[number]
+                tensors = {name: as_shard(x, parameter) for name, x in values.items() if has_shape_of(x, share)}
+                optimizer["state"][number] = {name: x for name, x in values.items() if name not in tensors}
+                states[number] = tensors
+        self.gathered = {"model": {}, "last_optimizer_state": optimizer}
+        if self.cfg.distributed_training.use_sharded_state:
+            self._write_shards(states)
+            return
+        self.gathered["model"] = {name: self._gather(value) for name, value in self._model.state_dict().items()}
+        for number, tensors in states.items():
+            whole = {name: self._gather(value) for name, value in tensors.items()}
+            self.gathered["last_optimizer_state"]["state"][number].update(whole)
 
-    def _gather_states(self) -> dict[str, Any]:
-        """Returns the state of the optimizer as that of a run in one process."""
-        state = self.optimizer.state_dict()
-        whole = {}
-        for number, values in state["state"].items():
-            parameter, share = self.shares[number]
-            whole[number] = {
-                name: self._gather(value, parameter) if has_shape_of(value, share) else value
-                for name, value in values.items()
-            }
-        return {**state, "state": whole}
+    def _write_shards(self, states: dict[int, dict[str, Any]]) -> None:
+        """Writes the share of this process of the model and of the optimizer's states by parameter."""
+        folder = Path(self.cfg.checkpoint.save_dir) / f"shards-{self.get_num_updates()}-{time.time_ns():x}"
+        if self.is_data_parallel_master:  # the others wait
+            remove_unused_folders(folder.parent)
+        folders = [folder]
+        dist.broadcast_object_list(folders)
+        tensors = {f"model/{name}": value.detach() for name, value in self._model.state_dict().items()}
+        for number, values in states.items():
+            tensors.update({f"optimizer/{number}/{name}": value for name, value in values.items()})
+        self.gathered[KEY] = write_shards(folders[0], tensors)
 
-    def _own_states(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Returns the share of this process of the state of an optimizer; the inverse of `_gather_states`."""
-        own = {}
-        for number, values in state["state"].items():
-            parameter, _ = self.shares[number]
-            own[number] = {
-                name: own_rows(value, parameter) if has_shape_of(value, parameter) else value
-                for name, value in values.items()
-            }
-        return {**state, "state": own}
-
-    def _gather(self, value: Tensor, like: Tensor) -> Tensor:
+    def _gather(self, value: Any) -> Tensor:
         """Returns the whole of a divided tensor in the first process, nothing in the others; of others, the value."""
-        if not isinstance(like, DTensor):
+        if not isinstance(value, DTensor):
             return value
-        own = value.to_local() if isinstance(value, DTensor) else value
-        whole = as_shard(own.detach(), like).full_tensor()
+        own: Any = value.detach()
+        whole = as_shard(own.to_local(), value).full_tensor()
         return whole.cpu() if self.is_data_parallel_master else whole.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Trainer.state_dict`; of the first process, after `consolidate_optimizer`."""
-        return {**super().state_dict(), "model": self.gathered_model}
+        self._gathered_optim_state = self.gathered["last_optimizer_state"]
+        return {**super().state_dict(), **self.gathered}
 
     def save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> None:
         """See `Trainer.save_checkpoint`."""
@@ -257,7 +266,16 @@ class ShardedTrainer(Trainer):
             logger.error("%s is not saved: the other processes, which have a share of it, may be elsewhere", filename)
             return
         super().save_checkpoint(filename, extra_state)
-        self.gathered_model = {}
+        self.gathered = {}
+
+
+def own_states(state: dict[str, Any], shares: list[tuple[Any, nn.Parameter]]) -> dict[str, Any]:
+    """Returns the share of this process of the whole state of an optimizer."""
+    own = {}
+    for number, values in state["state"].items():
+        parameter, _ = shares[number]
+        own[number] = {name: own_rows(x, parameter) if has_shape_of(x, parameter) else x for name, x in values.items()}
+    return {**state, "state": own}
 
 
 def has_shape_of(value: Any, other: Tensor) -> bool:
