@@ -58,8 +58,8 @@ def test_beam_reordering_keeps_keys_and_bias_together(build):
 
 @pytest.mark.parametrize("attention", ["auto", "fused"])
 def test_a_step_costs_one_row_of_scores(build, attention):
-    """Once the prompt is read, a layer gets one token, and attention one query for all keys."""
-    model = build("alibi_lm_tiny", "--attention", attention, "--tokens-per-sample", 8)
+    """Once the prompt is read, a layer gets one token, and attention one query for all keys; see test_bounded_cache."""
+    model = build("alibi_lm_tiny", "--attention", attention, "--tokens-per-sample", 8, "--attention-epsilon", 0)
     tokens, state, masks = random_tokens(model, 1, 700), {}, []
     model.decoder.layers[0].register_forward_pre_hook(
         lambda module, arguments: masks.append(getattr(arguments[1].bias, "mask", None))

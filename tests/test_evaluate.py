@@ -181,6 +181,14 @@ def test_streaming_is_a_way_of_its_own(corpus, checkpoint, tmp_path, capsys):
     assert "streaming" in out.splitlines()[-3]
 
 
+def test_a_stream_without_a_length_sees_all_of_the_text(corpus, checkpoint, tmp_path):
+    command(corpus, checkpoint, "--streaming", "--output", tmp_path)
+    command(corpus, checkpoint, "--lengths", "5000", "--output", tmp_path)
+    found = results(tmp_path)
+    tokens = found[5000, 5000]["tokens"]
+    assert found[tokens, None]["loss"] == pytest.approx(found[5000, 5000]["loss"], abs=1e-5)
+
+
 def test_losses_of_tokens_and_positions_add_up_to_the_loss(corpus, checkpoint, tmp_path):
     file = tmp_path / "losses.npz"
     options = ("--save-token-losses", file, "--output", tmp_path)

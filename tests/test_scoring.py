@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import random_tokens
 
-from fairseq_alibi.core import adaptive
+from fairseq_alibi.core import adaptive, bounded_cache
 from fairseq_alibi.evaluation import scoring
 from fairseq_alibi.models.decoder import PROGRESS
 
@@ -127,6 +127,30 @@ def test_stream_with_a_window_over_all_is_one_window(build):
     stream = random_tokens(model, 700)
     whole = losses_of(scoring.score_windows(model, stream, 700, 700, 1), 700)
     torch.testing.assert_close(losses_of(scoring.score_stream(model, stream, 700), 700), whole, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_endless_stream_equals_full_attention_at_constant_memory(build, monkeypatch):
+    """In float64, where the reach is far shorter than the text."""
+    monkeypatch.setattr(bounded_cache, "SHORT", 64)
+    model, kept = build("alibi_lm_tiny", "--alibi-max-bias", 1).double(), []
+    stream = random_tokens(model, 3000)
+    whole = losses_of(scoring.score_windows(model, stream, 3000, 3000, 1), 3000)
+    attend = bounded_cache.BoundedCache.attend
+
+    def recorded(cache, layer, *arguments):
+        result = attend(cache, layer, *arguments)
+        kept.append(max(group.buffers[0].size(2) for group in cache.layers[layer].groups))
+        return result
+
+    monkeypatch.setattr(bounded_cache.BoundedCache, "attend", recorded)
+    found = []
+    for chunk in (200, 512):
+        monkeypatch.setattr(scoring, "CHUNK", (16, chunk))
+        found.append(losses_of(scoring.score_stream(model, stream, 3000), 3000))
+    for losses in found:
+        torch.testing.assert_close(losses, whole, rtol=1e-5, atol=1e-6)
+    assert max(kept[:30]) < 1000
 
 
 def test_stream_keeps_no_more_than_its_window(build, monkeypatch):

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     windows.add_argument("--stride", type=positive_integer, metavar="N", help=stride_help)
     share_help = "the same as a share of each length, as 1/4 or 0.25"
     windows.add_argument("--stride-fraction", type=share_of_length, metavar="F", help=share_help)
-    windows.add_argument("--streaming", action="store_true", help="one stream: a token attends to the last N tokens")
+    streaming_help = "one stream: a token attends to the last N tokens, without --lengths to all before it"
+    windows.add_argument("--streaming", action="store_true", help=streaming_help)
     add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--by-position", action="store_true", help="also the loss by position in the window")
     losses_help = "the loss of every token, in bits, as numpy's .npz"
@@ -92,7 +93,9 @@ def run(args: argparse.Namespace) -> None:
             with processes.fail_together():
                 if processes.is_first():
                     output = settings.result_path(checkpoint)
-                    table = checkpoint_table(content, settings.windowings(content["model"]["training_length"]))
+                    table = checkpoint_table(
+                        content, settings.windowings(content["model"]["training_length"], text.tokens)
+                    )
                     tables.append(f"{table}\nwritten to {output}")
                     if args.tensorboard_logdir is not None:
                         log_to_tensorboard(args.tensorboard_logdir / settings.run_name(content), content)

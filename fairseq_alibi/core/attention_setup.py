@@ -23,6 +23,7 @@ from .attention_inputs import (
     PairBias,
     TokenSpan,
 )
+from .bounded_cache import bounded_cache_in
 from .kept import KeptTensor, in_transform
 from .mask_limits import LONGEST_MASK, mask_fits, mask_is_slower
 from .positions import PositionMethod, distances
@@ -88,6 +89,13 @@ class AttentionSetup:
         if self.plain is not None:
             self.plain.use_kernel(kernel)
 
+    @property
+    def bounds_cache(self) -> bool:
+        """Whether decoding needs no key beyond a static reach: with a linear bias alone, and not in the reference."""
+        settings, method = self.settings, self.method
+        plain = settings.score_scale == "none" and not method.scales_queries and not method.rotates
+        return plain and method.bias_kind == "linear" and settings.epsilon > 0 and settings.kernel != "mask"
+
     def set_evaluation_length(self, length: int) -> None:
         """See `PositionMethod.set_evaluation_length`; the bias may be another one afterwards."""
         self.method.set_evaluation_length(length)
@@ -114,7 +122,9 @@ class AttentionSetup:
             raise ValueError(f"--position-method {method.name} has no windows: its bias depends on a query's position")
         if span.queries == 0:
             bias: Bias = NoBias()
-        elif by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training, rows):
+        elif (
+            by_distance and self.runs_without_mask(x.device, span, seen_padding, window, training, rows)
+        ) or bounded_cache_in(cache) is not None:
             bias = bias_without_mask(method, span, x.device, self.settings.causal, seen_padding)
         else:
             mask = self.folded_mask(x, span, window, seen_padding)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import attend, attention_weights
 from .attention_inputs import AttentionInputs
 from .attention_setup import AttentionSettings
+from .bounded_cache import bounded_cache_in
 from .positions import PositionMethod
 from .rotary import rotate
 
@@ -35,12 +36,14 @@ class AttentionCore:
     gate: Optional[nn.Module]  # for a bias by key, see `PositionMethod.make_gate`
     score_scale: Optional[nn.Parameter]
     has_positions: bool
+    layer: int  # under which a cache keeps the keys
 
     #: Dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C).
     time_dim = 1
 
     def use_positions(self, method: Optional[PositionMethod], settings: AttentionSettings, layer: int = 0) -> None:
         """Gives the module, of layer number `layer`, its part of the position method, and parameters for it."""
+        self.layer = layer
         self.has_positions = settings.position_layers[layer % len(settings.position_layers)] == "1"
         width = self.num_heads * self.head_dim
         self.gate = method.make_gate(width) if method is not None and self.has_positions else None
@@ -77,12 +80,16 @@ class AttentionCore:
                 scale = scale * self.score_scale.float()[:, None, None]
             q = (q * scale).to(k.dtype)
         decay = None if self.gate is None else self.decays(x)
-        if inputs.cache is not None:
+        bounded = bounded_cache_in(inputs.cache)
+        if inputs.cache is not None and bounded is None:
             k, v, decay = self.extend_cache(inputs.cache, (k, v, decay), inputs.window)
         if decay is not None:
             inputs = inputs.with_decay(decay, queries)
         weights = attention_weights(q, k, inputs) if need_weights else None
-        out = attend(q, k, v, inputs, dropout)
+        if bounded is None:
+            out = attend(q, k, v, inputs, dropout)
+        else:
+            out = bounded.attend(self.layer, (q, k, v), inputs, dropout)
         return self.out_proj(out.movedim((0, 1, 2), (1 - time, 2, time)).flatten(-2)), weights
 
     def decays(self, x: Tensor) -> Tensor:
@@ -139,8 +146,8 @@ class SelfAttention(AttentionCore, nn.Module):
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, {embed_dim}, and {num_heads} does not")
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
-        self.dropout, self.layer = dropout, layer
-        self.use_positions(None, AttentionSettings())
+        self.dropout = dropout
+        self.use_positions(None, AttentionSettings(), layer)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(4))
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:

@@ -9,15 +9,18 @@
 Shapes: B batch, T new tokens, S all tokens (the last S positions), C width.
 """
 
-from typing import Any, Optional, cast
+from functools import partial
+from typing import Any, Optional, Union, cast
 
 from torch import Tensor, nn
 
 from .alibi import ALiBi, EncoderALiBi
 from .attention_inputs import EPSILON, AttentionInputs, TokenSpan
 from .attention_setup import AttentionSettings, AttentionSetup
-from .layers import Layer, LayerOptions, SelfAttention
+from .bounded_cache import BoundedCache
+from .layers import Cache, Layer, LayerOptions, SelfAttention
 from .positions import PositionMethod
+from .receptive_field import stack_excess
 
 
 class Attention(SelfAttention):
@@ -80,10 +83,16 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, options, n) for n in range(layers))
         self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
         settings = AttentionSettings(attention, dropout=options.attention_dropout, causal=causal)
-        for layer in self.layers:
-            cast(Layer, layer).self_attn.use_positions(self.position_method, settings)
+        for number, layer in enumerate(self.layers):
+            cast(Layer, layer).self_attn.use_positions(self.position_method, settings, number)
         self.setup = AttentionSetup(self.position_method, settings)
         self.layer_norm = nn.LayerNorm(embed_dim) if options.normalize_before else None
+
+    def make_cache(self) -> Union[BoundedCache, Cache]:
+        """A cache for decoding; where the bias is that of ALiBi alone it keeps what can matter, see `BoundedCache`."""
+        if self.setup.bounds_cache:
+            return BoundedCache(partial(stack_excess, self.layers), self.setup.settings.epsilon)  # type: ignore[arg-type]
+        return Cache()
 
     def forward(self, x: Tensor, padding: Optional[Tensor] = None, cache: Any = None) -> Tensor:
         """(B, T, C) embeddings of the new tokens -> (B, T, C), see `Attention.forward`."""

@@ -58,7 +58,7 @@ class EvaluationSettings:
 
     data: str
     subset: str = "valid"
-    lengths: Sequence[int] = ()  # in tokens; empty for multiples of each model's training length
+    lengths: Sequence[int] = ()  # in tokens; empty for multiples of each model's training length, or a whole stream
     stride: Optional[int] = None  # tokens from one window to the next; None for non-overlapping blocks
     stride_fraction: Optional[Fraction] = None  # the stride as a share of each length
     streaming: bool = False  # one stream without windows
@@ -83,10 +83,11 @@ class EvaluationSettings:
         if self.streaming and processes.count() > 1:
             raise ValueError("--streaming: one process reads the stream from start to end; run without torchrun")
 
-    def windowings(self, training_length: int) -> list[Windowing]:
-        """The windowings to evaluate; ValueError if a stride is longer than a length."""
+    def windowings(self, training_length: int, tokens: int) -> list[Windowing]:
+        """The windowings to evaluate of a text of so many tokens; ValueError if a stride is longer than a length."""
         windowings = []
-        for length in self.lengths or [training_length * multiple for multiple in LENGTH_MULTIPLES]:
+        multiples = [training_length * multiple for multiple in LENGTH_MULTIPLES]
+        for length in self.lengths or ([tokens] if self.streaming else multiples):
             stride = None if self.streaming else self.stride or length
             if self.stride_fraction is not None:
                 stride = max(1, int(length * self.stride_fraction))
@@ -196,7 +197,7 @@ class EvaluationFiles:
 def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: EvaluationSettings) -> dict[str, Any]:
     """Evaluates a checkpoint with all windowings that its file lacks; the first process gets the file's content."""
     loaded = load_for_evaluation(checkpoint, text, settings)
-    windowings = settings.windowings(loaded.description["training_length"])
+    windowings = settings.windowings(loaded.description["training_length"], text.tokens)
     if (break_mode := loaded.description.get("sample_break_mode")) and processes.is_first():
         words = ["fairseq-alibi", "eval-lm", "nonoverlapping", settings.data, checkpoint, str(windowings[0].length)]
         command = shlex.join([*words, "--subset", settings.subset, "--", "--sample-break-mode", break_mode])

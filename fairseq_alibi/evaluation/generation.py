@@ -13,10 +13,15 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 from tqdm import tqdm
 
+from ..core.reach import reach_of_excess
 from ..files.checkpoints import describe_model, load_model, read_checkpoint
 from ..files.errors import one_line
 from ..models.decoder import AlibiDecoder
 from ..models.generator import Generator
+from .reach_measurement import least_slopes_of
+
+#: Tokens from which on it is asked what a bounded cache keeps of them.
+LONG = 100_000
 
 
 def load_text_model(
@@ -58,10 +63,14 @@ def decode_tokens(model: GeneratorHubInterface, tokens: Tensor) -> str:
 
 
 def check_memory(model: GeneratorHubInterface, sequences: int, length: int) -> None:
-    """Raises ValueError if the keys and values of all layers do not fit the memory of the device."""
-    layers, device = model.models[0].decoder.layers, model.device
-    weight = layers[0].self_attn.k_proj.weight
-    needed = 2 * weight.size(0) * weight.element_size() * len(layers) * sequences * length
+    """Raises ValueError if the keys and values of all layers that are kept do not fit the memory of the device."""
+    decoder, device = model.models[0].decoder, model.device
+    weight = decoder.layers[0].self_attn.k_proj.weight
+    kept = length * len(decoder.layers)
+    if isinstance(decoder, AlibiDecoder) and decoder.setup.bounds_cache and length > LONG:
+        reaches = reach_of_excess(decoder.score_excess(), least_slopes_of(decoder), decoder.setup.settings.epsilon / 2)
+        kept = int(reaches.clamp(max=length).mean(1).sum())
+    needed = 2 * weight.size(0) * weight.element_size() * sequences * kept
     if device.type == "cuda":
         memory = torch.cuda.mem_get_info(device)[1]
     else:

@@ -5,7 +5,8 @@ Three windowings give the tokens of a text their context; L is the length of a w
 non-overlapping   Blocks of L tokens. A token sees its own block only, so tokens early in a block see little context.
 sliding window    Windows of L tokens, each `stride` tokens after the one before. A window scores its last `stride`
                   tokens.
-streaming         No windows. In every layer a token attends to the last L tokens, itself included.
+streaming         No windows. In every layer a token attends to the last L tokens, itself included; L may be that of
+                  the text.
 
 The first two are those of the paper (Press et al. 2022, section 4 and appendix B) and give the loss of fairseq-eval-lm.
 A masked language model has the first only: it predicts the masked tokens, the same 15% at any length, in blocks that

@@ -108,7 +108,8 @@ def score_stream(
     Let x(0, i) be the embedding of input i; input 0 is the end of sentence in front of the text. Layer l computes x(l,
     i) from x(l - 1, i) and attention over the keys and values of x(l - 1, j) for i - window < j <= i, with the bias of
     the distance i - j. Each key and value is computed once and kept for `window` tokens, so memory is constant. Through
-    all layers a token depends on inputs up to layers x (window - 1) tokens back.
+    all layers a token depends on inputs up to layers x (window - 1) tokens back. With a window over all of the text a
+    token attends to all earlier ones; memory is constant then too where a `BoundedCache` drops what cannot matter.
 
     ValueError: the model has absolute positions or does not belong to this plugin.
     """
@@ -126,11 +127,13 @@ def score_stream(
     prepare_model(model, window)
     state: dict[str, dict[str, Optional[Tensor]]] = {}
     chunk = min(max(window, CHUNK[0]), CHUNK[1])
+    band = None if window >= len(source) and decoder.setup.bounds_cache else window
     for first in range(0, len(stream), chunk):
         end = min(first + chunk, len(stream))
-        inputs = source[max(0, first + shift - (window - 1)) : end + shift].to(device)[None]
+        begin = 0 if band is None else max(0, first + shift - (window - 1))
+        inputs = source[begin : end + shift].to(device)[None]
         targets = replace_unknown(stream[first:end], decoder.dictionary).to(device)
-        features = decoder.extract_features_scriptable(inputs, None, state, last=end - first, window=window)[0]
+        features = decoder.extract_features_scriptable(inputs, None, state, last=end - first, window=band)[0]
         yield ScoredTokens(first, output_losses(decoder, features[0], targets)[None].cpu())
 
 

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from ..core.attention_inputs import AttentionInputs, TokenSpan
 from ..core.attention_setup import AttentionSetup
+from ..core.bounded_cache import STATE_KEY, BoundedCache, bounded_cache_in
 from ..core.embeddings import token_positions
 from ..core.positions import PositionMethod
 from ..core.receptive_field import stack_excess
 from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products
 from .options import attention_settings
+
+#: Tokens of a long prompt that are read in one pass where a bounded cache holds those before.
+CHUNK = 4096
 
 #: Key of an incremental state under which the number of tokens is noted whose keys it holds, and that were dropped.
 PROGRESS = "fairseq_alibi.progress"
@@ -81,8 +85,8 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
     ) -> tuple[Tensor, dict[str, list[Optional[Tensor]]]]:
         """See `TransformerDecoder.extract_features_scriptable`.
 
-        With an incremental state all of the (B, S) tokens that are new to it are read in one pass: one or a long
-        prompt.
+        With an incremental state all of the (B, S) tokens that are new to it are read: one or a long prompt. Where the
+        state is a `BoundedCache` they are read in chunks, so that memory does not grow with the prompt.
 
         Args:
             last: number of tokens, the last ones, whose features are wanted: (B, last, C). The last layer does no more
@@ -93,9 +97,20 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         """
         if full_context_alignment:
             raise NotImplementedError("full_context_alignment: this decoder is causal, it cannot look at the future")
-        span = advance(incremental_state, prev_output_tokens.size(1), window)
         if last is None and incremental_state is not None:
             last = 1
+        if window is None and (cache := self.bounded_cache(incremental_state)) is not None:
+            read, length = cache.get_seq_length(), prev_output_tokens.size(1)
+            if length - read > CHUNK:
+                parts = []
+                for first in range(read, length, CHUNK):
+                    end = min(first + CHUNK, length)
+                    wanted = min(end - first, max(1, (last or 1) - (length - end)))
+                    chunk = prev_output_tokens[:, :end], encoder_out, incremental_state
+                    x, extra = self.extract_features_scriptable(*chunk, alignment_layer=alignment_layer, last=wanted)
+                    parts.append(x)
+                return torch.cat(parts, dim=1)[:, -(last or 1) :], extra
+        span = advance(incremental_state, prev_output_tokens.size(1), window)
         x = self.embed(prev_output_tokens, span.queries)
         padding = prev_output_tokens.eq(self.padding_idx)
         inputs = self.setup.inputs(x, span, padding, window, incremental_state, self.training)
@@ -109,6 +124,18 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         if self.project_out_dim is not None:
             x = self.project_out_dim(x)
         return x if last is None else x[:, -last:], {"attn": [weights], "inner_states": states}
+
+    def bounded_cache(self, state: Optional[IncrementalState]) -> Optional[BoundedCache]:
+        """The bounded cache of an incremental state, which a new state gets unless gradients are wanted."""
+        if state is not None and PROGRESS not in state and self.setup.bounds_cache and not torch.is_grad_enabled():
+            cache: Any = BoundedCache(self.score_excess, self.setup.settings.epsilon)
+            state.setdefault(STATE_KEY, cache)
+        return bounded_cache_in(state)
+
+    def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+        """See `FairseqIncrementalDecoder.reorder_incremental_state`; the layers reorder what they keep themselves."""
+        if (cache := bounded_cache_in(incremental_state)) is not None:
+            cache.reorder(new_order)
 
     def embed(self, tokens: Tensor, new: int) -> Tensor:
         """(B, S) tokens -> (B, T, C) what the layers read of the last T = `new` tokens, in any batch or step."""

@@ -19,7 +19,7 @@ from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
-from .decoder import AlibiDecoder
+from .decoder import CHUNK, AlibiDecoder
 
 SCORES = 2**24  # numbers in the largest matrix of scores, positions times V, that is made for a prompt
 
@@ -81,22 +81,27 @@ class PromptReader(EnsembleModel):
 
     def read(self, tokens: Tensor, wanted: Tensor, incremental_states: list[Any], temperature: float) -> Tensor:
         """Reads (B, n) tokens; returns the (B, n, k) mean log-probabilities of the `wanted` ones after each of them."""
-        positions = max(1, SCORES // (tokens.size(0) * self.types()))
-        features = [
-            model.decoder.extract_features_scriptable(tokens, None, state, last=tokens.size(1))[0]
-            for model, state in zip(self.models, incremental_states)
-        ]
+        length, positions = tokens.size(1), max(1, SCORES // (tokens.size(0) * self.types()))
+        decoders = [model.decoder for model in self.models]
+        # Where a decoder drops what it has read, nothing of the whole prompt is held at once.
+        bounded = all(decoder.bounded_cache(state) for decoder, state in zip(decoders, incremental_states))
         chunks = []
-        for first in range(0, tokens.size(1), positions):
-            chunk = slice(first, first + positions)
-            log_probs = []
-            for model, x in zip(self.models, features):
-                # The temperature divides what fairseq divides: logits, or the features of an adaptive softmax.
-                output = model.decoder.output_layer(x[:, chunk]) / temperature
-                scores = model.get_normalized_probs((output, None), log_probs=True, sample=None)
-                log_probs.append(scores.gather(2, wanted[:, chunk]))
-            average = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
-            chunks.append(log_probs[0] if len(log_probs) == 1 else average)
+        for begin in range(0, length, CHUNK if bounded else length):
+            end = min(begin + CHUNK, length) if bounded else length
+            features = [
+                decoder.extract_features_scriptable(tokens[:, :end], None, state, last=end - begin)[0]
+                for decoder, state in zip(decoders, incremental_states)
+            ]
+            for first in range(begin, end, positions):
+                chunk = slice(first, min(first + positions, end))
+                log_probs = []
+                for model, x in zip(self.models, features):
+                    # The temperature divides what fairseq divides: logits, or the features of an adaptive softmax.
+                    output = model.decoder.output_layer(x[:, first - begin : chunk.stop - begin]) / temperature
+                    scores = model.get_normalized_probs((output, None), log_probs=True, sample=None)
+                    log_probs.append(scores.gather(2, wanted[:, chunk]))
+                average = torch.logsumexp(torch.stack(log_probs), dim=0) - math.log(len(log_probs))
+                chunks.append(log_probs[0] if len(log_probs) == 1 else average)
         return torch.cat(chunks, dim=1)
 
 
