@@ -32,32 +32,42 @@ def lasting_memory(run: PlannedRun, gpus: int) -> dict[str, float]:
 
     Weights and gradients take 4 P bytes each. In half precision they take 2 P, and unless it is memory-efficient the
     optimizer has a float32 copy of both, 4 P. fully_sharded divides all three parts by the number of GPUs, and in half
-    precision its gradients take 4 P; zero_sharding=os divides the states.
+    precision its weights and gradients are float32 alone; zero_sharding=os divides the states.
     """
     count, share = sum(run.parameters.values()), 1 / gpus if run.sharded else 1.0
-    copies = 2 + 4 if run.half and not run.efficient else run.element
+    copies = run.element if run.efficient or not run.half else 4 if run.sharded else 2 + 4
     states = 1 / gpus if run.cfg.distributed_training.zero_sharding == "os" else share
     return {
         "weights": copies * count * share,
-        "gradients": (4 if run.sharded and not run.efficient else copies) * count * share,
+        "gradients": copies * count * share,
         "optimizer states": 4 * MOMENTS[run.optimizer] * count * states,
         "in transit between GPUs": transit_memory(run, gpus),
     }
 
 
+def parameters_at_once(run: PlannedRun, gpus: int) -> tuple[int, int]:
+    """Returns the parameters of which fully_sharded has whole weights and gradients at once, and of those ahead.
+
+    At once are one layer and everything outside of layers. Ahead are the weights of the next layer, and the gradients
+    of the one before until they have been sent.
+    """
+    layer, count = run.layer_parameters, sum(run.parameters.values())
+    if not run.cfg.model.checkpoint_activations and layer < run.cfg.model.min_params_to_wrap:
+        return count, 0
+    return count - (run.layers - 1) * layer, layer * min(2, run.layers - 1) * (gpus > 1)
+
+
 def transit_memory(run: PlannedRun, gpus: int) -> int:
     """Returns the bytes of weights and gradients on one GPU that are being gathered, summed or divided.
 
-    legacy_ddp sums at most 2^28 numbers at once, pytorch_ddp has a bucket for each gradient. fully_sharded has whole
-    weights and gradients of what is computed: one layer and everything outside of layers; or all layers, where they are
-    smaller than min_params_to_wrap and not checkpointed; and all weights with no_reshard_after_forward.
+    legacy_ddp sums at most 2^28 numbers at once, pytorch_ddp has a bucket for each gradient. fully_sharded: see
+    `parameters_at_once`; those are all layers where they are smaller than min_params_to_wrap and not checkpointed, and
+    all weights with no_reshard_after_forward.
     """
     options, count = run.cfg.distributed_training, sum(run.parameters.values())
     if run.sharded:
-        layer = run.layer_parameters
-        wrapped = run.cfg.model.checkpoint_activations or layer >= run.cfg.model.min_params_to_wrap
-        at_once = count - (run.layers - 1) * layer if wrapped else count
-        return run.element * (at_once + (count if options.no_reshard_after_forward else at_once))
+        at_once, ahead = parameters_at_once(run, gpus)
+        return run.element * (at_once + (count if options.no_reshard_after_forward else at_once + ahead))
     if gpus == 1 or options.gradient_as_bucket_view:
         return 0
     return run.element * (min(count, 2**28) if options.ddp_backend in ("legacy_ddp", "no_c10d") else count)
@@ -71,7 +81,7 @@ def step_memory(run: PlannedRun, gpus: int) -> float:
     """
     largest: float = max(parameter.numel() for parameter in run.model.parameters())
     if run.sharded:
-        largest = sum(run.parameters.values()) / gpus
+        largest /= gpus
     elif run.half and not (run.efficient or run.cfg.common.bf16 or run.cfg.common.fp16_no_flatten_grads):
         largest = sum(run.parameters.values())
     return 4 * largest * ((run.optimizer == "adam") + 2 * run.efficient)
@@ -122,13 +132,19 @@ def memory_by_part(run: PlannedRun, gpus: int, rows: int) -> dict[str, float]:
     """Returns the bytes on one GPU by part, with their `peak`, for batches of `rows` blocks.
 
     With activation checkpointing the logits are gone when the layers are computed again, so that the peak has the
-    larger one of the two.
+    larger one of the two. fully_sharded has the most in transit before it has summed the gradients of the first layers
+    and of what is outside of layers; they are there from the batch before, unless an update has one batch only.
     """
     lasting, mask = lasting_memory(run, gpus), mask_memory(run)
     activations = activation_memory(run, rows)
     layer = rows * run.cost.layer_bytes if run.cfg.model.checkpoint_activations else 0
     logits = logits_memory(run, rows * run.length)
-    peak = sum(lasting.values()) + mask + max(activations + max(layer, logits), step_memory(run, gpus))
+    batch = activations + max(layer, logits)
+    if run.sharded and gpus > 1 and rows * gpus == run.blocks_per_update():
+        at_once, ahead = parameters_at_once(run, gpus)
+        later = at_once + ahead - run.layer_parameters * (ahead > 0)
+        batch -= lasting["gradients"] * later / sum(run.parameters.values())
+    peak = sum(lasting.values()) + mask + max(batch, step_memory(run, gpus))
     return {
         **lasting,
         "attention mask": mask,
