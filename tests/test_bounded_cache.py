@@ -37,7 +37,7 @@ def stack(normalize_before=True, max_bias=2.0):
 
 def kept_keys(cache):
     """The most keys that a group of heads has in its buffers, by layer."""
-    return [max(group.buffers[0].size(2) for group in layer.groups) for layer in cache.layers.values()]
+    return [max(group.buffers[0].size(2) for group in layer.groups) for layer in cache.kept.values()]
 
 
 @pytest.mark.parametrize("normalize_before", [True, False])
@@ -78,7 +78,7 @@ def test_attention_changes_by_no_more_than_is_proven(epsilon):
     parts = [cache.attend(1, (q[:, :, i : i + 1], k[:, :, i : i + 1], v[:, :, i : i + 1]), inputs) for i in range(900)]
     error = (torch.cat(parts, dim=2) - exact).norm(dim=-1).max()
     assert 0 < error <= 2 * epsilon * v.norm(dim=-1).max()
-    assert cache.layers[1].groups[0].length < 900, "keys are dropped"
+    assert cache.kept[1].groups[0].length < 900, "keys are dropped"
 
 
 @torch.no_grad()

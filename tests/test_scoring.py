@@ -140,7 +140,7 @@ def test_an_endless_stream_equals_full_attention_at_constant_memory(build, monke
 
     def recorded(cache, layer, *arguments):
         result = attend(cache, layer, *arguments)
-        kept.append(max(group.buffers[0].size(2) for group in cache.layers[layer].groups))
+        kept.append(max(group.buffers[0].size(2) for group in cache.kept[layer].groups))
         return result
 
     monkeypatch.setattr(bounded_cache.BoundedCache, "attend", recorded)

@@ -117,21 +117,21 @@ class BoundedCache:
 
     def __init__(self, find_excess: Callable[[], Tensor], epsilon: float):
         self.find_excess, self.epsilon = find_excess, epsilon
-        self.layers: dict[int, LayerKeys] = {}
+        self.kept: dict[int, LayerKeys] = {}
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens read."""
-        return self.layers[min(self.layers)].tokens if self.layers else 0
+        return self.kept[min(self.kept)].tokens if self.kept else 0
 
     def attend(
         self, layer: int, qkv: tuple[Tensor, Tensor, Tensor], inputs: AttentionInputs, dropout: float = 0.0
     ) -> Tensor:
         """Keeps keys and values (B, H, T, D) of new tokens; attention of the queries, those of the last of them."""
         q, k, v = qkv
-        if layer not in self.layers:
+        if layer not in self.kept:
             slopes = inputs.bias.before if isinstance(inputs.bias, LinearBias) else q.new_zeros(q.size(1)).float()
-            self.layers[layer] = LayerKeys(slopes.to(q.device))
-        kept = self.layers[layer]
+            self.kept[layer] = LayerKeys(slopes.to(q.device))
+        kept = self.kept[layer]
         kept.tokens += k.size(2)
         if kept.is_split:
             kept.measure(k)
@@ -168,9 +168,9 @@ class BoundedCache:
             mask = mask.contiguous()
         return masked_attention(q, keys, values, AttentionInputs(bias=FoldedMask(mask)), dropout)
 
-    def reorder(self, order: Tensor) -> None:
+    def reorder_cache(self, order: Tensor) -> None:
         """Takes the rows of the batch in another order, (B',) numbers of rows; nothing moves where it is the same."""
-        for kept in self.layers.values():
+        for kept in self.kept.values():
             for group in kept.groups:
                 if len(order) != group.buffers[0].size(0) or bool((order != torch.arange(len(order)).to(order)).any()):
                     for number, buffer in enumerate(group.buffers):

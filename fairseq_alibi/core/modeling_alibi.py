@@ -22,9 +22,10 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TokenEmbedding, cross_
 from .attention_setup import AttentionSettings, AttentionSetup
 from .configuration_alibi import PADDING, AlibiConfig
 from .layers import LayerOptions
-from .pass_inputs import PassInputs
+from .pass_inputs import GenerationCache, PassInputs
 from .positions import position_methods
 from .pretrained_alibi import CACHE, AlibiLayer, AlibiPreTrainedModel, refuse_arguments, wants_dict
+from .receptive_field import stack_excess
 
 #: The label that transformers has no loss for.
 IGNORED = -100
@@ -84,6 +85,14 @@ class AlibiModel(AlibiPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the table."""
         self.embed_tokens = value
+
+    @torch.no_grad()
+    def score_excess(self) -> Tensor:
+        """See `stack_excess`: (layers, H)."""
+        tokens = torch.arange(self.config.vocab_size, device=self.device)[:, None]
+        parts = tokens.split(4096)
+        read = [self.embed(x, PassInputs.read(x, None, None, None, None))[:, 0] for x in map(self.embed_tokens, parts)]
+        return stack_excess(self.layers, torch.cat(read))  # type: ignore[arg-type]
 
     def embed(self, x: Tensor, given: PassInputs) -> Tensor:
         """(B, T, input dim) vectors of the new tokens -> (B, T, C) what the layers read; ValueError past a table."""
@@ -199,6 +208,16 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the output projection."""
         self.lm_head = value
+
+    def make_cache(self) -> Any:
+        """A cache for `past_key_values` that drops what no later token can see; ValueError where nothing is too far.
+
+        See `bounded_cache`. It is for generation of a model on a CPU or one GPU, without gradients.
+        """
+        stack = self.decoder
+        if not stack.setup.bounds_cache or stack.config.sliding_window is not None:
+            raise ValueError("make_cache: only ALiBi has a reach, without sliding_window, score_scale and a mask")
+        return GenerationCache(stack.score_excess, stack.setup.settings.epsilon)
 
     def get_decoder(self) -> nn.Module:
         """The stack."""

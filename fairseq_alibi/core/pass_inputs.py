@@ -5,6 +5,7 @@ static cache), or lack the oldest ones (a sliding cache); `KeyLayout` tells whic
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -15,6 +16,7 @@ from transformers import Cache as TransformersCache
 
 from .attention_inputs import AttentionInputs, FoldedMask, TokenSpan
 from .attention_setup import AttentionSetup, compute_dtype
+from .bounded_cache import BoundedCache
 from .configuration_alibi import PADDING, VERSION
 from .kept import in_transform
 from .layers import CachedTensors
@@ -44,6 +46,20 @@ class KeyLayout:
     def distances_to_keys(self, device: torch.device) -> Tensor:
         """(T, S) int64 distances from the new tokens to the keys, negative for keys after them."""
         return self.new_positions(device)[:, None] - (torch.arange(self.keys, device=device) + self.offset)
+
+
+class GenerationCache(BoundedCache, TransformersCache):
+    """A bounded cache that transformers takes for one of its own, which has no layers of theirs."""
+
+    def __init__(self, find_excess: Callable[[], Tensor], epsilon: float):
+        BoundedCache.__init__(self, find_excess, epsilon)
+        self.layers: list[Any] = []
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No longest text."""
+        return -1
 
 
 class CacheWithPositions:
@@ -81,7 +97,7 @@ def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
     first = cache.get_seq_length()
     if isinstance(first, Tensor) and not in_transform(first):
         first = int(first)
-    if not isinstance(cache, TransformersCache):
+    if isinstance(cache, BoundedCache) or not isinstance(cache, TransformersCache):
         return KeyLayout(length, first + length, first)
     sliding = cache.is_sliding
     if any(sliding) and (window is None or not all(sliding)):
@@ -241,7 +257,7 @@ class PassInputs:
     ) -> AttentionInputs:
         """The attention inputs of the pass, of one that keeps the attention weights if `weights`."""
         layout = self.layout
-        if isinstance(cache, TransformersCache):
+        if isinstance(cache, TransformersCache) and not isinstance(cache, BoundedCache):
             cache = CacheWithPositions(cache, layout.new_positions(x.device))
         if layout.is_plain and self.mask is None and self.texts is None:
             span = TokenSpan(layout.queries, layout.keys, int(layout.first))

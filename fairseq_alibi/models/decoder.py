@@ -135,7 +135,7 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
         """See `FairseqIncrementalDecoder.reorder_incremental_state`; the layers reorder what they keep themselves."""
         if (cache := bounded_cache_in(incremental_state)) is not None:
-            cache.reorder(new_order)
+            cache.reorder_cache(new_order)
 
     def embed(self, tokens: Tensor, new: int) -> Tensor:
         """(B, S) tokens -> (B, T, C) what the layers read of the last T = `new` tokens, in any batch or step."""
