@@ -18,7 +18,7 @@ from fairseq_alibi.__main__ import main
 from fairseq_alibi.core import position_methods
 from fairseq_alibi.core.methods import COMPARED
 from fairseq_alibi.evaluation.curves import Curve, read_curves
-from fairseq_alibi.experiments import comparison, comparison_page, presets
+from fairseq_alibi.experiments import comparison, comparison_page, presets, probe_comparison, probe_data, probe_tasks
 
 
 def laptop_model(*arguments):
@@ -107,6 +107,59 @@ def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process,
     monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: pytest.fail("it was done"))
     main(["reproduce", *map(str, sweep)])
     assert "another updates" in fails(*sweep, "--updates", 7)
+
+
+@pytest.fixture
+def small_probes(monkeypatch, tmp_path):
+    """The preset of probes made smaller: two tasks, of which each model learns both."""
+
+    def model(*arguments):
+        sizes = ["--decoder-layers=1", "--decoder-embed-dim=16", "--decoder-ffn-embed-dim=16", "--max-tokens=900"]
+        return [*presets.probe_model(*arguments), *sizes]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(BIN), prepend=":")
+    recall = probe_tasks.ProbeOptions(vocabulary=12, pairs=2, queries=2)
+    folders = {
+        "data/mqar": probe_data.ProbeSettings("mqar", (10, 14), (14, 28), 100, 20, options=recall),
+        "data/copy": probe_data.ProbeSettings("copy", (2, 6), (6, 12), 100, 20),
+    }
+    monkeypatch.setattr(probe_comparison, "BUILTIN_PROBES", folders)
+    preset = presets.PRESETS["probes"]._replace(training_command=model, data=":".join(folders), updates=3, parallel=1)
+    monkeypatch.setitem(presets.PRESETS, "probes", preset)
+
+
+@pytest.mark.slow
+def test_probes_end_on_one_page_and_what_is_done_is_kept(small_probes, in_process, tmp_path, monkeypatch):
+    """Mean and deviation over seeds, a method that ends with its training, one that is another at evaluation."""
+    methods = ("learned", "rotary+yarn")
+    command = ("reproduce", "--preset", "probes", "--output", "out", "--seeds", "1", "7", "--methods", *methods)
+    main([*command])
+    page = (tmp_path / "out" / "results.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    assert rows[0][:3] == ["method", "mqar, up to 14", "longer than 14"]
+    summary = {row[0]: row for row in rows[2:4]}
+    assert (summary["learned"][2], summary["learned"][4]) == ("", ""), "learned positions end with the training length"
+    for probe, column in (("mqar", 1), ("copy", 3)):
+        shares = []
+        for suffix in ("", "-seed7"):
+            path = tmp_path / "out" / "results" / "yarn" / f"rotary-15{suffix}-{probe}" / "probe.json"
+            (model,) = json.loads(path.read_text())["models"]
+            assert model["model"]["overrides"] == {"rotary_scaling": "yarn"}
+            shares.append([result["exact_match"] for result in model["results"]])
+        (near, far), (other_near, other_far) = shares
+        for one, two, cell in ((near, other_near, column), (far, other_far, column + 1)):
+            mean, spread = (one + two) / 2, abs(one - two) / 2**0.5
+            assert summary["rotary+yarn"][cell] == f"{mean:.1%} ± {spread:.1%}"
+        assert f"({probe}.png)" in page
+        assert (tmp_path / "out" / f"{probe}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "mqar-map.png").exists()
+    assert not (tmp_path / "out" / "copy-map.png").exists(), "all its answers have one gap"
+    assert in_process[0][1] == "data/mqar:data/copy"
+    monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: pytest.fail("it was done"))
+    main([*command])
+    assert "drop it" in fails("--preset", "probes", "--subset", "test")
+    assert "two folders have one name" in fails("--preset", "probes", "--data", "data/mqar:data/mqar")
 
 
 def test_where_alibi_loses_is_said():

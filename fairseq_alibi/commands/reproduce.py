@@ -11,6 +11,7 @@ from ..data.builtin_corpus import prepare_builtin
 from ..experiments.comparison import Comparison, run_comparison
 from ..experiments.comparison_page import write_page
 from ..experiments.presets import BUILTIN, PRESETS, TEST_TIME
+from ..experiments.probe_comparison import ProbeComparison, with_lengths_of, write_probe_page
 from ..files.data_folders import read_dictionary, subset_tokens
 from ..files.errors import script_command
 from ..files.locks import locked
@@ -20,9 +21,9 @@ from .arguments import positive_integer, subset_name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi reproduce`."""
     add = parser.add_argument
-    presets = "laptop (default), slice or paper: see the walk-through"
+    presets = "laptop (default), slice, probes or paper: see the walk-through"
     add("--preset", choices=list(PRESETS), default="laptop", help=presets)
-    add("--data", help="fairseq data folder (default of laptop: Python's own source; slice has none)")
+    add("--data", help="fairseq data folder, for probes FOLDER:FOLDER:... (slice needs it, the others have one)")
     add("--subset", type=subset_name, default="valid", help="valid (default), test, ...")
     add("--updates", type=positive_integer, metavar="N", help="of training, in the place of the preset's")
     methods = [*position_methods(), *TEST_TIME]
@@ -36,16 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `fairseq-alibi reproduce` and says where the page is."""
-    preset = PRESETS[args.preset]
+    preset, kind = PRESETS[args.preset], Comparison
     data = args.data or preset.data
     if data is None:
         raise ValueError("--preset slice needs --data, a folder that scripts/prepare_wikitext103.sh made")
     if args.preset == "paper" and not script_command("train_wikitext103.sh"):
         raise ValueError("--preset paper runs scripts, which an installed package does not have: run it in a clone")
+    if args.preset == "probes":
+        if args.subset != "valid":
+            raise ValueError(f"--subset {args.subset}: probes have texts for evaluation in each folder; drop it")
+        preset, kind = with_lengths_of(preset, data), ProbeComparison
     output = args.output or Path("results") / f"reproduce-{args.preset}"
     updates = args.updates or preset.updates
-    methods, seeds = args.methods, args.seeds
-    comparison = Comparison(args.preset, preset, data, args.subset, updates, methods, seeds, output, args.cpu)
+    comparison = kind(args.preset, preset, data, args.subset, updates, args.methods, args.seeds, output, args.cpu)
     if args.preset == "paper" and not args.launch:
         for model in comparison.models():
             print("\n".join(shlex.join(command) for command in comparison.commands(model).values()))
@@ -57,7 +61,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         with locked(output):
             run_comparison(comparison)
-            write_page(comparison)
+            if isinstance(comparison, ProbeComparison):
+                write_probe_page(comparison)
+            else:
+                write_page(comparison)
     except KeyboardInterrupt:
         sys.exit("fairseq-alibi reproduce: interrupted; start the same command again, and it continues")
     print(f"written to {output / 'results.md'}")

@@ -88,7 +88,7 @@ class Rotary(PositionMethod):
             raise ValueError(f"rotary_scaling_factor must be a number of at least 1 or auto, not {factor}")
         if self.factor is not None and scaling == SCALINGS[0]:
             raise ValueError(f"rotary_scaling_factor {factor} needs rotary_scaling: {', '.join(SCALINGS[1:])}")
-        if head_dim < 4 and "ntk" in scaling:
+        if head_dim < 4 and scaling in ("ntk", "dynamic_ntk"):
             raise ValueError(f"rotary_scaling {scaling} needs a head_dim of at least 4, not {head_dim}")
         if not 0 < share <= 1:
             raise ValueError(f"p_rope must be above 0 and at most 1, not {share}")

@@ -82,24 +82,27 @@ class Comparison:
 
     def commands(self, model: ComparedModel) -> dict[str, list[str]]:
         """Returns the commands for a model by step, in their order."""
-        lengths = list(self.preset.evaluation_lengths)
-        if position_methods()[model.method].limited_to_training_length:
-            lengths = [length for length in lengths if length <= model.length]
         train = self.preset.training_command(self.data, model.method, model.length, model.folder, self.updates)
         train += ["--seed", str(model.seed), "--log-format", "json", "--log-interval", "20"]
         commands = {TRAINING: [*train, "--log-file", str(model.training_log)]}
         for name in dict.fromkeys(self.methods):
             method, plus, _ = name.partition("+")
             if method == model.method:
-                evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
-                evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]
-                evaluate += ["--output", str(model.result_folder(name))]
-                evaluate += ["--model-overrides", str(TEST_TIME[name])] if plus else []
-                evaluate += ["--cpu"] if self.cpu or self.preset.parallel > 1 else []
-                suffix = f" {name}" if plus else ""
-                commands[EVALUATION + suffix] = evaluate
-                commands[SLIDING_WINDOW + suffix] = [*evaluate, *self.preset.sliding]
+                options = ["--model-overrides", str(TEST_TIME[name])] if plus else []
+                options += ["--cpu"] if self.cpu or self.preset.parallel > 1 else []
+                for step, command in self.evaluations(model, name).items():
+                    commands[f"{step} {name}" if plus else step] = [*command, *options]
         return commands
+
+    def evaluations(self, model: ComparedModel, name: str) -> dict[str, list[str]]:
+        """Returns the commands that evaluate a model as `name`, by step; `commands` adds options that all have."""
+        lengths = list(self.preset.evaluation_lengths)
+        if position_methods()[model.method].limited_to_training_length:
+            lengths = [length for length in lengths if length <= model.length]
+        evaluate = ["fairseq-alibi", "evaluate", self.data, str(model.checkpoint)]
+        evaluate += ["--lengths", ",".join(map(str, lengths)), "--subset", self.subset, "--by-position"]
+        evaluate += ["--output", str(model.result_folder(name))]
+        return {EVALUATION: evaluate, SLIDING_WINDOW: [*evaluate, *self.preset.sliding]}
 
 
 class CommandRunner:

@@ -98,8 +98,8 @@ def describe_load(steps: list[dict[str, Any]], parallel: int) -> str:
     return text + ("; other work ran on the machine, so speeds say little." if shared else ".")
 
 
-def page_head(comparison: Comparison) -> list[str]:
-    """Returns the title, the settings and the commands of the first model."""
+def page_head(comparison: Comparison, title: str, source: str) -> list[str]:
+    """Returns the title, the settings, of which `source` names the script and the data, and the first commands."""
     preset = comparison.preset
     begun_in = read_record(comparison.output / "settings.json")["environment"]
     steps = [step for model in comparison.models() for step in finished_steps(model).values()]
@@ -115,10 +115,9 @@ def page_head(comparison: Comparison) -> list[str]:
     seeds = [str(seed) for seed in dict.fromkeys(comparison.seeds)]
     spread = "; means and standard deviations over them (bands in the plots)" if len(seeds) > 1 else ""
     return [
-        f"# Position methods, trained on {' and '.join(map(str, preset.training_lengths))} tokens",
-        f"Made by `bash scripts/reproduce.sh --preset {comparison.name}`: {comparison.data}, {comparison.updates:,} "
-        f"updates, evaluated on {comparison.subset}. Seeds {', '.join(seeds)}{spread}. Models of one seed have the "
-        f"same data order and, where shapes agree, initial weights. {' and '.join(made_in)}.{parallel}"
+        f"# {title}",
+        f"{source} {comparison.updates:,} updates. Seeds {', '.join(seeds)}{spread}. Models of one seed have the same "
+        f"data order and, where shapes agree, initial weights. {' and '.join(made_in)}.{parallel}"
         f"{describe_load(steps, preset.parallel)}",
         "The first model's commands; the others differ in method, length and seed:",
         "```sh\n" + "\n".join(shlex.join(command) for command in commands.values()).replace(f"{ROOT}/", "") + "\n```",
@@ -175,7 +174,10 @@ def seed_curves(comparison: Comparison, length: int) -> list[list[Curve]]:
 def write_page(comparison: Comparison) -> str:
     """Writes results.md and its plots into the output folder, of the finished steps; returns the Markdown."""
     longest = max(comparison.preset.evaluation_lengths)
-    text, every = page_head(comparison), []
+    lengths = " and ".join(map(str, comparison.preset.training_lengths))
+    script = f"`bash scripts/reproduce.sh --preset {comparison.name}`"
+    source = f"Made by {script}: {comparison.data}, evaluated on {comparison.subset}."
+    text, every = page_head(comparison, f"Position methods, trained on {lengths} tokens", source), []
     for length in comparison.preset.training_lengths:
         groups = seed_curves(comparison, length)
         text += length_section(groups, length, longest, comparison.output)

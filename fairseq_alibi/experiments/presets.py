@@ -5,12 +5,26 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from ..core.rotary import SCALINGS
+from .probe_data import ProbeSettings
+from .probe_tasks import ProbeOptions
 
 ROOT = Path(__file__).parents[2]
 
 #: Data folder of the built-in corpus, which every machine can make.
 BUILTIN = "data-bin/builtin"
 
+#: Probes that every machine can make, by data folder; their dictionaries are equal.
+BUILTIN_PROBES = {
+    "data-bin/probes/mqar": ProbeSettings(
+        *("mqar", (16, 32), (32, 64, 128, 256), 30000, 100), options=ProbeOptions(vocabulary=32, pairs=4, queries=4)
+    ),
+    "data-bin/probes/passkey": ProbeSettings(
+        *("passkey", (16, 32), (32, 64, 128, 256), 30000, 200), options=ProbeOptions(digits=2)
+    ),
+    "data-bin/probes/copy": ProbeSettings(
+        *("copy", (4, 15), (15, 31, 63, 127), 30000, 200), options=ProbeOptions(vocabulary=32)
+    ),
+}
 
 #: What `METHOD+NAME` changes in a trained model of METHOD when it is evaluated.
 TEST_TIME: dict[str, dict[str, str]] = {
@@ -19,10 +33,12 @@ TEST_TIME: dict[str, dict[str, str]] = {
 }
 
 
-def small_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+def small_model(
+    data: str, method: str, length: int, save_dir: Path, updates: int, task: str = "language_modeling"
+) -> list[str]:
     """Returns the fairseq-train command of a model that a CPU trains, without its architecture and seed."""
     warmup = max(1, updates // 10)
-    command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", "language_modeling", "--position-method", method]
+    command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", task, "--position-method", method]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
     command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
     command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
@@ -34,6 +50,12 @@ def small_model(data: str, method: str, length: int, save_dir: Path, updates: in
 def laptop_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
     """Returns the command for the model of scripts/quickstart.sh. Arguments: see `small_model`."""
     return [*small_model(data, method, length, save_dir, updates), "--arch", "alibi_lm_tiny"]
+
+
+def probe_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
+    """Returns the command for a model that learns probes. Arguments: see `small_model`."""
+    sizes = ["--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256", "--dropout", "0"]
+    return [*small_model(data, method, length, save_dir, updates, "probe"), "--arch", "alibi_lm_tiny", *sizes]
 
 
 def slice_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
@@ -71,6 +93,7 @@ PAPER_LENGTHS = (512, 1024, 1536, 2048, 2512, 3072, 5512, 6072, 12072, 12512)
 PRESETS = {
     "laptop": Preset(laptop_model, BUILTIN, (128,), (128, 256, 512, 1024, 2048), 300, 2),
     "slice": Preset(slice_model, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
+    "probes": Preset(probe_model, ":".join(BUILTIN_PROBES), (33,), (), 1000, 2),
     "paper": Preset(
         *(paper_model, "data-bin/wikitext-103", (512, 3072), PAPER_LENGTHS, 286000, 1), sliding=("--stride", "512")
     ),

@@ -129,8 +129,10 @@ def make_probe_data(destination: Path, settings: ProbeSettings) -> None:
     if is_prepared(destination, identity):
         return
     dictionary = Dictionary()
-    for word in dict.fromkeys(PROBES[settings.task].words(settings.options)):
-        dictionary.add_symbol(word)
+    # First the words of all tasks with default options: one model can learn tasks whose dictionaries are equal.
+    for options, tasks in ((ProbeOptions(), PROBES), (settings.options, [settings.task])):
+        for word in (word for task in tasks for word in PROBES[task].words(options)):
+            dictionary.add_symbol(word)
     counts: dict[str, Any] = {"types": len(dictionary)}
     with work_folder(destination) as work:
         data = work / "data"

@@ -136,6 +136,8 @@ def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluati
     length, longest = int(max(dataset.sizes)), model.max_positions()
     if length > longest:
         raise ValueError(f"texts of size {size} have {length} tokens, the model reads {longest}: pass smaller --sizes")
+    if isinstance(model.decoder, AlibiDecoder):  # it may scale slopes or frequencies with the length
+        model.decoder.set_evaluation_length(length)
     outcomes = []
     rows_at_once = max(1, settings.max_tokens // length)
     for first in tqdm(range(0, len(dataset), rows_at_once), title, leave=False):

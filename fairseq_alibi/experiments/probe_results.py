@@ -1,4 +1,4 @@
-"""Results of probes: JSON, a table, curves of accuracy against size, and heat maps of depth against size."""
+"""Results of probes: JSON, a table, curves of accuracy against size, and heat maps of depth or gap against size."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,15 +11,19 @@ from ..evaluation.curves import override_text
 from ..evaluation.plots import chart, curve_styles, pyplot
 from ..files.results import write_json, write_text, written_whole
 from .probe_evaluation import DEPTHS
+from .probe_tasks import PROBES
 
 #: The files of a result.
 FILES = ("probe.json", "probe.md", "probe.png", "depth.png")
 
 
 def model_labels(contents: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each model: its position method, what was overridden, and the checkpoint where that is needed."""
+    """A name for each model: its label, or its method and what was overridden, with the checkpoint where needed."""
     labels = []
     for content in contents:
+        if "label" in content:
+            labels.append(content["label"])
+            continue
         overrides = override_text(content["model"]["overrides"])
         method = f"{content['model']['position_method']}, trained on {content['model']['training_length']}"
         labels.append(f"{method}, with {overrides}" if overrides else method)
@@ -28,28 +32,39 @@ def model_labels(contents: Sequence[dict[str, Any]]) -> list[str]:
     return [label if counts[label] == 1 else f"{label} ({path})" for label, path in zip(labels, paths)]
 
 
-def probe_table(contents: Sequence[dict[str, Any]], style: str) -> str:
-    """Exact match with a row per size and a column per model; the last row has the effective lengths.
+def all_sizes(contents: Sequence[dict[str, Any]]) -> list[int]:
+    """The sizes at which any of the models was evaluated."""
+    return sorted({result["size"] for content in contents for result in content["results"]})
+
+
+def probe_table(contents: Sequence[dict[str, Any]], style: str, measure: str = "exact_match") -> str:
+    """A measure with a row per size and a column per model; below exact match stand the effective lengths.
 
     Args:
-        contents: see `evaluate_probe`.
+        contents: see `evaluate_probe`; or means over seeds, see `probe_comparison.average`.
         style: one of tabulate's formats.
+        measure: exact_match or token_accuracy.
     """
-    rows = []
-    for number, result in enumerate(contents[0]["results"]):
-        row = [f"{result['size']:,}"]
-        for content in contents:
-            low, high = content["results"][number]["interval"]
-            row.append(f"{content['results'][number]['exact_match']:.1%} ({low:.0%} to {high:.0%})")
-        rows.append(row)
-    rows.append(["effective length", *(f"{content['effective_length']:,}" for content in contents)])
+
+    def cell(content: dict[str, Any], size: int) -> str:
+        for result in (result for result in content["results"] if result["size"] == size):
+            spread = f" ± {result['deviation'][measure]:.1%}" if "deviation" in result else ""
+            if not spread and measure == "exact_match":
+                spread = " ({:.0%} to {:.0%})".format(*result["interval"])
+            return f"{result[measure]:.1%}{spread}"
+        return ""
+
+    rows = [[f"{size:,}", *(cell(content, size) for content in contents)] for size in all_sizes(contents)]
+    if measure == "exact_match":
+        reached = [content.get("effective_lengths", [content["effective_length"]]) for content in contents]
+        rows.append(["effective length", *(", ".join(f"{length:,}" for length in lengths) for lengths in reached)])
     unit, width = contents[0]["probe"]["unit"], 16 if style == "simple" else None
     headers = [f"size ({unit})", *model_labels(contents)]
     return tabulate(rows, headers, tablefmt=style, stralign="right", disable_numparse=True, maxheadercolwidths=width)
 
 
 def plot_accuracy(contents: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots exact match against size, with 95% intervals; dotted lines mark the largest size in training."""
+    """Plots exact match against size, with 95% intervals or deviations; a dotted line is the largest in training."""
     labels, probe = model_labels(contents), contents[0]["probe"]
     with chart(path, labels, logarithmic=False) as axes:
         for content, label, style in zip(contents, labels, curve_styles(len(contents))):
@@ -59,38 +74,46 @@ def plot_accuracy(contents: Sequence[dict[str, Any]], path: Path) -> None:
             axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.axvline(probe["train_sizes"][1], color="gray", linestyle=":", linewidth=1)
         axes.axhline(contents[0]["threshold"], color="gray", linestyle="--", linewidth=0.8)
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.set_xticks(all_sizes(contents), [f"{size:,}" for size in all_sizes(contents)])
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel(f"size of the text ({probe['unit']}); dotted: largest in training")
         axes.set_ylabel(f"{probe['task']}: share of answers that are right")
 
 
-def plot_depths(contents: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws, for each model, exact match as color: size of the text across, depth of what is asked for down."""
+def plot_maps(contents: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws, for each model, exact match as color: size of the text across, depth or gap of what is asked for down."""
     import numpy
 
-    plt = pyplot()
+    plt, probe = pyplot(), contents[0]["probe"]
+    shown, sizes = PROBES[probe["task"]].shown_by, all_sizes(contents)
+    if shown == "by_depth":
+        names = {n / DEPTHS: f"{n / DEPTHS:.0%}" for n in range(DEPTHS)}
+    else:
+        results = [result for content in contents for result in content["results"]]
+        gaps = sorted({(part["first"], part["last"]) for result in results for part in result[shown]})
+        names = {first: f"{first:,} to {last:,}" if first > 1 else f"{first}" for first, last in gaps}
+    places = {value: number for number, value in enumerate(names)}
     columns = min(3, len(contents))
     lines = -(-len(contents) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(1 + 3.6 * columns, 0.6 + 2.8 * lines), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(1.4 + 3.4 * columns, 0.6 + 2.6 * lines), squeeze=False)
     figure.set_layout_engine("constrained")
     for axes, content, label in zip(grid.flat, contents, model_labels(contents)):
-        shares = numpy.full((DEPTHS, len(content["results"])), numpy.nan)
-        for column, result in enumerate(content["results"]):
-            for part in result["by_depth"]:
-                shares[round(part["depth"] * DEPTHS), column] = part["exact_match"]
+        shares = numpy.full((len(names), len(sizes)), numpy.nan)
+        for result in content["results"]:
+            for part in result[shown]:
+                row = places[part["depth" if shown == "by_depth" else "first"]]
+                shares[row, sizes.index(result["size"])] = part["exact_match"]
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_facecolor("lightgray")  # a depth without answers
+        axes.set_facecolor("lightgray")  # no answers
         axes.set_title(label, fontsize="small", wrap=True)
-        sizes = [f"{result['size']:,}" for result in content["results"]]
-        axes.set_xticks(range(len(sizes)), sizes, rotation=45 if len(sizes) > 5 else 0)
-        axes.set_yticks(range(0, DEPTHS, 3), [f"{n / DEPTHS:.0%}" for n in range(0, DEPTHS, 3)])
-        axes.set_xlabel(f"size of the text ({content['probe']['unit']})")
+        axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes], rotation=45 if len(sizes) > 5 else 0)
+        axes.set_yticks(range(len(names)), names.values(), fontsize="small")
     for axes in grid.flat[len(contents) :]:
         axes.set_axis_off()
-    grid[0, 0].set_ylabel("depth")
-    figure.colorbar(image, ax=grid, label="share of answers that are right")
-    figure.savefig(path, dpi=150)
+    figure.supxlabel(f"size of the text ({probe['unit']})", fontsize="medium")
+    figure.supylabel("depth" if shown == "by_depth" else "tokens from source to answer", fontsize="medium")
+    figure.colorbar(image, ax=grid, label=f"{probe['task']}: share of answers that are right")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -110,6 +133,6 @@ def write_probe_results(folder: Path, contents: Sequence[dict[str, Any]]) -> Non
     with written_whole(folder / "probe.png") as partial:
         plot_accuracy(contents, partial)
     with written_whole(folder / "depth.png") as partial:
-        plot_depths(contents, partial)
+        plot_maps(contents, partial)
     write_text(folder / "probe.md", text)
     write_json(folder / "probe.json", {"models": list(contents)})

@@ -199,6 +199,7 @@ class ProbeKind:
     unit: str  # what sizes count
     options: tuple[str, ...] = ()  # the names of its options
     smallest: Callable[[ProbeOptions], int] = lambda options: 1  # size
+    shown_by: str = "by_gap"  # what a heat map has beside the size: by_gap, or by_depth
 
 
 def needle_words(options: ProbeOptions) -> list[str]:
@@ -220,10 +221,12 @@ PROBES = {
     "passkey": ProbeKind(
         *(passkey, needle_words, "tokens", ("digits", "filler")),
         smallest=lambda options: needle_room(1, 1, options.digits),
+        shown_by="by_depth",
     ),
     "needles": ProbeKind(
         *(needles, needle_words, "tokens", ("needles", "asked", "digits", "filler")),
         smallest=lambda options: needle_room(options.needles, options.asked, options.digits),
+        shown_by="by_depth",
     ),
     "copy": ProbeKind(copy_symbols, lambda options: [*symbols(options), "="], "symbols", ("vocabulary",)),
     "reverse": ProbeKind(reverse, lambda options: [*symbols(options), "="], "symbols", ("vocabulary",)),

@@ -9,6 +9,8 @@ import numpy
 from fairseq import utils
 from fairseq.data import (
     BaseWrapperDataset,
+    ConcatDataset,
+    Dictionary,
     IdDataset,
     NestedDictionaryDataset,
     NumelDataset,
@@ -51,24 +53,39 @@ class ProbeConfig(LanguageModelingConfig):
 
 @register_task("probe", dataclass=ProbeConfig)
 class ProbeTask(LanguageModelingTask):
-    """Language modelling of a folder of `fairseq-alibi probe make`: the loss is that of the answers alone."""
+    """Language modelling of what `fairseq-alibi probe make` makes: the loss is that of the answers alone.
+
+    Of several folders, with colons between them, it learns all texts at once.
+    """
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """See `FairseqTask.load_dataset`.
 
         Raises:
-            ValueError: the folder is not one of `probe make`, or its texts are longer than --tokens-per-sample.
+            ValueError: a folder is not one of `probe make`, has other words than the first, or texts longer than
+                --tokens-per-sample.
         """
-        path = os.path.join(utils.split_paths(self.args.data)[0], split)
-        text, answers = (
-            data_utils.load_indexed_dataset(name, self.dictionary, self.args.dataset_impl)
-            for name in (path, path + ANSWERS)
-        )
-        if text is None or answers is None:
-            raise ValueError(f"{path} is no subset of probe data: make the folder with fairseq-alibi probe make")
-        longest = int(text.sizes.max())
-        if split == self.args.train_subset and longest > self.args.tokens_per_sample:
-            raise ValueError(f"{path} has texts of {longest} tokens: pass --tokens-per-sample {longest}")
+        folders = utils.split_paths(self.args.data)
+        texts, marked = [], []
+        for folder in folders:
+            words = os.path.join(folder, "dict.txt")
+            if not os.path.isfile(words) or Dictionary.load(words) != self.dictionary:
+                raise ValueError(
+                    f"{folder} has other words than {folders[0]}: make both with one --vocabulary, --filler"
+                )
+            path = os.path.join(folder, split)
+            text, answers = (
+                data_utils.load_indexed_dataset(name, self.dictionary, self.args.dataset_impl)
+                for name in (path, path + ANSWERS)
+            )
+            if text is None or answers is None:
+                raise ValueError(f"{path} is no subset of probe data: make the folder with fairseq-alibi probe make")
+            longest = int(text.sizes.max())
+            if split == self.args.train_subset and longest > self.args.tokens_per_sample:
+                raise ValueError(f"{path} has texts of {longest} tokens: pass --tokens-per-sample {longest}")
+            texts.append(text)
+            marked.append(answers)
+        text, answers = ConcatDataset(texts), ConcatDataset(marked)
         padding = self.dictionary.pad()
         columns = {
             "id": IdDataset(),
