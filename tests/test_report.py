@@ -1,14 +1,18 @@
 """Results to table and plot."""
 
+import base64
 import json
 import math
+import re
 
+import numpy
 import pytest
-from conftest import BIN, run
+from conftest import BIN, failure, run
 
+from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation.curves import pool_positions, read_curves
 from fairseq_alibi.evaluation.paper import paper_section, read_paper
-from fairseq_alibi.evaluation.report import REPORT_FILES, write_report
+from fairseq_alibi.evaluation.report import html_page, write_report
 
 
 @pytest.fixture
@@ -116,7 +120,8 @@ def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, t
     content["results"][1].update(tokens_per_second=4000.0, by_position=bins((0, 0, 100, 4.0), (4, 7, 39, 5.0)))
     path.write_text(json.dumps(content))
     write_report([path, results("sinusoidal", {(4, 4): 40.0})], tmp_path / "report")
-    assert {one.name for one in (tmp_path / "report").iterdir()} == set(REPORT_FILES)
+    names = {"report.md", "report.png", "speed.png", "positions.png"}
+    assert {one.name for one in (tmp_path / "report").iterdir()} == names
     rows = [line.split("|")[1:-1] for line in (tmp_path / "report" / "report.md").read_text().splitlines()]
     rows = [[cell.strip() for cell in row] for row in rows]
     assert ["4", "5,000"] in rows
@@ -124,6 +129,78 @@ def test_speed_and_loss_by_position_are_shown_where_results_have_them(results, t
     assert ["0", "7.000"] in rows, "300 tokens of 8 bits and 100 of 4"
     assert ["1", "6.000"] in rows
     assert not any(row and row[0] == "4 - 7" for row in rows), "too few windows"
+
+
+@pytest.fixture
+def laboratory(results, tmp_path):
+    """Files of evaluate, probe gain and probe eval, of one model."""
+    path = results("alibi", {(4, 4): 30.0, (8, 8): 29.0})
+    content = json.loads(path.read_text())
+    content["subject"] = {"weights": "a1"}
+    content["results"][1]["tokens_per_second"] = 4000.0
+    path.write_text(json.dumps(content))
+    losses = {"length 4, stride 4": numpy.full(8, 4.0), "length 8, stride 8": numpy.arange(8.0)}
+    tokens = numpy.array([4, 5, 4, 5, 6, 5, 4, 5])
+    numpy.savez(tmp_path / "a.npz", tokens=tokens, subject=numpy.array('{"weights": "a1"}'), **losses)
+    main(["probe", "gain", str(tmp_path / "a.npz"), "--output", str(tmp_path / "gain")])
+    parts = {"by_depth": [{"depth": 0.1, "exact_match": 0.9}, {"depth": 0.7, "exact_match": 0.5}], "by_gap": []}
+    measured = {"exact_match": 0.9, "interval": [0.8, 0.95], "token_accuracy": 0.97}
+    model = {
+        "model": {**content["model"], "overrides": {}},
+        "probe": {"task": "passkey", "train_sizes": [4, 8], "unit": "tokens"},
+        "results": [{"size": size, **measured, **parts} for size in (8, 16)],
+        **{"threshold": 0.85, "effective_length": 16},
+    }
+    (tmp_path / "probe.json").write_text(json.dumps({"models": [model]}))
+    return [path, tmp_path / "gain" / "gain.json", tmp_path / "probe.json"]
+
+
+def test_one_page_has_perplexity_gain_probes_and_speed_and_needs_no_other_file(laboratory, tmp_path, capsys):
+    main(["report", *map(str, laboratory), "--page", str(tmp_path / "page")])
+    written = capsys.readouterr().out.split("written to ")[-1].split(", ")
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        path.strip().rpartition("/")[2] for path in written
+    }
+    markdown, page = ((tmp_path / "page" / f"report.{end}").read_text() for end in ("md", "html"))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
+    assert dict(zip(rows[0], rows[2])) == {
+        **{"model": "alibi, trained on 128", "perplexity at 4": "30.00", "perplexity at 8": "29.00"},
+        **{"tokens/s at 8": "4,000", "passkey, effective length": "16"},
+        "gain, bits, of tokens with less than 2 tokens of short context": "+1.500",
+        "gain, bits, of tokens with 2 tokens of short context or more": "-0.500",
+    }
+    for title in ("Perplexity", "Tokens per second", "What a longer context gives", "Probe passkey"):
+        assert f"## {title}\n" in markdown
+        assert f"<h2>{title}</h2>" in page
+    plots = [line.partition("](")[2][:-1] for line in markdown.splitlines() if line.startswith("![")]
+    assert len(plots) == 5
+    pictures = [base64.b64decode(part.partition('"')[0]) for part in page.split("data:image/png;base64,")[1:]]
+    assert pictures == [(tmp_path / "page" / name).read_bytes() for name in plots]
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import""", page), "something is loaded"
+    found = re.findall("<td>(.*?)</td>", page)
+    assert "90.0% (80% to 95%)" in found
+    assert "4,000" in found
+
+
+def test_what_markdown_says_is_no_html():
+    page = html_page("# <A> & `b|`\n\n| **x** | <script> |\n|---|---|\n| 1 | 2 |\n\n- one\n- two", None)
+    assert "<h1>&lt;A&gt; &amp; <code>b|</code></h1>" in page
+    assert "<table><tr><th><b>x</b></th><th>&lt;script&gt;</th></tr>\n<tr><td>1</td><td>2</td></tr></table>" in page
+    assert "<li>two</li>" in page
+
+
+def test_probes_alone_make_a_report(laboratory, tmp_path):
+    main(["report", str(laboratory[2]), "--output", str(tmp_path / "report")])
+    assert "Probe passkey" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("broken", ["results", "by_context"])
+def test_a_broken_file_of_a_probe_is_named(laboratory, tmp_path, capsys, broken):
+    for path in laboratory[1:]:
+        path.write_text(path.read_text().replace(f'"{broken}"', '"nothing"'))
+    line = failure(capsys, main, "report", *laboratory, "--output", tmp_path / "report")
+    assert "gain.json is no whole result" in line if broken == "by_context" else "probe.json is no whole" in line
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_curve_without_a_finite_value_is_marked_and_has_no_scale(results, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_walkthrough_runs_as_written(clone):
     path = f"{BIN}:{os.environ['PATH']}"
     run("bash", "-euo", "pipefail", "-c", commands, cwd=clone, PATH=path, VENV="none")
     caption, table, *_ = (clone / "results" / "walkthrough" / "report.md").read_text().split("\n\n")
-    assert caption == "Perplexity."
+    assert caption == "## Perplexity"
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     header, first, last = rows[0], rows[2], rows[-1]
     assert (first[0], last[0]) == ("128", "2,048")

@@ -1,21 +1,26 @@
-"""`fairseq-alibi report`: results of several evaluations as tables and plots."""
+"""`fairseq-alibi report`: results of evaluations, context gain and probes as tables and plots."""
 
 import argparse
 from pathlib import Path
 
-from ..evaluation.report import REPORT_FILES, write_report
+from ..evaluation.report import write_report
+from ..experiments.report_sections import laboratory_sections
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi report`."""
-    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSON files of evaluate or the scripts")
+    text = "JSON files of evaluate, the scripts, probe eval and probe gain"
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help=text)
     parser.add_argument("--output", type=Path, default=Path("results/report"), help="folder for report.md, report.png")
+    text = "as --output DEST, with all of it in one file, report.html, which opens without a network"
+    parser.add_argument("--page", type=Path, metavar="DEST", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
     parser.add_argument("--paper", action="store_true", help="also the paper's numbers beside those that match them")
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes the report, prints the table of perplexity and the names of the files."""
-    print(write_report(args.files, args.output, args.overwrite, args.paper))
-    written = [str(args.output / name) for name in REPORT_FILES if (args.output / name).exists()]
-    print("\nwritten to " + ", ".join(written))
+    files, sections = laboratory_sections(args.files)
+    output = args.page or args.output
+    text, paths = write_report(files, output, args.overwrite, args.paper, sections, args.page is not None)
+    print(f"{text}\n\nwritten to {', '.join(map(str, paths))}".lstrip())

@@ -1,7 +1,11 @@
-"""Results of several evaluations as one report: tables and plots in a folder."""
+"""Results of several evaluations as one report: tables and plots in a folder, also as one HTML file."""
 
-from collections.abc import Sequence
+import base64
+import html
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, Optional
 
 from ..files.locks import locked
 from ..files.results import check_absent, write_text, written_whole
@@ -11,42 +15,137 @@ from .plots import plot_lengths, plot_positions
 from .result_files import WAIT
 from .tables import length_table, position_table
 
-#: The files of a report; the last two are written only if results have what they show.
-REPORT_FILES = ("report.md", "report.png", "speed.png", "positions.png")
+#: Marks of a line of Markdown, after its characters are escaped, with what they are in HTML.
+INLINE = (
+    (re.compile(r"`([^`]+)`"), r"<code>\1</code>"),
+    (re.compile(r"\*\*([^*]+)\*\*"), r"<b>\1</b>"),
+)
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
+    "table{border-collapse:collapse;font-size:14px;margin:1em 0;display:block;overflow-x:auto}"
+    "th,td{padding:.2em .7em;border-bottom:1px solid #ddd;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+)
 
 
-def write_report(files: Sequence[Path], output: Path, overwrite: bool = False, paper: bool = False) -> str:
-    """Writes a report of result files into a folder and returns the table of perplexity; ValueError for bad input.
+#: The title of the section that begins a report.
+OVERVIEW = "Overview"
 
-    With `paper` both have the paper's numbers beside those measured, too.
+
+class Section(NamedTuple):
+    """A part of a report: Markdown, and a plot with the function that draws it into a file."""
+
+    title: str
+    text: str
+    plot: str = ""  # the name of its file
+    draw: Optional[Callable[[Path], Any]] = None
+
+
+def write_report(
+    files: Sequence[Path],
+    output: Path,
+    overwrite: bool = False,
+    paper: bool = False,
+    others: Sequence[Section] = (),
+    page: bool = False,
+) -> tuple[str, list[Path]]:
+    """Writes a report of result files into a folder; returns the table of perplexity and the paths of its files.
+
+    Args:
+        files: results of evaluations.
+        output: the folder.
+        overwrite: replace a report that is there.
+        paper: also the paper's numbers beside those measured, in the table that is returned, too.
+        others: further sections; one with the title `OVERVIEW` comes first.
+        page: also write the report as one HTML file that holds its plots.
+
+    Raises:
+        ValueError: bad input; names it and the remedy.
     """
-    curves = read_curves(files)
-    if not curves:
+    curves = read_curves(files) if files else []
+    if not curves and (files or not others):
         raise ValueError(f"no result in {', '.join(map(str, files))}: the evaluation ended before its first length")
+    shown = length_table(curves, "simple") if curves else ""
+    first = [section for section in others if section.title == OVERVIEW]
+    sections = [*first, *(evaluation_sections(curves, files) if curves else [])]
+    sections += [section for section in others if section not in first]
+    if paper:
+        sections.append(Section("Beside the paper", paper_section(curves)))
+        shown += f"\n\n## Beside the paper\n\n{sections[-1].text}"
+    text = "# Results\n\n" if page else ""
+    text += "\n\n".join("\n\n".join(parts_of(section)) for section in sections) + "\n"
+    paths = [output / name for name in ("report.md", *(one.plot for one in sections if one.plot))]
+    paths += [output / "report.html"] if page else []
     with locked(output, WAIT):
-        check_absent((output / name for name in REPORT_FILES), overwrite)
-        timed = read_curves(files, by_speed=True)
-        section = f"\n\n## Beside the paper\n\n{paper_section(curves)}" if paper else ""
-        write_report_files(curves, timed, section, output)
-    return length_table(curves, "simple") + section
+        check_absent(paths, overwrite)
+        for section in sections:
+            if section.draw:
+                with written_whole(output / section.plot) as partial:
+                    section.draw(partial)
+        if page:
+            write_text(output / "report.html", html_page(text, output))
+        write_text(output / "report.md", text)
+    return shown, paths
 
 
-def write_report_files(curves: Sequence[Curve], timed: Sequence[Curve], section: str, output: Path) -> None:
-    """Writes the files of a report, see `write_report`; `timed` are its curves of speed, `section` its end."""
-    pooled = pool_positions(curves)
-    by_byte = [curve for curve in curves if curve.bits_per_byte]
-    text = "Perplexity.\n\n" + length_table(curves, "github") + "\n"
-    with written_whole(output / "report.png") as partial:
-        plot_lengths(curves, partial)
-    if by_byte:
-        text += "\nBits per byte of the text as it was given.\n\n"
-        text += length_table(by_byte, "github", "bits_per_byte") + "\n"
-    if timed:
-        text += "\nTokens per second.\n\n" + length_table(timed, "github", "tokens_per_second") + "\n"
-        with written_whole(output / "speed.png") as partial:
-            plot_lengths(timed, partial, "tokens_per_second")
+def parts_of(section: Section) -> Iterator[str]:
+    """The paragraphs of a section in Markdown."""
+    yield f"## {section.title}"
+    if section.text:
+        yield section.text
+    if section.plot:
+        yield f"![{section.title}]({section.plot})"
+
+
+def evaluation_sections(curves: Sequence[Curve], files: Sequence[Path]) -> Iterator[Section]:
+    """Perplexity, bits per byte, speed and loss by position, as far as the results have them."""
+    table, pooled = length_table, pool_positions(curves)
+    yield Section("Perplexity", table(curves, "github"), "report.png", lambda path: plot_lengths(curves, path))
+    if by_byte := [curve for curve in curves if curve.bits_per_byte]:
+        yield Section("Bits per byte of the text as it was given", table(by_byte, "github", "bits_per_byte"))
+    if timed := read_curves(files, by_speed=True):
+        speed = "tokens_per_second"
+        text, draw = table(timed, "github", speed), lambda path: plot_lengths(timed, path, speed)
+        yield Section("Tokens per second", text, "speed.png", draw)
     if pooled:
-        text += "\nLoss, bits per token, by position in the window.\n\n" + position_table(pooled) + "\n"
-        with written_whole(output / "positions.png") as partial:
-            plot_positions(pooled, partial)
-    write_text(output / "report.md", text.rstrip("\n") + section + "\n")
+        title, draw = "Loss, bits per token, by position in the window", lambda path: plot_positions(pooled, path)
+        yield Section(title, position_table(pooled), "positions.png", draw)
+
+
+def inline(text: str) -> str:
+    """A line of Markdown as HTML."""
+    text = html.escape(text)
+    for pattern, replacement in INLINE:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def html_page(markdown: str, folder: Path) -> str:
+    """Markdown as reports have it, as one HTML page that holds its PNG files, so that it needs no other file.
+
+    Known are headings, paragraphs, tables, lists, images on a line of their own, code and bold type.
+    """
+    body = []
+    for block in re.split(r"\n{2,}", markdown.strip()):
+        lines = block.splitlines()
+        if image := re.fullmatch(r"!\[(.*)\]\((.*)\)", block):
+            data = base64.b64encode((folder / image[2]).read_bytes()).decode()
+            body.append(f'<img alt="{html.escape(image[1])}" src="data:image/png;base64,{data}">')
+        elif heading := re.fullmatch(r"(#+) (.*)", block):
+            level = len(heading[1])
+            body.append(f"<h{level}>{inline(heading[2])}</h{level}>")
+        elif block.startswith("|"):
+            rows = [[inline(cell.strip()) for cell in line.strip("|").split("|")] for line in lines]
+            kinds = ["th", *["td"] * (len(rows) - 2)]
+            cells = (
+                "".join(f"<{kind}>{cell}</{kind}>" for cell in row) for kind, row in zip(kinds, [rows[0], *rows[2:]])
+            )
+            body.append("<table>" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+        elif all(line.startswith("- ") for line in lines):
+            body.append("<ul>" + "\n".join(f"<li>{inline(line[2:])}</li>" for line in lines) + "</ul>")
+        else:
+            body.append(f"<p>{inline(block)}</p>")
+    title = html.escape(re.sub("^#+ ", "", markdown.partition("\n")[0]))
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"

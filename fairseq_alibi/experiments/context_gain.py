@@ -1,5 +1,6 @@
 """What a longer context gives, token by token, from the losses that `evaluate --save-token-losses` writes."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ class TokenLosses(NamedTuple):
     name: str
     tokens: Any  # (N,) of the text
     losses: dict[Windowing, Any]  # (N,) bits
+    weights: str  # checksum of the model's; "" if unknown
 
 
 class ContextGain(NamedTuple):
@@ -40,6 +42,7 @@ class ContextGain(NamedTuple):
     windows: tuple[Windowing, Windowing]  # short, long
     short: Any  # (N,) bits
     long: Any  # (N,) bits
+    weights: str  # see `TokenLosses`
 
 
 def read_token_losses(path: Path) -> TokenLosses:
@@ -47,7 +50,7 @@ def read_token_losses(path: Path) -> TokenLosses:
     losses = {}
     try:
         with numpy.load(path) as stored:
-            tokens = stored["tokens"]
+            tokens, subject = stored["tokens"], json.loads(str(stored["subject"]))
             for name in stored.files:
                 if found := re.fullmatch(r"length (\d+), (?:stride (\d+)|streaming)", name):
                     losses[Windowing(int(found[1]), int(found[2]) if found[2] else None)] = stored[name].astype(float)
@@ -56,7 +59,7 @@ def read_token_losses(path: Path) -> TokenLosses:
         whole = False
     if not whole or not losses:
         raise ValueError(f"{path} holds no losses of tokens: make it with fairseq-alibi evaluate --save-token-losses")
-    return TokenLosses(str(path), tokens, losses)
+    return TokenLosses(str(path), tokens, losses, str(subject.get("weights", "")))
 
 
 def context_before(count: int, windowing: Windowing) -> Any:
@@ -84,8 +87,8 @@ def compare_contexts(file: TokenLosses, short: Optional[int], long: Optional[int
     if low >= high:
         raise ValueError(f"{file.name}: {low} tokens are not fewer than {high} (of {held}): pass --short and --long")
     windows = by_length[low], by_length[high]
-    context = context_before(len(file.tokens), windows[0])
-    return ContextGain(file.name, file.tokens, context, windows, *(file.losses[one] for one in windows))
+    context, losses = context_before(len(file.tokens), windows[0]), file.losses
+    return ContextGain(file.name, file.tokens, context, windows, losses[windows[0]], losses[windows[1]], file.weights)
 
 
 def key_tokens(gain: ContextGain) -> Any:
@@ -145,7 +148,7 @@ def write_gains(folder: Path, gains: Sequence[ContextGain], chosen_by: Optional[
             raise ValueError(f"{chosen_by.name} is of another text than {gain.name}: evaluate both on one subset")
         rows = summarize(gain, key_tokens(chosen_by or gain))
         named = {"file": gain.name, "short": gain.windows[0].name, "long": gain.windows[1].name}
-        keys = {"key_tokens_of": (chosen_by or gain).name}
+        keys = {"key_tokens_of": (chosen_by or gain).name, "weights": gain.weights}
         contents.append({**named, **keys, "groups": rows, "by_context": gain_by_context(gain)})
     texts = {style: "\n\n".join(gain_table(content, style) for content in contents) for style in ("simple", "github")}
     with written_whole(folder / "gain.png") as partial:

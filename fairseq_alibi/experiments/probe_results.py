@@ -124,15 +124,20 @@ def write_probe_results(folder: Path, contents: Sequence[dict[str, Any]]) -> Non
         folder: see `FILES`.
         contents: see `evaluate_probe`, of the same data and sizes.
     """
-    probe = contents[0]["probe"]
-    text = (
-        f"Share of answers of `{probe['task']}` that are right in all tokens, with 95% intervals. Trained on "
-        f"{probe['train_sizes'][0]:,} to {probe['train_sizes'][1]:,} {probe['unit']}. Effective length: the longest up "
-        f"to which all have {contents[0]['threshold']:.0%}.\n\n{probe_table(contents, 'github')}\n"
-    )
+    text = f"{describe_probe(contents[0])}\n\n{probe_table(contents, 'github')}\n"
     with written_whole(folder / "probe.png") as partial:
         plot_accuracy(contents, partial)
     with written_whole(folder / "depth.png") as partial:
         plot_maps(contents, partial)
     write_text(folder / "probe.md", text)
     write_json(folder / "probe.json", {"models": list(contents)})
+
+
+def describe_probe(content: dict[str, Any]) -> str:
+    """Says what is asked, what was trained on, and what an effective length is."""
+    probe = content["probe"]
+    return (
+        f"Share of answers of `{probe['task']}` that are right in all tokens, with 95% intervals. Trained on "
+        f"{probe['train_sizes'][0]:,} to {probe['train_sizes'][1]:,} {probe['unit']}. Effective length: the longest up "
+        f"to which all have {content['threshold']:.0%}."
+    )
