@@ -7,8 +7,8 @@ import shlex
 import numpy
 import pytest
 import torch
-from conftest import BIN, failure, run
-from fairseq import checkpoint_utils
+from conftest import BIN, failure, run, training_config
+from fairseq import checkpoint_utils, tasks
 from fairseq.data import Dictionary
 from fairseq.data.data_utils import load_indexed_dataset
 
@@ -16,8 +16,9 @@ from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation.measurement import Windowing
 from fairseq_alibi.experiments import probe_evaluation
 from fairseq_alibi.experiments.context_gain import context_before
-from fairseq_alibi.experiments.probe_data import ProbeSettings, training_probes
+from fairseq_alibi.experiments.probe_data import ProbeSettings, make_probe_data, training_probes
 from fairseq_alibi.experiments.probe_tasks import FILLER, PROBES, Answer, Draws, ProbeOptions
+from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 
 SIZES = {name: 200 if task.unit == "tokens" else 12 for name, task in PROBES.items()}
 
@@ -335,8 +336,36 @@ def test_training_on_longer_texts_or_other_folders_is_refused(folder, corpus, tm
     common += ("--optimizer", "adam", "--save-dir", tmp_path, "--max-update", 1)
     done = run(BIN / "fairseq-train", folder, *common, "--tokens-per-sample", 12, check=False)
     assert "pass --tokens-per-sample 15" in done.output
-    done = run(BIN / "fairseq-train", corpus, *common, check=False)
-    assert "is no subset of probe data: make the folder with fairseq-alibi probe make" in done.output
+    for data, message in ((corpus, "is no subset of probe data: make"), (f"{folder}:{corpus}", "has other words than")):
+        task = tasks.setup_task(training_config(data, "--task", "probe", "--arch", "alibi_lm_tiny").task)
+        with pytest.raises(ValueError, match=message):
+            task.load_dataset("train")
+
+
+def test_a_model_can_learn_several_folders_at_once(folder, tmp_path):
+    make_probe_data(tmp_path / "copy", ProbeSettings("copy", (2, 3), (3,), 20, 20, options=ProbeOptions(vocabulary=8)))
+    task = tasks.setup_task(
+        training_config(f"{folder}:{tmp_path / 'copy'}", "--task", "probe", "--arch", "alibi_lm_tiny").task
+    )
+    task.load_dataset("valid")
+    dataset = task.dataset("valid")
+    batch = dataset.collater([dataset[n] for n in range(len(dataset))])
+    assert len(batch["target"]) == 60 + 20
+    answers = batch["target"] != task.dictionary.pad()
+    equals = batch["net_input"]["src_tokens"] == task.dictionary.index("=")
+    assert equals.any(dim=1).sum() == 20
+    assert answers.sum() == batch["ntokens"]
+    assert answers[equals].all(), "what follows an equals sign is an answer"
+
+
+def test_slopes_are_scaled_with_the_size(folder, trained):
+    """As those of a model that is given the ratio of 29 to 15 tokens."""
+    path, models = str(trained / "checkpoint_last.pt"), []
+    for scale in ("auto", str(29 / 15)):
+        models.append(load_model(path, read_checkpoint(path), str(folder), {"alibi_length_scale": scale}))
+        probe_evaluation.outcomes_of_size(models[-1], 28, probe_evaluation.ProbeEvaluation(str(folder)), "")
+    tokens = torch.arange(4, 24)[None]
+    assert torch.equal(*(model(tokens)[0] for model in models))
 
 
 def losses_file(path, **arrays):
