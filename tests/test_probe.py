@@ -310,7 +310,12 @@ def test_effective_length_and_interval():
         ),
         ("make copy OUT --train-sizes 9-3 --test-sizes 4", "--train-sizes 9-3: pass the smaller one first"),
         ("make mqar OUT --train-sizes 64 --test-sizes 64 --queries 9", "--queries 9: there are 8 pairs to ask for"),
-        ("make mqar OUT --train-sizes 64 --test-sizes 64 --vocabulary 10", "--vocabulary 10: half of it are keys"),
+        (
+            "make mqar OUT --train-sizes 64 --test-sizes 64 --vocabulary 10",
+            "mqar with these options needs 16 to 100,000 words",
+        ),
+        ("make sort OUT --train-sizes 5 --test-sizes 5 --vocabulary 1000000000", "sort with these options needs 2 to"),
+        ("make sort OUT --train-sizes 5- --test-sizes 5", "'' is no such number"),
         ("make needles OUT --train-sizes 600 --test-sizes 600 --needles 99", "--needles 99: there are 16 names"),
         ("make needles OUT --train-sizes 99 --test-sizes 99 --asked 5", "--asked 5: there are 4 needles to ask for"),
         ("make parity OUT --train-sizes 1-2 --test-sizes 2", "too few different texts of sizes 1 to 2"),

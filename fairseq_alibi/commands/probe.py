@@ -34,8 +34,8 @@ OPTION_HELP = {
 
 def size_range(text: str) -> tuple[int, int]:
     """Reads a size, or the smallest and the largest one as 4-16; raises ArgumentTypeError."""
-    first, _, last = text.partition("-")
-    return positive_integer(first), positive_integer(last or first)
+    first, dash, last = text.partition("-")
+    return positive_integer(first), positive_integer(last if dash else first)
 
 
 def finite_number(text: str) -> float:

@@ -16,14 +16,12 @@ BUILTIN = "data-bin/builtin"
 #: Probes that every machine can make, by data folder; their dictionaries are equal.
 BUILTIN_PROBES = {
     "data-bin/probes/mqar": ProbeSettings(
-        *("mqar", (16, 32), (32, 64, 128, 256), 30000, 100), options=ProbeOptions(vocabulary=32, pairs=4, queries=4)
+        *("mqar", (8, 32), (32, 64, 128, 256, 512), 60000, 100), options=ProbeOptions(vocabulary=16, pairs=2, queries=2)
     ),
     "data-bin/probes/passkey": ProbeSettings(
-        *("passkey", (16, 32), (32, 64, 128, 256), 30000, 200), options=ProbeOptions(digits=2)
+        *("passkey", (16, 32), (32, 64, 128, 256, 512), 20000, 100), options=ProbeOptions(digits=2)
     ),
-    "data-bin/probes/copy": ProbeSettings(
-        *("copy", (4, 15), (15, 31, 63, 127), 30000, 200), options=ProbeOptions(vocabulary=32)
-    ),
+    "data-bin/probes/copy": ProbeSettings("copy", (1, 15), (8, 15, 31, 63), 40000, 100),
 }
 
 #: What `METHOD+NAME` changes in a trained model of METHOD when it is evaluated.
@@ -93,7 +91,7 @@ PAPER_LENGTHS = (512, 1024, 1536, 2048, 2512, 3072, 5512, 6072, 12072, 12512)
 PRESETS = {
     "laptop": Preset(laptop_model, BUILTIN, (128,), (128, 256, 512, 1024, 2048), 300, 2),
     "slice": Preset(slice_model, None, (256,), (256, 512, 1024, 2048, 4096), 1200, 2),
-    "probes": Preset(probe_model, ":".join(BUILTIN_PROBES), (33,), (), 1000, 2),
+    "probes": Preset(probe_model, ":".join(BUILTIN_PROBES), (33,), (), 800, 2),
     "paper": Preset(
         *(paper_model, "data-bin/wikitext-103", (512, 3072), PAPER_LENGTHS, 286000, 1), sliding=("--stride", "512")
     ),

@@ -23,8 +23,8 @@ from .probe_tasks import NAMES, PROBES, Draws, Probe, ProbeOptions
 #: Attempts to draw a text that no evaluation has.
 ATTEMPTS = 1000
 
-#: The largest size.
-LARGEST_SIZE = 10**6
+#: The largest size, and the largest number of words.
+LARGEST_SIZE, LARGEST_VOCABULARY = 10**6, 10**5
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class ProbeSettings:
             raise ValueError(f"--queries {options.queries}: there are {options.pairs} pairs to ask for, pass fewer")
         if options.asked > options.needles:
             raise ValueError(f"--asked {options.asked}: there are {options.needles} needles to ask for, pass fewer")
-        if options.vocabulary < 2 * (options.pairs if self.task == "mqar" else 1):
-            raise ValueError(f"--vocabulary {options.vocabulary}: half of it are keys, too few for the pairs: raise it")
+        fewest = 2 * options.pairs if self.task == "mqar" else 2  # half of the words of mqar are keys
+        if not fewest <= options.vocabulary <= LARGEST_VOCABULARY:
+            allowed = f"{fewest} to {LARGEST_VOCABULARY:,}"
+            raise ValueError(f"--vocabulary {options.vocabulary}: {self.task} with these options needs {allowed} words")
 
     def record(self) -> dict[str, Any]:
         """The settings for a JSON file; the options are those of the task."""
