@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import shutil
 
 import numpy
 import pytest
@@ -325,15 +326,30 @@ def test_effective_length_and_interval():
         ("make mqar OUT --train-sizes 64 --test-sizes 64 --gap-power nan", "'nan': pass a number from -100 to 100"),
         ("eval DATA CHECKPOINT --sizes 15", "has no texts of size 15, only of 14, 28"),
         ("eval CORPUS CHECKPOINT", "holds no probes: make a folder with fairseq-alibi probe make"),
+        ("eval DATA:CORPUS CHECKPOINT", "are several folders: evaluate on one after the other"),
+        ("eval OTHER CHECKPOINT", "holds no probes: make a folder"),
         ("eval DATA CHECKPOINT --threshold 2", "'2' is no share"),
         ("eval DATA nowhere.pt", "there is no checkpoint nowhere.pt"),
     ],
 )
 def test_bad_input_is_one_line(folder, trained, corpus, tmp_path, capsys, arguments, message):
     places = {"OUT": tmp_path / "out", "DATA": folder, "CORPUS": corpus, "CHECKPOINT": trained / "checkpoint_last.pt"}
+    places |= {"DATA:CORPUS": f"{folder}:{corpus}", "OTHER": tmp_path / "other"}
+    places["OTHER"].mkdir()
+    (places["OTHER"] / "prepared.json").write_text('{"probe": {"task": "a later one"}}')
     line = failure(capsys, main, "probe", *(places.get(word, word) for word in arguments.split()))
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("answers", [[], [[[0, 1, 2, 3]]], [[[13, 99, 1]]], [[]], [["one"]], "no JSON"])
+def test_a_list_of_answers_that_does_not_fit_is_named(folder, tmp_path, answers):
+    for path in folder.glob("*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "test-14.json").write_text(json.dumps(answers * 60) if isinstance(answers, list) else answers)
+    settings = probe_evaluation.ProbeEvaluation(str(tmp_path))
+    with pytest.raises(ValueError, match="does not list the answers"):
+        probe_evaluation.outcomes_of_size(Planted(Dictionary(), len), 14, settings, "")
 
 
 def test_training_on_longer_texts_or_other_folders_is_refused(folder, corpus, tmp_path):

@@ -9,13 +9,17 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from fairseq.models import BaseFairseqModel
+from fairseq.utils import split_paths
 from torch import Tensor
 from tqdm import tqdm
 
 from ..files.checkpoints import describe_evaluated, load_model, read_checkpoint
-from ..files.data_folders import first_folder, open_subset, read_preparation
+from ..files.data_folders import open_subset, read_preparation
 from ..models.decoder import AlibiDecoder
-from .probe_tasks import Answer
+from .probe_tasks import PROBES, Answer
+
+#: What the record of a folder has to hold, beside its task.
+PARTS = ("train_sizes", "test_sizes", "unit", "options")
 
 #: Equal parts of a text in which depths are counted.
 DEPTHS = 10
@@ -47,8 +51,10 @@ class ProbeEvaluation:
         Raises:
             ValueError: the folder holds no probes, or not of a size that is asked for.
         """
-        probe = read_preparation(first_folder(self.data)).get("probe")
-        if not isinstance(probe, dict):
+        if len(split_paths(self.data)) > 1:
+            raise ValueError(f"{self.data} are several folders: evaluate on one after the other")
+        probe = read_preparation(Path(self.data)).get("probe")
+        if not isinstance(probe, dict) or probe.get("task") not in PROBES or not set(PARTS) <= set(probe):
             raise ValueError(f"{self.data} holds no probes: make a folder with fairseq-alibi probe make")
         for size in self.sizes:
             if size not in probe["test_sizes"]:
@@ -126,12 +132,16 @@ def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluati
     Raises:
         ValueError: the texts are longer than the model reads, or the folder's files do not fit each other.
     """
-    dataset, path = open_subset(settings.data, f"test-{size}"), first_folder(settings.data) / f"test-{size}.json"
+    dataset, path = open_subset(settings.data, f"test-{size}"), Path(settings.data) / f"test-{size}.json"
     try:
         answers = [[Answer(*answer) for answer in row] for row in json.loads(path.read_text())]
+        inside = all(
+            row and all(0 <= answer.source < answer.start < answer.stop <= length for answer in row)
+            for row, length in zip(answers, dataset.sizes)
+        )
     except (OSError, ValueError, TypeError):
-        answers = []
-    if len(answers) != len(dataset) or not all(answers):
+        answers, inside = [], False
+    if not inside or len(answers) != len(dataset):
         raise ValueError(f"{path} does not list the answers of its subset: make the folder anew")
     length, longest = int(max(dataset.sizes)), model.max_positions()
     if length > longest:
