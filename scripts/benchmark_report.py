@@ -14,8 +14,8 @@ CAPTIONS = {
     "milliseconds (times as fast as {bases}).",
     "training": "Training ({model}; dropout 0.1): tokens per second (times as fast as {bases}). Products: share of "
     "auto's time that its matrix products outside attention need at the best rate measured here.",
-    "methods": "Training as above, a position method per row: tokens per second with the attention that it has by itself, under "
-    "a mask, and of ALiBi in the same run (times as fast as {bases}).",
+    "methods": "Training as above, a position method per row: tokens per second with the attention that it has by "
+    "itself, under a mask, and of ALiBi in the same run (times as fast as {bases}).",
     "evaluation": "Evaluation, one sequence of real text, no gradients, without the output softmax: tokens per second "
     "(times as fast as {bases}). Perplexity of that text: auto / bf16. Skipped: attention scores not computed. "
     "Reach per head: tokens, median of the layers.",
