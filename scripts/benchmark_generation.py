@@ -3,7 +3,7 @@
     python scripts/benchmark_generation.py --lengths 1000 10000 100000
     python scripts/benchmark_generation.py --soak 200000
 
-Contenders take turns, one step of `STEPS` tokens each; medians are compared. Memory is that of keys and values after
+Contenders take turns, `STEPS` tokens each; medians are compared. Memory is that of keys and values after
 the context; with --soak also that of the process, every tenth of the run. Without --checkpoint a small model is trained
 once on Python's own source and kept in the output folder. BLOOM has random weights and the same sizes.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_measure import alternate, quiet
+from benchmark_measure import quiet
 from benchmark_models import train_model
 from tabulate import tabulate
 from torch import Tensor
@@ -30,8 +30,9 @@ from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.core.bounded_cache import bounded_cache_in
 from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 from fairseq_alibi.files.results import check_outputs, describe_environment, write_json, write_text
+from fairseq_alibi.models.decoder import PROGRESS
 
-STEPS = 16  # tokens in a step that is timed
+STEPS = 8  # tokens in a step that is timed
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -53,12 +54,13 @@ def cache_bytes(cache: Any) -> int:
 
 
 class Ours:
-    """Greedy generation with a checkpoint, whose cache is bounded unless `epsilon` is 0."""
+    """Greedy generation with a checkpoint, with a cache that is bounded or keeps and reads all keys."""
 
-    def __init__(self, args: argparse.Namespace, epsilon: float, context: int):
+    def __init__(self, args: argparse.Namespace, bounded: bool, context: int):
         model = load_model(str(args.checkpoint), read_checkpoint(str(args.checkpoint)), str(args.data))
-        self.decoder, self.state = model.decoder, {}
-        settings = dataclasses.replace(self.decoder.setup.settings, epsilon=epsilon)
+        self.decoder = model.decoder
+        self.state: dict[str, Any] = {} if bounded else {PROGRESS: {"kept": 0, "dropped": 0}}  # as one that has begun
+        settings = dataclasses.replace(self.decoder.setup.settings, epsilon=args.epsilon)
         self.decoder.setup.settings = settings
         types = len(self.decoder.dictionary)
         prompt = torch.randint(4, types, (1, context), generator=torch.Generator().manual_seed(1))
@@ -103,28 +105,31 @@ class Bloom:
 def measure_context(context: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Tokens per second and bytes of the cache of all contenders after a context."""
     makers: dict[str, Callable[[], Any]] = {
-        "bounded": partial(Ours, args, args.epsilon, context),
-        "all keys": partial(Ours, args, 0.0, context),
+        "bounded": partial(Ours, args, True, context),
+        "all keys": partial(Ours, args, False, context),
     }
     if not args.no_bloom and context <= args.longest_bloom:
         makers["BLOOM"] = partial(Bloom, args, context)
     made = {name: make() for name, make in makers.items()}
-    times = alternate({name: one.step for name, one in made.items()}, args.repeats, args.budget)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(1 + args.repeats):
+        for name, contender in made.items():
+            started = clock()
+            contender.step()
+            if number:  # the first round warms up
+                seconds[name].append(clock() - started)
     found = []
-    for name, timing in times.items():
-        if timing.error is not None:
-            found.append({"context": context, "contender": name, "error": timing.error})
-            continue
-        median = statistics.median(timing.seconds)
-        spread = (max(timing.seconds) - min(timing.seconds)) / 2 / median
-        speed = {"tokens_per_second": STEPS / median, "spread": spread, "rounds": len(timing.seconds)}
-        found.append({"context": context, "contender": name, **speed, "cache_bytes": cache_bytes(made[name].state)})
+    for name, contender in made.items():
+        median, spread = statistics.median(seconds[name]), (max(seconds[name]) - min(seconds[name])) / 2
+        speed = {"tokens_per_second": STEPS / median, "spread": spread / median, "rounds": args.repeats}
+        found.append({"context": context, "contender": name, **speed, "cache_bytes": cache_bytes(contender.state)})
     return found
 
 
 def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Generates `args.soak` tokens; speed and memory after every tenth."""
-    ours, found = Ours(args, args.epsilon, 1), []
+    ours, found = Ours(args, True, 1), []
     for _ in range(10):
         started = time.perf_counter()
         ours.step(args.soak // 10)
@@ -143,9 +148,6 @@ def table(content: dict[str, Any]) -> str:
         base = next(
             x for x in content["measurements"] if (x["context"], x["contender"]) == (one["context"], "all keys")
         )
-        if "error" in one:
-            rows.append([f"{one['context']:,}", one["contender"], one["error"]])
-            continue
         ratio = one["tokens_per_second"] / base["tokens_per_second"]
         speed = f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}"
         rows.append(
@@ -161,7 +163,8 @@ def table(content: dict[str, Any]) -> str:
         sizes = f"{one['cache_bytes'] / 2**20:,.1f} MiB of keys and values, {one['process_bytes'] / 2**20:,.0f} in all"
         text += f"\n{one['tokens']:,} tokens: {one['tokens_per_second']:,.1f} tokens/s, {sizes}"
     versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "fairseq_alibi"))
-    load = f"load average {content['load_average'][0]:.1f} to {content['load_average'][1]:.1f}"
+    clock = "CPU seconds" if "--cpu-time" in content["command"] else "seconds by the clock"
+    load = f"{clock}, load average {content['load_average'][0]:.1f} to {content['load_average'][1]:.1f}"
     return f"{environment['device']}; {versions}; float32; {load}.\n\n{text}\n"
 
 
@@ -172,7 +175,7 @@ def main() -> None:
     add("--lengths", type=positive_integer, nargs="*", default=[1000, 10_000], metavar="N", help="tokens of context")
     add("--epsilon", type=float, default=1e-7, help="weight of 1 that may be skipped (default 1e-7)")
     add("--repeats", type=positive_integer, default=7, metavar="N", help="rounds (default 7)")
-    add("--budget", type=positive_integer, default=60, metavar="SECONDS", help="after which no fourth round begins")
+    add("--cpu-time", action="store_true", help="CPU seconds, not those of the clock, for one thread on a busy machine")
     add("--soak", type=int, default=0, metavar="N", help="also generate so many tokens in one go")
     add("--no-bloom", action="store_true", help="leave out BLOOM")
     add("--longest-bloom", type=positive_integer, default=10_000, metavar="N", help="longest context for BLOOM")
@@ -188,15 +191,17 @@ def main() -> None:
         check_outputs(results, args.overwrite)
         if args.checkpoint is None:
             args.checkpoint, args.data = train_model(args.output, args.updates, cpu=True)
-        before = os.getloadavg()[0]
-        measurements = [one for length in args.lengths for one in measure_context(length, args)]
-        soaked = soak(args) if args.soak else []
+        content: dict[str, Any] = {"command": shlex.join(sys.argv), "environment": describe_environment("cpu")}
+        content.update(load_average=[os.getloadavg()[0]] * 2, measurements=[], soak=[])
+        for length in args.lengths:
+            content["measurements"] += measure_context(length, args)
+            content["load_average"][1] = os.getloadavg()[0]
+            write_json(results[0], content)
+        content["soak"] = soak(args) if args.soak else []
+        write_json(results[0], content)
+        write_text(results[1], table(content))
     except (ValueError, OSError) as error:
         sys.exit(f"benchmark_generation: {error}")
-    content = {"command": shlex.join(sys.argv), "environment": describe_environment("cpu")}
-    content.update(load_average=[before, os.getloadavg()[0]], measurements=measurements, soak=soaked)
-    write_json(results[0], content)
-    write_text(results[1], table(content))
     print(f"{table(content)}\nwritten to {results[0]} and {results[1]}")
 
 

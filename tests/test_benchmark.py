@@ -6,6 +6,7 @@ import time
 
 import benchmark
 import benchmark_contenders
+import benchmark_generation
 import benchmark_measure
 import benchmark_models
 import benchmark_report
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, run
 from fairseq.data.data_utils import load_indexed_dataset
 
+from fairseq_alibi.core import bounded_cache
 from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 
 
@@ -193,3 +195,20 @@ def test_full_trains_the_architectures_of_wikitext103():
         assert cfg.model.dropout == 0.1
         assert cfg.model.attention_dropout == 0
         assert cfg.criterion._name == "adaptive_loss"
+
+
+def test_generation_is_measured_and_reported(checkpoint, corpus, tmp_path, monkeypatch):
+    """The bounded cache keeps less than all keys, and the table has a row for each contender."""
+    monkeypatch.setattr(bounded_cache, "SHORT", 64)
+    options = ("--lengths", 90, "--repeats", 1, "--no-bloom", "--soak", 10, "--output", tmp_path, "--cpu-time")
+    command = ["benchmark_generation.py", *options, "--checkpoint", checkpoint, "--data", corpus]
+    monkeypatch.setattr("sys.argv", [str(part) for part in command])
+    benchmark_generation.main()
+    content = json.loads((tmp_path / "generation.json").read_text())
+    assert [(one["context"], one["contender"]) for one in content["measurements"]] == [
+        (90, "bounded"),
+        (90, "all keys"),
+    ]
+    assert all(one["tokens_per_second"] > 0 and one["cache_bytes"] > 90 * 1000 for one in content["measurements"])
+    assert len(content["soak"]) == 10
+    assert "| bounded" in (tmp_path / "generation.md").read_text()
