@@ -84,9 +84,11 @@ def average(name: str, contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     results = []
     for parts in zip(*(content["results"] for content in contents)):
         means = {measure: statistics.fmean(part[measure] for part in parts) for measure in MEASURES}
-        spread = {measure: deviation([part[measure] for part in parts]) for measure in MEASURES}
-        mean, half = means["exact_match"], spread["exact_match"]
-        result = {"size": parts[0]["size"], **means, "interval": [max(0, mean - half), min(1, mean + half)]}
+        result = {**parts[0], **means}
+        if len(parts) > 1:
+            spread = {measure: statistics.stdev(part[measure] for part in parts) for measure in MEASURES}
+            mean, half = means["exact_match"], spread["exact_match"]
+            result |= {"deviation": spread, "interval": [max(0, mean - half), min(1, mean + half)]}
         for shown in ("by_depth", "by_gap"):
             bins: dict[Any, list[dict[str, Any]]] = {}
             for one in (one for part in parts for one in part[shown]):
@@ -95,20 +97,9 @@ def average(name: str, contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 {**ones[0], "exact_match": statistics.fmean(one["exact_match"] for one in ones)}
                 for _, ones in sorted(bins.items())
             ]
-        results.append({**result, **({"deviation": spread} if len(contents) > 1 else {})})
+        results.append(result)
     reached = [effective_length(content["results"], content["threshold"]) for content in contents]
     return {**contents[0], "label": name, "results": results, "effective_lengths": reached}
-
-
-def deviation(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; 0 for one seed."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def past_training(content: dict[str, Any]) -> list[float]:
-    """Exact match at each size past those of the training."""
-    longest = content["probe"]["train_sizes"][1]
-    return [result["exact_match"] for result in content["results"] if result["size"] > longest]
 
 
 def summary_table(comparison: ProbeComparison) -> str:
@@ -121,12 +112,13 @@ def summary_table(comparison: ProbeComparison) -> str:
     for name in dict.fromkeys(comparison.methods):
         row = [name]
         for probe, settings in comparison.probes().items():
-            contents = every[probe].get(name, [])
-            longest = settings["train_sizes"][1]
-            within = [[r["exact_match"] for r in content["results"] if r["size"] <= longest] for content in contents]
-            for shares in (within, [past_training(content) for content in contents]):
-                means = [statistics.fmean(values) for values in shares if values]
-                row.append(f"{statistics.fmean(means):.1%} ± {deviation(means):.1%}" if means else "")
+            for past in (False, True):
+                means = []
+                for content in every[probe].get(name, []):
+                    parts = [part for part in content["results"] if (part["size"] > settings["train_sizes"][1]) is past]
+                    means += [statistics.fmean(part["exact_match"] for part in parts)] if parts else []
+                spread = f" ± {statistics.stdev(means):.1%}" if len(means) > 1 else ""
+                row.append(f"{statistics.fmean(means):.1%}{spread}" if means else "")
         steps = [finished_steps(model) for model in comparison.models() if model.method == name]
         row.append(f"{statistics.median(step[TRAINING]['cpu_seconds'] for step in steps):,.0f}" if steps else "")
         rows.append(row)
