@@ -107,18 +107,17 @@ def test_generation_in_every_way(form):
     assert torch.equal(model.generate(inputs_embeds=embeds, **start), wanted[:, 12:])
 
 
-@pytest.mark.parametrize(("form", "beams"), [("plain", 1), ("adaptive", 2)])
-def test_a_bounded_cache_gives_the_same_text(form, beams, monkeypatch):
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_bounded_cache_gives_the_same_text(beams, monkeypatch):
     monkeypatch.setattr(bounded_cache, "SHORT", 30)
-    model = build_model(form, alibi_max_bias=0.25, decoder_normalize_before=form == "plain")
+    model = build_model("plain" if beams == 1 else "tied", alibi_max_bias=0.25, decoder_normalize_before=beams == 1)
     for layer in model.decoder.layers:
         layer.self_attn.q_proj.weight.data *= 0.1  # or the reach would be longer than the text
-    x, mask = left_padded(text(2, 40), 40, 33)
+    x, mask = left_padded(text(2, 140), 140, 133)
     options = {**GREEDY, "attention_mask": mask, "num_beams": beams, "max_new_tokens": 300}
     cache = model.make_cache()
     assert torch.equal(model.generate(x, past_key_values=cache, **options), model.generate(x, **options))
-    assert cache.get_seq_length() == 339
-    assert min(group.length for group in cache.kept[1].groups) < 339, "keys are dropped"
+    assert min(group.length for group in cache.kept[1].groups) < cache.get_seq_length(), "keys are dropped"
     with pytest.raises(ValueError, match="only ALiBi has a reach"):
         build_model(position_method="t5").make_cache()
 
