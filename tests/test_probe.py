@@ -1,6 +1,7 @@
 """Probes: their texts against independent ones, what is trained and scored, and models whose accuracy is known."""
 
 import json
+import math
 import random
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from fairseq.data.data_utils import load_indexed_dataset
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation.measurement import Windowing
 from fairseq_alibi.experiments import probe_evaluation
-from fairseq_alibi.experiments.context_gain import context_before
+from fairseq_alibi.experiments.context_gain import context_before, read_token_losses
 from fairseq_alibi.experiments.probe_data import ProbeSettings, make_probe_data, training_probes
 from fairseq_alibi.experiments.probe_tasks import FILLER, PROBES, Answer, Draws, ProbeOptions
 from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
@@ -427,6 +428,23 @@ def test_another_model_chooses_the_key_tokens(tmp_path):
     (content,) = json.loads((tmp_path / "out" / "gain.json").read_text())["files"]
     (keys,) = [row for row in content["groups"] if row["group"] == "key tokens"]
     assert (keys["tokens"], keys["perplexity"]) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": numpy.array("[1]")},
+        {"tokens": numpy.full(8, 4.5)},
+        {"length 4, stride 4": numpy.full(8, math.nan)},
+        {"length 4, stride 0": numpy.zeros(8)},
+        {name: numpy.zeros(0, int) for name in ("tokens", "length 4, stride 4", "length 8, stride 8")},
+    ],
+)
+def test_a_file_that_holds_no_losses_is_refused(tmp_path, change):
+    with numpy.load(losses_file(tmp_path / "a.npz", L4_4=[4] * 8, L8_8=[4] * 8)) as stored:
+        numpy.savez(tmp_path / "b.npz", **{**stored, **change})
+    with pytest.raises(ValueError, match="holds no losses of tokens"):
+        read_token_losses(tmp_path / "b.npz")
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,15 @@ def read_token_losses(path: Path) -> TokenLosses:
             for name in stored.files:
                 if found := re.fullmatch(r"length (\d+), (?:stride (\d+)|streaming)", name):
                     losses[Windowing(int(found[1]), int(found[2]) if found[2] else None)] = stored[name].astype(float)
-        whole = all(values.shape == tokens.shape for values in losses.values()) and tokens.ndim == 1
+        weights = str(subject.get("weights", ""))
+        arrays = all(values.shape == tokens.shape and not numpy.isnan(values).any() for values in losses.values())
+        windows = all(1 <= (window[1] if window[1] is not None else window[0]) <= window[0] for window in losses)
+        whole = arrays and windows and tokens.ndim == 1 and tokens.dtype.kind in "iu" and tokens.min() >= 0
     except Exception:  # numpy and zipfile raise many kinds
         whole = False
     if not whole or not losses:
         raise ValueError(f"{path} holds no losses of tokens: make it with fairseq-alibi evaluate --save-token-losses")
-    return TokenLosses(str(path), tokens, losses, str(subject.get("weights", "")))
+    return TokenLosses(str(path), tokens, losses, weights)
 
 
 def context_before(count: int, windowing: Windowing) -> Any:
