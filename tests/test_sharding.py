@@ -153,3 +153,24 @@ def test_the_index_of_a_folder_runs_no_code(shards, capsys, tmp_path):
     torch.save(state, checkpoint)
     line = failure(capsys, main, "merge-checkpoint", checkpoint, tmp_path / "other.pt")
     assert "getcwd" in line
+
+
+def test_hydra_trains_sharded_too(corpus, tmp_path):
+    """It imports this package after it has started the training command."""
+    settings = (
+        f"task.data={corpus}",
+        f"checkpoint.save_dir={tmp_path}",
+        f"hydra.run.dir={tmp_path}",
+        "common.cpu=true",
+    )
+    more = (
+        "optimization.max_update=1",
+        "dataset.disable_validation=true",
+        "common.bf16=true",
+        "dataset.max_tokens=256",
+    )
+    config = ("--config-dir", "configs", "--config-name", "tiny", "distributed_training.ddp_backend=fully_sharded")
+    output = run(BIN / "fairseq-hydra-train", *config, *settings, *more).output
+    assert "Finished saving checkpoint" in output
+    optimizer = torch.load(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["optimizer_name"]
+    assert optimizer == "MemoryEfficientFP16Optimizer", "of sharded training in half precision"

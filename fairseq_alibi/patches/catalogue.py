@@ -1,6 +1,7 @@
 """Every function of fairseq 0.12.2 that this package replaces, in one list, and `apply`."""
 
 import logging
+import sys
 
 import fairseq
 
@@ -224,7 +225,10 @@ PATCHES = (
 
 
 def apply(in_command: bool = False) -> None:
-    """Applies the patches, once; with `in_command` also those that need one of fairseq's commands under way."""
+    """Applies the patches, once; with `in_command` also those that need one of fairseq's commands under way.
+
+    Under fairseq-hydra-train a command is under way when it imports this package.
+    """
     if not in_command:
         if fairseq.__version__ != FAIRSEQ_VERSION:
             logger.warning(
@@ -235,5 +239,6 @@ def apply(in_command: bool = False) -> None:
         compatibility.silence_known_warnings()
         compatibility.allow_fairseq_checkpoints()
     for patch in PATCHES:
-        if in_command or not patch.in_command:
+        command = sys.modules.get(patch.target.partition(":")[0])
+        if in_command or not patch.in_command or hasattr(command, "cli_main"):  # the last function of its module
             patch.apply()

@@ -26,7 +26,6 @@ from omegaconf import DictConfig, OmegaConf
 from ..files.locks import locked
 from .data import SKIP
 from .patch import CommandError, original
-from .sharding import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +213,6 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
         architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
         check_task(architecture, safe_getattr(cfg.task, "_name"))
         check_criterion(cfg)
-        if cfg.distributed_training.ddp_backend == "fully_sharded":
-            check_sharding(cfg)
         main = functools.partial(train_alone, main)
     try:
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)

@@ -46,7 +46,10 @@ def check_sharding(cfg: FairseqConfig) -> None:
     sharding = cfg.distributed_training.zero_sharding
     if sharding != "none":
         raise CommandError(f"--zero-sharding {sharding} is part of {BACKEND}: drop it")
-    if cfg.distributed_training.cpu_offload and (cfg.common.cpu or not torch.cuda.is_available()):
+    on_cpu = cfg.common.cpu or not torch.cuda.is_available()
+    if on_cpu and cfg.common.fp16:
+        raise CommandError(f"--fp16 needs a GPU: drop it, or pass --bf16, which {BACKEND} can run on a CPU")
+    if on_cpu and cfg.distributed_training.cpu_offload:
         raise CommandError("--cpu-offload needs a GPU: a training on CPUs has everything in their memory: drop it")
 
 
@@ -69,6 +72,7 @@ def fsdp_wrap(module: nn.Module, **options: Any) -> nn.Module:
 def make_trainer(cfg: FairseqConfig, task: Any, model: nn.Module, *more: Any) -> Trainer:
     """Replaces the class `Trainer` in fairseq's training command."""
     if cfg.distributed_training.ddp_backend == "fully_sharded" and is_ours(model):
+        check_sharding(cfg)
         from .sharded_trainer import ShardedTrainer  # torch's FSDP takes most of a second to import
 
         return ShardedTrainer(cfg, task, model, *more)
