@@ -9,7 +9,7 @@ from conftest import random_tokens
 @pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
 def test_step_by_step_equals_the_reference_past_the_training_length(build, method, attention):
     model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention, "--tokens-per-sample", 8)
-    tokens = random_tokens(model, 3, 24)
+    tokens = random_tokens(model, 2, 20)
     expected = torch.stack([reference.logits(model, row) for row in tokens])
     with torch.no_grad():
         state = {}
@@ -17,9 +17,8 @@ def test_step_by_step_equals_the_reference_past_the_training_length(build, metho
     torch.testing.assert_close(torch.cat(steps, dim=1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [(24,), (13, 1, 1, 1, 8), (1, 22, 1), (2, 2, 20)])
-@pytest.mark.parametrize("padded", [0, 5])
-@pytest.mark.parametrize("attention", ["auto", "fused"])
+@pytest.mark.parametrize("pieces", [(24,), (13, 1, 1, 1, 8), (1, 22, 1)])
+@pytest.mark.parametrize(("attention", "padded"), [("auto", 0), ("auto", 5), ("fused", 5)])
 def test_a_prefix_is_read_in_one_pass_and_gone_on_from(build, method, attention, pieces, padded):
     """Pieces of any length, the first row padded on the left; the training length is 8."""
     model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention, "--tokens-per-sample", 8)

@@ -106,6 +106,7 @@ def alone(corpus, tmp_path_factory):
     return updates_in(one.output)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_update_frequency(corpus, alone, tmp_path):
     with training(tmp_path, "two", corpus, "--max-update", UPDATES, NPROC="2") as two:
         assert two.ended() == 0, two.output

@@ -16,6 +16,7 @@ def script(name, *arguments, check=True):
     return run("bash", ROOT / "scripts" / name, *arguments, check=check)
 
 
+@pytest.mark.slow
 def test_nonoverlapping_script_gives_what_fairseq_eval_lm_gives(corpus, checkpoint, tmp_path):
     output = tmp_path / "new" / "results.json"
     done = script("eval_nonoverlapping.sh", corpus, checkpoint, 16, 256, "--output", output, "--", "--cpu")

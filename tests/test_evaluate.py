@@ -75,7 +75,7 @@ def bpe_checkpoint(bpe_corpus, checkpoint, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["plain", "adaptive", "transformer_lm"])
+@pytest.mark.parametrize("kind", ["plain", "adaptive", pytest.param("transformer_lm", marks=pytest.mark.slow)])
 def test_loss_is_that_of_fairseq_eval_lm(corpus, checkpoint, sharpened, tmp_path, kind):
     if kind == "adaptive":
         checkpoint = sharpened(*ADAPTIVE, arch="alibi_lm")

@@ -285,6 +285,7 @@ def test_activation_checkpointing_keeps_the_gradients():
     assert plain.decoder.position_method.bucket_bias.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_the_folder_needs_neither_fairseq_nor_this_package(both, tmp_path):
     _, ours, out = both
     code = f"""

@@ -442,6 +442,7 @@ def test_length_scale_is_the_models(corpus, trained, continued):
 # fairseq's own commands
 
 
+@pytest.mark.slow
 def test_fairseqs_commands_generate_with_it(corpus, trained):
     common = [corpus, "--user-dir", "fairseq_alibi", "--task", "language_modeling", "--path", trained, "--cpu"]
     counted = (

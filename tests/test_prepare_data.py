@@ -244,6 +244,7 @@ def test_all_sources_fail_in_one_line_that_names_each(server, tmp_path, capsys):
     assert (tmp_path / "data.zip.part").read_bytes() == server.payload[:200_000]
 
 
+@pytest.mark.slow
 def test_killed_download_goes_on_in_the_next_run(server, tmp_path, monkeypatch):
     dest, url = tmp_path / "data", f"{server.url}/stalls/x.zip"
     command = [sys.executable, "-m", "fairseq_alibi", "prepare-wikitext103", dest, "--url", url, "--md5", MD5]
@@ -331,6 +332,7 @@ def test_known_counts_are_those_of_the_literature():
     assert wikitext103.TYPES == 267744
 
 
+@pytest.mark.slow
 def test_script_takes_a_folder(wiki_folder, tmp_path):
     (wiki_folder / "wiki.train.tokens").write_text("one two three\n" * 9)
     command = ["bash", ROOT / "scripts" / "prepare_wikitext103.sh", "a,b", "--from", wiki_folder]

@@ -56,8 +56,7 @@ def test_output_losses_equal_the_log_probabilities_of_all_types(build, output, a
 
 
 @pytest.mark.parametrize("attention", ["mask", "fused"])
-@pytest.mark.parametrize("last", [1, 3, 40])
-@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize(("last", "post_norm"), [(1, False), (3, True), (40, False)])
 def test_features_of_the_last_tokens_are_those_of_the_full_pass(build, method, attention, last, post_norm):
     model = build("alibi_lm_tiny", "--position-method", method, "--attention", attention)
     for layer in model.decoder.layers:
@@ -92,10 +91,10 @@ def expected_losses(model, stream, window=math.inf):
     return -log_probs.gather(1, stream[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("length", "stride"), [(24, 24), (24, 8), (24, 7), (24, 1), (100, 30), (1, 1)])
+@pytest.mark.parametrize(("length", "stride"), [(24, 24), (24, 7), (24, 1), (100, 30), (1, 1)])
 def test_windows_are_scored_as_the_reference_scores_each_block_with_its_context(build, method, length, stride):
     model = build("alibi_lm_tiny", "--position-method", method)
-    stream = random_tokens(model, 90)
+    stream = random_tokens(model, 50)
     source = scoring.source_of(stream, model.decoder.dictionary)
     losses = losses_of(scoring.score_windows(model, stream, length, stride, 100), len(stream))
     for start in range(0, len(stream), stride):
@@ -107,8 +106,10 @@ def test_windows_are_scored_as_the_reference_scores_each_block_with_its_context(
 
 
 @pytest.mark.parametrize("method", ["alibi", "none", "rotary", "t5", "kerple", "xpos", "fox"])
-@pytest.mark.parametrize("attention", ["auto", "mask", "fused"])
-@pytest.mark.parametrize("window", [1, 2, 5, 24, 64, 500])
+@pytest.mark.parametrize(
+    ("attention", "window"),
+    [("auto", 1), ("auto", 5), ("auto", 24), ("auto", 500), ("mask", 2), ("mask", 64), ("fused", 24), ("fused", 64)],
+)
 def test_stream_equals_banded_attention(build, method, attention, window, monkeypatch):
     """Each token sees the last `window` tokens in every layer, whatever the pieces in which it is read."""
     monkeypatch.setattr(scoring, "CHUNK", (16, 32))
