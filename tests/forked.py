@@ -14,8 +14,9 @@ from pathlib import Path
 #: The console scripts that can be run here.
 SCRIPTS = {
     script.name: script.value
-    for script in importlib.metadata.entry_points(group="console_scripts")
-    if script.value.startswith(("fairseq_cli.", "fairseq_alibi."))
+    for distribution in importlib.metadata.distributions()
+    for script in distribution.entry_points
+    if script.group == "console_scripts" and script.value.startswith(("fairseq_cli.", "fairseq_alibi."))
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 #: What the commands import, except for this project's own package.
