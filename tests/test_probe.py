@@ -203,7 +203,7 @@ def test_only_answers_are_trained_and_scored(folder, trained):
 
 @pytest.mark.slow
 def test_a_model_learns_it_and_the_results_are_written(folder, tmp_path, capsys):
-    train_as_printed(folder, tmp_path, 400)
+    train_as_printed(folder, tmp_path, 800)
     output = tmp_path / "out"
     command = ["probe", "eval", str(folder), str(tmp_path / "checkpoint_last.pt"), "--cpu", "--output", str(output)]
     main(command)
