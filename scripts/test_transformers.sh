@@ -8,7 +8,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=${1:-4.57.1} # 4.57.0 was withdrawn
-packages=("transformers==$version") tests=(tests/test_hf_model.py tests/test_hf_tokenizer.py)
+packages=("transformers==$version") tests=(tests/test_hf_model.py tests/test_hf_tokenizer.py
+  tests/test_export_hf.py::test_every_form_has_fairseqs_logits_at_once_and_with_a_cache)
 if [ "$version" = clients ]; then
   # Of the versions on record (examples/language_model/transformers.md); none brings another torch.
   packages=(trl==1.16.0 peft==0.21.2 optimum-quanto==0.2.7 torchao==0.18.0 bitsandbytes==0.50.2 onnx onnxruntime onnxscript

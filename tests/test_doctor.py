@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import types
 from collections import namedtuple
 
 import pytest
@@ -124,6 +125,6 @@ def test_a_command_that_cannot_start_is_named(tmp_path, monkeypatch):
 )
 def test_advice_fits_how_the_package_was_installed(monkeypatch, prefix, installer, command):
     monkeypatch.setattr(sys, "prefix", prefix)
-    monkeypatch.setattr(importlib.metadata.Distribution, "read_text", lambda self, name: installer, raising=False)
-    monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda self, name: installer)
+    found = types.SimpleNamespace(read_text=lambda name: installer)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
     assert doctor.pip_command() == command

@@ -201,8 +201,9 @@ SCALED = {
 @pytest.mark.parametrize("case", SCALED)
 @pytest.mark.parametrize("dim", [16, 64, 128])
 def test_scaled_frequencies_are_those_of_transformers(case, dim):
-    rope = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    transformers = pytest.importorskip("transformers")
     from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS as rope  # noqa: N811
 
     scaling, factor, length = SCALED[case]
     method = Rotary(2, dim, 10000.0, scaling, factor, 512)
@@ -216,7 +217,8 @@ def test_scaled_frequencies_are_those_of_transformers(case, dim):
         parameters = {"rope_type": scaling.split("_")[0], "factor": factor, "rope_theta": 10000.0}
         if scaling == "yarn":
             parameters["original_max_position_embeddings"] = 512
-        config = LlamaConfig(head_dim=dim, max_position_embeddings=512, rope_parameters=parameters)
+        name = "rope_parameters" if transformers.__version__.startswith("5") else "rope_scaling"
+        config = LlamaConfig(head_dim=dim, max_position_embeddings=512, **{name: parameters})
         expected, amplitude = rope[parameters["rope_type"]](config, device="cpu", seq_len=length)
     torch.testing.assert_close(method.frequencies, expected.double(), rtol=1e-6, atol=1e-9)
     assert method.amplitude == pytest.approx(amplitude, rel=1e-9)

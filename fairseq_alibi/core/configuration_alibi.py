@@ -2,10 +2,12 @@
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, Optional
 
 import transformers
 from transformers import PretrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from .attention_inputs import EPSILON
 from .methods import ALiBi
@@ -34,6 +36,16 @@ def check_version() -> None:
         raise ImportError(f"{tested}; pip install 'transformers>={OLDEST}'")
     if newest < VERSION:
         warnings.warn(f"{tested}; compare its results, or pip install 'transformers=={NEWEST}.*'", stacklevel=2)
+
+
+def name_nested_imports(file: Path) -> None:
+    """Adds the names of all files that a file's imports import: transformers 4 copies those that it names, no others."""
+    nested = {Path(found).stem for found in get_relative_import_files(file)} - {*get_relative_imports(file), file.stem}
+    if nested:
+        lines = "".join(f"    from .{name} import __doc__  # noqa: F401\n" for name in sorted(nested))
+        file.write_text(
+            f"{file.read_text()}\nif False:  # transformers 4 copies the files that are named here\n{lines}"
+        )
 
 
 class AlibiConfig(PretrainedConfig):
@@ -105,6 +117,13 @@ class AlibiConfig(PretrainedConfig):
         given = kwargs.pop("tie_word_embeddings", ties)
         kwargs = {"pad_token_id": PADDING, **kwargs, "tie_word_embeddings": ties and (given or layout < 2)}
         super().__init__(**kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the configuration; the code that transformers has put beside it can be loaded by transformers 4 too."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for name in ("configuration_alibi.py", "modeling_alibi.py"):
+            if (file := Path(save_directory, name)).exists():
+                name_nested_imports(file)
 
     def tied_weights(self) -> Optional[dict[str, str]]:
         """The output parameters that are parameters of the input, by name; None for none."""
