@@ -39,13 +39,11 @@ def check_version() -> None:
 
 
 def name_nested_imports(file: Path) -> None:
-    """Adds the names of all files that a file's imports import: transformers 4 copies those that it names, no others."""
+    """Adds the names of the files that a file's imports import: transformers 4 copies only those that it names."""
     nested = {Path(found).stem for found in get_relative_import_files(file)} - {*get_relative_imports(file), file.stem}
     if nested:
-        lines = "".join(f"    from .{name} import __doc__  # noqa: F401\n" for name in sorted(nested))
-        file.write_text(
-            f"{file.read_text()}\nif False:  # transformers 4 copies the files that are named here\n{lines}"
-        )
+        named = "".join(f"    from .{name} import __doc__  # noqa: F401\n" for name in sorted(nested))
+        file.write_text(f"{file.read_text()}\nif False:  # transformers 4 copies what is named here\n{named}")
 
 
 class AlibiConfig(PretrainedConfig):
