@@ -183,9 +183,8 @@ def group_heads(keep: list[float]) -> list[list[int]]:
     """Heads of like reach together, so that keys kept in vain and `GROUP_COST` for each group add up to the least."""
     order = sorted(range(len(keep)), key=lambda head: keep[head])
     sizes = [min(keep[head], 1e12) for head in order]
-    best: list[tuple[float, int]] = [
-        (0.0, 0)
-    ]  # for the first n heads: the least cost, and where their last group begins
+    # For the first n heads: the least cost, and where their last group begins.
+    best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(order) + 1):
         costs = [(best[begin][0] + GROUP_COST + (end - begin) * sizes[end - 1], begin) for begin in range(end)]
         best.append(min(costs))
