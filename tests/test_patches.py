@@ -1,6 +1,7 @@
 """The list of patches is true: each target is replaced, and each cited line of the installed fairseq holds it."""
 
 import logging
+import multiprocessing
 import pkgutil
 import re
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import fairseq
 import pytest
+from conftest import training_config
+from fairseq import tasks
 
 from fairseq_alibi.patches import catalogue, compatibility
 from fairseq_alibi.patches.patch import original
@@ -68,3 +71,20 @@ def test_a_script_that_defines_functions_of_the_same_names_keeps_them(monkeypatc
     monkeypatch.setattr(main, "train", "mine", raising=False)
     catalogue.apply(in_command=True)
     assert main.train == "mine"
+
+
+def test_the_processes_that_load_batches_end_with_the_last_one(corpus):
+    """By themselves: the garbage collector would wait for each of them, and then kill it."""
+    options = (corpus, "--task", "language_modeling", "--arch", "alibi_lm_tiny", "--tokens-per-sample", 16)
+    task = tasks.setup_task(training_config(*options).task)
+    task.load_dataset("valid")
+    before = multiprocessing.active_children()
+    batches = task.get_batch_iterator(task.dataset("valid"), max_tokens=128, num_workers=2, data_buffer_size=1)
+    batches = batches.next_epoch_itr()
+    next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(workers) == 2
+    assert len(list(batches)) > 3
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0

@@ -55,6 +55,14 @@ PATCHES = (
         removable="when fairseq-eval-lm honours the option",
     ),
     Patch(
+        target="fairseq.data.iterators:BackgroundConsumer.run",
+        replacement=data.consume_batches,
+        what="Ends the processes that load batches when the last batch is there.",
+        why="They end when the garbage collector finds their loader, which then waits 5 seconds and kills them.",
+        source="fairseq/data/iterators.py:666",
+        removable="when fairseq's loaders are not persistent, as each is used for one epoch",
+    ),
+    Patch(
         target="fairseq.models:DistributedFairseqModel",
         replacement=compatibility.wrap_model,
         what="Sets --find-unused-parameters for the models of this package.",

@@ -11,9 +11,11 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedRawTextDataset
+from fairseq.data.iterators import BackgroundConsumer
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .patch import CommandError, original
 
@@ -77,6 +79,13 @@ def eval_lm_dataloader(self: FairseqTask, dataset: FairseqDataset, **options: An
         self.filter_indices_by_size(dataset.ordered_indices(), dataset, options["max_positions"])
     function = original("fairseq.tasks.language_modeling:LanguageModelingTask.eval_lm_dataloader")
     return function(self, dataset=dataset, **options)
+
+
+def consume_batches(self: BackgroundConsumer) -> None:
+    """Replaces `BackgroundConsumer.run`: the workers of its loader, whose last reference goes here, end after it."""
+    original("fairseq.data.iterators:BackgroundConsumer.run")(self)
+    if isinstance(self._source, DataLoader):
+        self._source._iterator = None
 
 
 def check_validation_sizes(trainer: Trainer) -> None:
