@@ -136,7 +136,8 @@ def folder(make_once):
 def train_as_printed(folder, save_dir, updates):
     """Trains by the command that was printed, but a smaller model; returns what it prints."""
     name, *command = shlex.split((folder.parent / "printed").read_text().splitlines()[-1])
-    smaller = ("--decoder-embed-dim", 64, "--dropout", 0, "--lr", 0.005, "--max-tokens", 900, "--max-update", updates)
+    smaller = ("--decoder-embed-dim", 64, "--dropout", 0, "--lr", 0.004, "--max-tokens", 900, "--max-update", updates)
+    smaller += ("--clip-norm", 0.5, "--lr-scheduler", "cosine", "--warmup-updates", 1, "--lr-period-updates", updates)
     others = ("--cpu", "--no-epoch-checkpoints", "--disable-validation", "--log-format", "simple")
     return run(BIN / name, *command, *smaller, *others, "--save-dir", save_dir).output
 
@@ -203,7 +204,7 @@ def test_only_answers_are_trained_and_scored(folder, trained):
 
 @pytest.mark.slow
 def test_a_model_learns_it_and_the_results_are_written(folder, tmp_path, capsys):
-    train_as_printed(folder, tmp_path, 800)
+    train_as_printed(folder, tmp_path, 400)
     output = tmp_path / "out"
     command = ["probe", "eval", str(folder), str(tmp_path / "checkpoint_last.pt"), "--cpu", "--output", str(output)]
     main(command)
