@@ -29,6 +29,7 @@ def arguments(*more):
     return benchmark.parse(["--cpu", *map(str, more)])
 
 
+@pytest.mark.slow
 def test_the_script_measures(tmp_path):
     done = run("bash", ROOT / "scripts" / "benchmark.sh", "--parts", "attention", "--lengths", 64, "--output", tmp_path)
     assert (tmp_path / "benchmark.md").read_text() in done.output

@@ -22,6 +22,7 @@ def rows(capsys):
     return {line[:16].strip(): line[16:] for line in lines if line[16:]}, lines[-1]
 
 
+@pytest.mark.slow
 def test_here_everything_required_works(capsys):
     main(["doctor"])
     found, last = rows(capsys)

@@ -274,6 +274,7 @@ def test_vocabulary_is_that_of_the_data(corpus):
     assert dictionary.count == Dictionary.load(str(corpus / "dict.txt")).count
 
 
+@pytest.mark.slow
 def test_command_line_is_quiet():
     """Tables and one command; nothing of what fairseq and hydra have to say."""
     done = run(sys.executable, "-m", "fairseq_alibi", "plan", "configs/wikitext103.yaml", "--gpu-memory", "40")

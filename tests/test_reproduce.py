@@ -70,6 +70,7 @@ def fails(*arguments):
     return str(stopped.value.code)
 
 
+@pytest.mark.slow
 def test_all_methods_end_on_one_page_and_what_is_done_is_kept(small, in_process, tmp_path, monkeypatch):
     """The mean and the standard deviation over seeds, a method that is another one at evaluation among them."""
     monkeypatch.setitem(presets.PRESETS, "laptop", small._replace(parallel=1))

@@ -178,7 +178,7 @@ def test_export_with_dynamic_length(kind, attention):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.parametrize("kind", ["decoder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*STACKS][1:])])
 def test_compiled_as_one_graph(kind):
     """`auto` then takes a kernel that can be compiled; forward and backward, at several lengths."""
     torch._dynamo.reset()

@@ -434,6 +434,7 @@ def test_a_restore_file_beside_an_own_checkpoint_is_said(folder):
         assert training_state.restart_from_elsewhere(CheckpointConfig(save_dir=str(folder), restore_file=name)) is None
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on_from_the_same_checkpoint(start_two, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     *statuses, output = start_two(whole, "--max-update=24")
