@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.files.checkpoints import describe_model
-from fairseq_alibi.files.results import check_writable, describe_environment, write_json
+from fairseq_alibi.files.results import check_absent, check_writable, describe_environment, write_json
 
 HEAD_DIMS = (64, 128)  # of one layer of attention
 PARTS = ("attention", "training", "methods", "evaluation", "scoring", "memory")
@@ -101,8 +101,7 @@ def benchmark(args: argparse.Namespace) -> str:
         ValueError: bad input, see `parse`; or the result is there already.
     """
     result = args.output / "benchmark.json"
-    if result.exists() and not args.overwrite:
-        raise ValueError(f"{result} exists: pass --overwrite to replace it, or another --output")
+    check_absent([result], args.overwrite)
     if (args.checkpoint is None) != (args.data is None):
         raise ValueError("--checkpoint and --data, the folder it was trained on, go together: pass both or neither")
     todo = jobs(args)

@@ -5,7 +5,6 @@ options of the model that override those of a checkpoint for evaluation, a comma
 """
 
 import argparse
-import contextlib
 import math
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ from fairseq_alibi.core.reach import reach
 from fairseq_alibi.core.tiled_attention import tiles
 from fairseq_alibi.evaluation.fairseq_eval_lm import EvalLmSettings, run_eval_lm
 from fairseq_alibi.evaluation.measurement import Windowing, evaluate_model
+from fairseq_alibi.evaluation.reach_measurement import queries_and_keys
 from fairseq_alibi.evaluation.text import read_evaluation_text
 from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
 from fairseq_alibi.files.data_folders import made_up_dictionary
@@ -207,21 +207,6 @@ def scores_computed(length: int, reaches: list[float]) -> int:
     )
 
 
-def queries_and_keys(model: BaseFairseqModel, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Returns the queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T)."""
-    projected: list[list[Tensor]] = []
-    with contextlib.ExitStack() as hooks:
-        for layer in model.decoder.layers:
-            outputs: list[Tensor] = []
-            projected.append(outputs)
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                hook = projection.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
-                hooks.callback(hook.remove)
-        model.decoder.extract_features(tokens, None)
-    heads = model.decoder.layers[0].self_attn.num_heads
-    return [tuple(x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in pair) for pair in projected]
-
-
 @torch.no_grad()
 def skipped_scores(model: BaseFairseqModel, tokens: Tensor) -> dict[str, Any]:
     """Returns what a pass of a model with ALiBi over tokens, (1, T), skips.
@@ -234,7 +219,7 @@ def skipped_scores(model: BaseFairseqModel, tokens: Tensor) -> dict[str, Any]:
     if not model.decoder.setup.runs_without_mask(tokens.device, TokenSpan(length, length, 0)):
         return {"skipped_share": None, "reach_per_head": None}
     slopes, _ = model.decoder.position_method.slopes(tokens.device)
-    reaches = [reach(q, k, slopes).tolist() for q, k in queries_and_keys(model, tokens)]
+    reaches = [reach(q, k, slopes).tolist() for q, k in queries_and_keys(model.decoder, tokens)]
     whole = scores_computed(length, [math.inf] * len(slopes)) * len(reaches)
     medians = [statistics.median(of_head) for of_head in zip(*reaches)]
     return {

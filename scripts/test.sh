@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up (scripts/setup.sh) and runs the tests, one process per core.
 #
-#   bash scripts/test.sh            # without the tests marked slow, which take minutes
+#   bash scripts/test.sh            # without the tests marked slow
 #   bash scripts/test.sh --slow     # all tests
 #   bash scripts/test.sh --newest   # the tests that new releases of libraries break, in .venv-newest, which has them
 #   bash scripts/test.sh -k bias    # other arguments go to pytest

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..core import ALiBi, position_methods
 from ..files.import_checkpoint import import_checkpoint
+from ..files.results import check_absent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints what was dropped and where the result is."""
-    if args.target.exists() and not args.overwrite:
-        raise ValueError(f"{args.target} exists: pass --overwrite to replace it, or another name")
+    check_absent([args.target], args.overwrite, "another name")
     if args.dict and not args.dict.is_file():
         raise ValueError(f"there is no dictionary {args.dict}: name the dict.txt of the data folder")
     for name in import_checkpoint(args.source, args.target, args.dict, args.position_method):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..files.checkpoints import check_exists
-from ..files.results import written_whole
+from ..files.results import check_absent, written_whole
 from ..files.safe_reading import checked_reading
 from ..files.shard_sets import read_shards
 
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints where the result is."""
     check_exists(args.source)
-    if args.target.exists() and not args.overwrite:
-        raise ValueError(f"{args.target} exists: pass --overwrite to replace it, or another name")
+    check_absent([args.target], args.overwrite, "another name")
     with checked_reading(args.source):
         state = torch.load(args.source, map_location="cpu", weights_only=True)
         whole = read_shards(str(args.source), state)

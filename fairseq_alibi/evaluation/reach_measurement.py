@@ -3,6 +3,7 @@
 Shapes: H heads, T tokens of a text, D head_dim, V types.
 """
 
+import contextlib
 import math
 import tempfile
 from pathlib import Path
@@ -91,6 +92,21 @@ def finite(number: Any) -> Optional[float]:
     return None if math.isinf(value) else int(value) if value.is_integer() else value
 
 
+def queries_and_keys(decoder: AlibiDecoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns the queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T)."""
+    projected: list[list[Tensor]] = []
+    with contextlib.ExitStack() as hooks:
+        for layer in decoder.layers:
+            outputs: list[Tensor] = []
+            projected.append(outputs)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                hook = projection.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
+                hooks.callback(hook.remove)
+        decoder.extract_features(tokens, None)
+    heads = decoder.layers[0].self_attn.num_heads
+    return [(q, k) for q, k in ([x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in pair] for pair in projected)]
+
+
 @torch.no_grad()
 def measure_text(model: BaseFairseqModel, stream: Tensor, content: dict[str, Any]) -> None:
     """Adds to each head its reach in a text, and the distances within which shares of its weight lie; see `SHARES`.
@@ -101,23 +117,9 @@ def measure_text(model: BaseFairseqModel, stream: Tensor, content: dict[str, Any
     if decoder.position_method.bias_kind != "linear":
         raise ValueError(f"--data: {decoder.position_method.name} has no slopes to measure a text with; drop it")
     prepare_model(model, len(stream))
-    kept: dict[tuple[int, str], Tensor] = {}
-    hooks = []
-    for number, layer in enumerate(decoder.layers):
-        for name in ("q_proj", "k_proj"):
-
-            def keep(_: Any, __: Any, out: Tensor, key: tuple[int, str] = (number, name)) -> None:
-                kept[key] = out.unflatten(-1, (decoder.position_method.num_heads, -1)).permute(1, 2, 0, 3)
-
-            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
-    try:
-        decoder.extract_features_scriptable(source_of(stream, decoder.dictionary)[None], None, last=len(stream))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    projected = queries_and_keys(decoder, source_of(stream, decoder.dictionary)[None])
     slopes, heads = least_slopes_of(decoder), iter(content["heads"])
-    for number in range(decoder.num_layers):
-        q, k = kept[number, "q_proj"], kept[number, "k_proj"]
+    for number, (q, k) in enumerate(projected):
         seen = reach(q, k, slopes[number], content["epsilon"]).clamp(max=len(stream) - 1)
         share = weight_by_distance(q[0], k[0], slopes[number]).cumsum(1)
         for head in range(slopes.size(1)):

@@ -88,11 +88,11 @@ def check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
-def check_absent(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raises ValueError for the first output that exists already, unless it is to be replaced."""
+def check_absent(paths: Iterable[Path], overwrite: bool, remedy: str = "another --output") -> None:
+    """Raises ValueError for the first output that exists already, unless it is to be replaced; names the `remedy`."""
     for path in paths:
         if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: pass --overwrite to replace it, or another --output")
+            raise ValueError(f"{path} exists: pass --overwrite to replace it, or {remedy}")
 
 
 def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
