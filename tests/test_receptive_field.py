@@ -10,6 +10,7 @@ from conftest import failure
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core import LayerOptions, Transformer
 from fairseq_alibi.core.receptive_field import stack_excess
+from fairseq_alibi.evaluation.reach_measurement import queries_and_keys, weight_by_distance
 
 EPSILON = 1e-7
 
@@ -102,6 +103,19 @@ def test_reach_of_a_checkpoint(corpus, checkpoint, tmp_path, capsys):
         assert head["half_within"] <= head["most_within"] <= head["reach"]
     assert (tmp_path / "reach.png").stat().st_size > 10_000
     assert "pass --overwrite" in failure(capsys, main, "reach", checkpoint, "--output", tmp_path)
+
+
+def test_what_heads_do_in_a_text_is_computed_from_their_queries_and_keys(build):
+    decoder = build("alibi_lm_tiny").decoder
+    tokens, attention = torch.randint(4, 40, (1, 20)), decoder.layers[0].self_attn
+    (q, k), _ = queries_and_keys(decoder, tokens)
+    x = decoder.layers[0].self_attn_layer_norm(decoder.embed(tokens, 20))
+    for found, projection in ((q, attention.q_proj), (k, attention.k_proj)):
+        torch.testing.assert_close(found, projection(x).unflatten(-1, (8, -1)).transpose(1, 2))
+    slopes = decoder.position_method.slopes()[0]
+    scores = q[0] @ k[0].mT / 4 + decoder.position_method.future_mask(20, 20)
+    by_distance = [scores.softmax(-1).diagonal(-distance, 1, 2).sum(-1) / 20 for distance in range(20)]
+    torch.testing.assert_close(weight_by_distance(q[0], k[0], slopes).float(), torch.stack(by_distance, dim=1))
 
 
 def test_reach_needs_no_data_and_says_what_has_none(train, tmp_path, capsys):

@@ -94,17 +94,16 @@ def finite(number: Any) -> Optional[float]:
 
 def queries_and_keys(decoder: AlibiDecoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Returns the queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T)."""
-    projected: list[list[Tensor]] = []
+    outputs: dict[int, Tensor] = {}  # by the projection, as a layer makes the keys first
+    pairs = [(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in decoder.layers]
     with contextlib.ExitStack() as hooks:
-        for layer in decoder.layers:
-            outputs: list[Tensor] = []
-            projected.append(outputs)
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                hook = projection.register_forward_hook(lambda *call, outputs=outputs: outputs.append(call[-1]))
-                hooks.callback(hook.remove)
+        for projection in (projection for pair in pairs for projection in pair):
+            hook = projection.register_forward_hook(lambda module, _, out: outputs.update({id(module): out}))
+            hooks.callback(hook.remove)
         decoder.extract_features(tokens, None)
     heads = decoder.layers[0].self_attn.num_heads
-    return [(q, k) for q, k in ([x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in pair] for pair in projected)]
+    q_and_k = ([outputs[id(p)].unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for p in pair] for pair in pairs)
+    return [(q, k) for q, k in q_and_k]
 
 
 @torch.no_grad()
