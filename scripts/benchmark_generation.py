@@ -1,27 +1,34 @@
-"""Speed and memory of generation at long contexts: the bounded cache beside one of all keys, and BLOOM in transformers.
+"""Speed and memory of generation at long contexts: the bounded cache beside one of all keys and beside other libraries.
 
     python scripts/benchmark_generation.py --lengths 1000 10000 100000
-    python scripts/benchmark_generation.py --soak 200000
+    python scripts/benchmark_generation.py --lengths --soak 200000
 
-Contenders take turns, `STEPS` tokens each; medians are compared. Memory is that of keys and values after
-the context; with --soak also that of the process, every tenth of the run. Without --checkpoint a small model is trained
-once on Python's own source and kept in the output folder. BLOOM has random weights and the same sizes.
+Contenders take turns, `STEPS` tokens each; medians are compared. Memory is that of keys and values after the context,
+and that of a fresh process at its highest, which reads the context and makes `STEPS` tokens. With --soak it is that of
+the process, every tenth of the run. Without --checkpoint a model of 4 layers, width 256 and 8 heads is trained once on
+Python's own source and kept in the output folder. The other libraries' models have random weights and these sizes.
 """
 
 import argparse
 import dataclasses
+import functools
+import math
+import multiprocessing
 import os
+import resource
 import shlex
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_measure import quiet
+from benchmark_measure import alternate, quiet
 from benchmark_models import train_model
 from tabulate import tabulate
 from torch import Tensor
@@ -33,6 +40,7 @@ from fairseq_alibi.files.results import check_outputs, describe_environment, wri
 from fairseq_alibi.models.decoder import PROGRESS
 
 STEPS = 8  # tokens in a step that is timed
+TYPES = 8000  # in the vocabulary of the other libraries' models
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -78,62 +86,107 @@ class Ours:
             self.length += 1
 
 
-class Bloom:
-    """The same with BLOOM, 4 layers, width 256, 8 heads, in transformers."""
+class Other:
+    """Greedy generation with another library's model of the same sizes and random weights.
 
-    def __init__(self, args: argparse.Namespace, context: int):
-        from transformers import BloomConfig, BloomForCausalLM
+    Args:
+        forward: takes tokens and the cache, None at first; returns logits and the cache.
+        context: random tokens that are read first, 1,024 at a time.
+    """
 
-        torch.manual_seed(1)
-        self.model = BloomForCausalLM(BloomConfig(vocab_size=8000, hidden_size=256, n_layer=4, n_head=8)).eval()
-        prompt = torch.randint(4, 8000, (1, context))
-        self.state = None
-        with torch.no_grad():
-            for part in prompt.split(1024, dim=1):
-                output = self.model(part, past_key_values=self.state, use_cache=True, logits_to_keep=1)
-                self.state = output.past_key_values
-        self.token = output.logits[:, -1:].argmax(-1)
+    def __init__(self, forward: Callable[[Tensor, Any], tuple[Tensor, Any]], context: int):
+        self.forward, self.state = forward, None
+        for self.tokens in torch.randint(4, TYPES, (1, context)).split(1024, dim=1):
+            self.step(1)
 
     @torch.no_grad()
     def step(self, count: int = STEPS) -> None:
         """Adds `count` tokens."""
         for _ in range(count):
-            output = self.model(self.token, past_key_values=self.state, use_cache=True)
-            self.state, self.token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            logits, self.state = self.forward(self.tokens, self.state)
+            self.tokens = logits[:, -1:].argmax(-1)
+
+
+def bloom(context: int) -> Other:
+    """BLOOM in transformers."""
+    from transformers import BloomConfig, BloomForCausalLM
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # newer releases call the cache otherwise
+    model = BloomForCausalLM(BloomConfig(vocab_size=TYPES, hidden_size=256, n_layer=4, n_head=8)).eval()
+
+    def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        output = model(tokens, past_key_values=state, use_cache=True, logits_to_keep=1)
+        return output.logits, output.past_key_values
+
+    return Other(forward, context)
+
+
+def x_transformers(context: int) -> Other:
+    """The package x-transformers with ALiBi, torch's fused attention and its cache of keys and values."""
+    from x_transformers import Decoder, TransformerWrapper
+
+    layers = Decoder(dim=256, depth=4, heads=8, attn_dim_head=32, alibi_pos_bias=True, attn_flash=True)
+    sizes = {"num_tokens": TYPES, "max_seq_len": context + 100_000, "use_abs_pos_emb": False}
+    model = TransformerWrapper(**sizes, attn_layers=layers, input_not_include_cache=True).eval()
+
+    def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return model(tokens, cache=state, cache_age=tokens.shape[1], return_intermediates=True)
+
+    return Other(forward, context)
+
+
+def make(contender: str, context: int, args: argparse.Namespace) -> Any:
+    """A contender that has read `context` tokens and made one."""
+    torch.manual_seed(1)
+    if contender in OTHERS:
+        return OTHERS[contender](context)
+    return Ours(args, contender == "bounded", context)
+
+
+def peak_bytes(contender: str, context: int, args: argparse.Namespace) -> int:
+    """Memory of this process at its highest, with a contender that makes `STEPS` tokens after a context."""
+    quiet()
+    make(contender, context, args).step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that --cpu-time chooses, in seconds."""
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 def measure_context(context: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Tokens per second and bytes of the cache of all contenders after a context."""
-    makers: dict[str, Callable[[], Any]] = {
-        "bounded": partial(Ours, args, True, context),
-        "all keys": partial(Ours, args, False, context),
-    }
-    if not args.no_bloom and context <= args.longest_bloom:
-        makers["BLOOM"] = partial(Bloom, args, context)
-    made = {name: make() for name, make in makers.items()}
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(1 + args.repeats):
-        for name, contender in made.items():
-            started = clock()
-            contender.step()
-            if number:  # the first round warms up
-                seconds[name].append(clock() - started)
+    """Tokens per second, bytes of the cache and of the process of all contenders after a context; or their error."""
+    others = args.others if context <= args.longest_others else []
+    made = {name: functools.cache(partial(make, name, context, args)) for name in ["bounded", "all keys", *others]}
+    steps = {name: (lambda one=one: one().step()) for name, one in made.items()}
     found = []
-    for name, contender in made.items():
-        median, spread = statistics.median(seconds[name]), (max(seconds[name]) - min(seconds[name])) / 2
-        speed = {"tokens_per_second": STEPS / median, "spread": spread / median, "rounds": args.repeats}
-        found.append({"context": context, "contender": name, **speed, "cache_bytes": cache_bytes(contender.state)})
+    for name, timing in alternate(steps, args.repeats, math.inf, clock_of(args)).items():
+        one: dict[str, Any] = {"context": context, "contender": name, "rounds": len(timing.seconds)}
+        if timing.error is None:
+            median = statistics.median(timing.seconds)
+            spread = (max(timing.seconds) - min(timing.seconds)) / 2 / median
+            one.update(tokens_per_second=STEPS / median, spread=spread, cache_bytes=cache_bytes(made[name]().state))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+                one["peak_bytes"] = pool.submit(peak_bytes, name, context, args).result()
+        else:
+            one["error"] = timing.error
+        found.append(one)
     return found
+
+
+OTHERS: dict[str, Callable[[int], Other]] = {"bloom": bloom, "x-transformers": x_transformers}
 
 
 def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Generates `args.soak` tokens; speed and memory after every tenth."""
-    ours, found = Ours(args, True, 1), []
+    ours, clock, found = Ours(args, True, 1), clock_of(args), []
     for _ in range(10):
-        started = time.perf_counter()
+        started = clock()
         ours.step(args.soak // 10)
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         memory = {"cache_bytes": cache_bytes(bounded_cache_in(ours.state)), "process_bytes": resident}
         found.append({"tokens": ours.length, "tokens_per_second": args.soak // 10 / seconds, **memory})
@@ -144,21 +197,17 @@ def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(content: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     rows, environment = [], content["environment"]
+    bases = {one["context"]: one for one in content["measurements"] if one["contender"] == "all keys"}
     for one in content["measurements"]:
-        base = next(
-            x for x in content["measurements"] if (x["context"], x["contender"]) == (one["context"], "all keys")
-        )
-        ratio = one["tokens_per_second"] / base["tokens_per_second"]
-        speed = f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}"
-        rows.append(
-            [f"{one['context']:,}", one["contender"], speed, f"{ratio:.2f}", f"{one['cache_bytes'] / 2**20:,.1f}"]
-        )
-    text = tabulate(
-        rows,
-        ["context", "cache", "tokens/s", "times all keys", "keys and values, MiB"],
-        tablefmt="github",
-        colalign=("right", "left", "right", "right", "right"),
-    )
+        row = [f"{one['context']:,}", one["contender"]]
+        if "error" in one:
+            rows.append([*row, one["error"]])
+            continue
+        base = bases[one["context"]].get("tokens_per_second", math.nan)
+        row += [f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}", f"{one['tokens_per_second'] / base:.2f}"]
+        rows.append(row + [f"{one[size] / 2**20:,.1f}" for size in ("cache_bytes", "peak_bytes")])
+    heads = ["context", "cache", "tokens/s", "times all keys", "keys and values, MiB", "process at its highest, MiB"]
+    text = tabulate(rows, heads, tablefmt="github", colalign=("right", "left", "right", "right", "right", "right"))
     for one in content["soak"]:
         sizes = f"{one['cache_bytes'] / 2**20:,.1f} MiB of keys and values, {one['process_bytes'] / 2**20:,.0f} in all"
         text += f"\n{one['tokens']:,} tokens: {one['tokens_per_second']:,.1f} tokens/s, {sizes}"
@@ -177,8 +226,8 @@ def main() -> None:
     add("--repeats", type=positive_integer, default=7, metavar="N", help="rounds (default 7)")
     add("--cpu-time", action="store_true", help="CPU seconds, not those of the clock, for one thread on a busy machine")
     add("--soak", type=int, default=0, metavar="N", help="also generate so many tokens in one go")
-    add("--no-bloom", action="store_true", help="leave out BLOOM")
-    add("--longest-bloom", type=positive_integer, default=10_000, metavar="N", help="longest context for BLOOM")
+    add("--others", nargs="*", choices=OTHERS, default=["bloom"], help="other libraries' models (default: bloom)")
+    add("--longest-others", type=positive_integer, default=10_000, metavar="N", help="their longest context")
     add("--checkpoint", type=Path, help="ALiBi model; default: a small one, trained first")
     add("--data", type=Path, help="fairseq data folder of the checkpoint")
     add("--updates", type=positive_integer, default=300, metavar="N", help="of the small model (default 300)")

@@ -67,13 +67,19 @@ class Timing(NamedTuple):
     error: Optional[str]
 
 
-def alternate(contenders: dict[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
+def alternate(
+    contenders: dict[str, Callable[[], Any]],
+    repeats: int,
+    budget: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Runs all contenders in turn, again and again, after one call of each that does not count.
 
     Args:
         contenders: what to run, by name.
         repeats: rounds that count, at least `ROUNDS`.
         budget: seconds after which no round begins, but for the first `ROUNDS`.
+        clock: returns seconds.
     """
     first: dict[str, float] = {}
     errors: dict[str, str] = {}
@@ -81,13 +87,13 @@ def alternate(contenders: dict[str, Callable[[], Any]], repeats: int, budget: fl
 
     def timed_call(name: str) -> float:
         synchronize()
-        started = time.perf_counter()
+        started = clock()
         try:
             contenders[name]()
             synchronize()
         except Exception as error:  # a kernel, a compiler, a driver, memory
             errors[name] = "out of memory" if out_of_memory(error) else one_line(error)
-        return time.perf_counter() - started
+        return clock() - started
 
     for name in contenders:
         first[name] = timed_call(name)

@@ -202,7 +202,7 @@ def test_full_trains_the_architectures_of_wikitext103():
 def test_generation_is_measured_and_reported(checkpoint, corpus, tmp_path, monkeypatch):
     """The bounded cache keeps less than all keys, and the table has a row for each contender."""
     monkeypatch.setattr(bounded_cache, "SHORT", 64)
-    options = ("--lengths", 90, "--repeats", 1, "--no-bloom", "--soak", 10, "--output", tmp_path, "--cpu-time")
+    options = ("--lengths", 90, "--repeats", 1, "--others", "--soak", 10, "--output", tmp_path, "--cpu-time")
     command = ["benchmark_generation.py", *options, "--checkpoint", checkpoint, "--data", corpus]
     monkeypatch.setattr("sys.argv", [str(part) for part in command])
     benchmark_generation.main()

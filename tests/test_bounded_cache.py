@@ -122,11 +122,28 @@ def test_beams_keep_their_keys(build):
     model = build("alibi_lm_tiny", *STEEP)
     tokens, state = random_tokens(model, 2, 200), {}
     model.decoder(tokens, incremental_state=state)
-    for order in ([0, 0, 1, 1], [3, 0, 2, 2], [0, 1, 2, 3], [1, 3]):
+    among_beams = torch.randint(2, (12, 4), generator=torch.Generator().manual_seed(1)) + torch.tensor([0, 0, 2, 2])
+    for order in ([0, 0, 1, 1], [3, 0, 2, 2], *among_beams.tolist(), [0, 1, 2, 3], [1, 3]):
         model.decoder.reorder_incremental_state_scripting(state, torch.tensor(order))
         tokens = torch.cat([tokens[order], random_tokens(model, len(order), 1)], dim=1)
         found = model.decoder(tokens, incremental_state=state)[0]
         torch.testing.assert_close(found, model.decoder(tokens)[0][:, -1:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_beams_have_in_common_is_not_moved():
+    """What is in the buffers of the first tokens survives orders of rows that had them in common."""
+    cache, keys = BoundedCache(lambda: torch.full((1, 1), math.inf), 1e-7), torch.randn(2, 1, 20, 4)
+    inputs = AttentionInputs(bias=LinearBias(torch.ones(1)), causal=True)
+    cache.attend(0, (keys, keys, keys), inputs)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    (buffer, _) = cache.kept[0].groups[0].buffers
+    buffer[:, :, :20] = torch.tensor([1.0, 2.0])[:, None, None, None]  # as if they differed: to see what is moved
+    new = torch.randn(2, 1, 1, 4)
+    cache.attend(0, (new, new, new), inputs)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert buffer[:, 0, 0, 0].tolist() == [1, 2]
+    assert torch.equal(buffer[:, :, 20:21], new[[1, 0]])
 
 
 def test_a_long_prompt_is_read_in_chunks(build, monkeypatch):

@@ -22,9 +22,9 @@ from .reach import reach_of_excess
 from .tiled_attention import merge_padding_into_mask
 
 #: Up to so many tokens everything is kept and read, because short texts gain nothing.
-SHORT = 1024
+SHORT = 4096
 #: Reading a further group of heads takes as long as reading so many more keys of one head.
-GROUP_COST = 1024
+GROUP_COST = 4096
 #: Key under which an incremental state of fairseq holds the cache.
 STATE_KEY = "fairseq_alibi.bounded"
 
@@ -118,6 +118,7 @@ class BoundedCache:
     def __init__(self, find_excess: Callable[[], Tensor], epsilon: float):
         self.find_excess, self.epsilon = find_excess, epsilon
         self.kept: dict[int, LayerKeys] = {}
+        self.common = torch.zeros(0, 0, dtype=torch.long)  # (B, B) how many first tokens two rows had in common
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens read."""
@@ -169,14 +170,27 @@ class BoundedCache:
         return masked_attention(q, keys, values, AttentionInputs(bias=FoldedMask(mask)), dropout)
 
     def reorder_cache(self, order: Tensor) -> None:
-        """Takes the rows of the batch in another order, (B',) numbers of rows; nothing moves where it is the same."""
+        """Takes the rows of the batch in another order, (B',) numbers of rows.
+
+        The first tokens that rows have in common, as beams do, are not moved.
+        """
+        rows, tokens = order.tolist(), self.get_seq_length()
+        buffers = [buffer for kept in self.kept.values() for group in kept.groups for buffer in group.buffers]
+        count = buffers[0].size(0) if buffers else 0
+        if rows == list(range(count)):
+            return
+        if len(self.common) != count:
+            self.common = torch.zeros(count, count, dtype=torch.long)
+        self.common.fill_diagonal_(tokens)
+        first = int(self.common[rows, range(count)].min()) if len(rows) == count else 0
+        self.common = self.common[rows][:, rows]
         for kept in self.kept.values():
             for group in kept.groups:
-                if len(order) != group.buffers[0].size(0) or bool((order != torch.arange(len(order)).to(order)).any()):
-                    for number, buffer in enumerate(group.buffers):
-                        moved = buffer.new_empty(len(order), *buffer.shape[1:])
-                        torch.index_select(buffer[:, :, : group.length], 0, order, out=moved[:, :, : group.length])
-                        group.buffers[number] = moved
+                moved = slice(max(0, first - tokens + group.length), group.length)
+                for number, buffer in enumerate(group.buffers):
+                    target = buffer if len(rows) == count else buffer.new_empty(len(rows), *buffer.shape[1:])
+                    target[:, :, moved] = buffer[:, :, moved].index_select(0, order)
+                    group.buffers[number] = target
 
 
 def group_heads(keep: list[float]) -> list[list[int]]:
