@@ -16,7 +16,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.hub_utils import GeneratorHubInterface
 from omegaconf import OmegaConf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import fairseq_alibi  # noqa: F401
 from fairseq_alibi.__main__ import main
@@ -138,6 +138,8 @@ def test_logits_are_fairseqs_past_the_training_length_and_after_another_round(bo
     again = loaded(tmp_path)
     assert torch.equal(again(x).logits, logits)
     assert again.state_dict().keys() == ours.state_dict().keys()
+    stack = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(stack(x).last_hidden_state, again.base_model(x).last_hidden_state)
     assert sum(value.numel() for value in again.parameters()) == sum(value.numel() for value in theirs.parameters())
     half = loaded(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -291,7 +293,7 @@ def test_the_folder_needs_neither_fairseq_nor_this_package(both, tmp_path):
     code = f"""
 import sys, torch
 sys.modules["fairseq"] = sys.modules["fairseq_alibi"] = None
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
 torch.save(model(torch.arange(4, 14)[None]).logits, {str(tmp_path / "logits")!r})
 """

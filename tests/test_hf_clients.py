@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import BIN, ROOT, run
-from test_hf_model import agree, build_model, text
+from test_hf_model import GREEDY, agree, build_model, text
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core.tokenization_alibi import AlibiTokenizer
@@ -89,26 +89,44 @@ def test_lora_of_the_embedding_is_merged_without_another_result(tmp_path):
 
 def quantization(library):
     """transformers' configuration of a library that quantizes weights."""
-    pytest.importorskip({"quanto": "optimum.quanto"}.get(library, library), reason=f"{library} is not installed")
+    module = {"quanto": "optimum.quanto", "torchao dynamic": "torchao"}.get(library, library)
+    pytest.importorskip(module, reason=f"{library} is not installed")
     if library == "quanto":
         return transformers.QuantoConfig(weights="int8")
     if library == "bitsandbytes":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 
-    return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    kind = Int8DynamicActivationInt8WeightConfig if "dynamic" in library else Int8WeightOnlyConfig
+    return transformers.TorchAoConfig(kind())
 
 
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "tied", "adaptive", "untied"])
-@pytest.mark.parametrize("library", ["quanto", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("library", ["quanto", "bitsandbytes", "torchao", "torchao dynamic"])
 def test_eight_bits_are_close(form, library, tmp_path):
-    model, x = build_model(form), text(2, 9)
+    model, x = build_model(form), text(4, 60)
     model.save_pretrained(tmp_path)
     small = type(model).from_pretrained(tmp_path, quantization_config=quantization(library)).eval()
     difference = (small(x).logits.log_softmax(-1) - model(x).logits.log_softmax(-1)).abs().mean()
     assert 0 < difference < 0.1
+    assert small.generate(x[:, :1], max_new_tokens=2, **GREEDY).shape == (4, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["alibi", "t5", "fox", "xpos"])
+def test_a_quantized_cache_is_close_or_refused(method):
+    pytest.importorskip("optimum.quanto", reason="quanto is not installed")
+    model, x = build_model(position_method=method), text(2, 60)
+    cache = transformers.QuantizedCache("quanto", model.config)
+    if method in ("fox", "xpos"):
+        with pytest.raises(ValueError, match=f"a quantized cache is too coarse for position method {method}"):
+            model(x, past_key_values=cache)
+        return
+    logits = torch.cat([model(part, past_key_values=cache).logits for part in x.split([40, 10, 10], dim=1)], dim=1)
+    difference = (logits.log_softmax(-1) - model(x).logits.log_softmax(-1)).abs()[:, 40:].mean()
+    assert 0 < difference < 0.3
 
 
 @torch.no_grad()

@@ -56,7 +56,9 @@ class AdaptiveEmbedding(nn.Module):
                 vectors = embedding((tokens - first).clamp(0, last - first - 1)) * which[..., None]
                 x = vectors if x is None else x + vectors
                 continue
-            vectors = embedding(tokens[which] - first)
+            own = tokens[which] - first
+            # Quantized layers of torchao and bitsandbytes cannot read no tokens, so a band without any reads its first.
+            vectors = embedding(own if len(own) else own.new_zeros(1))[: len(own)]
             if x is None:  # parameters may be packed, or on another device until they are used; what they give is not
                 x = vectors.new_zeros(*tokens.shape, self.output_dim)
             x[which] = vectors.to(x.dtype)

@@ -16,6 +16,9 @@ from .positions import position_methods
 PADDING = 1  # the token that fairseq pads with
 OLDEST, NEWEST = "4.57", "5.24"  # the oldest and the newest version of transformers that the tests run with
 
+#: The classes of a folder, in the file that transformers puts into it.
+CLASSES = {"AutoModel": "modeling_alibi.AlibiModel", "AutoModelForCausalLM": "modeling_alibi.AlibiForCausalLM"}
+
 #: The major and minor version of transformers.
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
@@ -117,7 +120,13 @@ class AlibiConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Saves the configuration; the code that transformers has put beside it can be loaded by transformers 4 too."""
+        """Saves the configuration; the code that transformers has put beside it can be loaded by transformers 4 too.
+
+        A model's folder names both classes, where transformers would name the one that is saved.
+        """
+        named = getattr(self, "auto_map", None)
+        if named:
+            self.auto_map = {**named, **CLASSES}
         super().save_pretrained(save_directory, *args, **kwargs)
         for name in ("configuration_alibi.py", "modeling_alibi.py"):
             if (file := Path(save_directory, name)).exists():

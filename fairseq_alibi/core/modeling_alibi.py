@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TokenEmbedding, cross_entropies, resize_rows
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TokenEmbedding, cross_entropies
 from .attention_setup import AttentionSettings, AttentionSetup
 from .configuration_alibi import PADDING, AlibiConfig
 from .layers import LayerOptions
@@ -77,14 +77,6 @@ class AlibiModel(AlibiPreTrainedModel):
         narrow = writes == width or config.tie_adaptive_weights
         self.project_out_dim = None if narrow else nn.Linear(width, writes, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The table of token embeddings, or the adaptive input."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the table."""
-        self.embed_tokens = value
 
     @torch.no_grad()
     def score_excess(self) -> Tensor:
@@ -154,7 +146,7 @@ class AlibiModel(AlibiPreTrainedModel):
         inputs = self.position_method(given.attention_inputs, self.setup, x, cache, self.training, bool(kept))
         states = []
         states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        for layer in self.layers:
+        for layer in self.layers[: self.config.decoder_layers]:  # `assistant_early_exit` wants fewer
             states.append(x)
             x = layer(x, inputs)
         for last in filter(None, (self.layer_norm, self.project_out_dim)):
@@ -193,22 +185,6 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         self._tied_weights_keys: Any = config.tied_weights()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """See `AlibiModel.get_input_embeddings`."""
-        return self.decoder.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the table."""
-        self.decoder.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output projection, or the adaptive softmax."""
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the output projection."""
-        self.lm_head = value
-
     def make_cache(self) -> Any:
         """A cache for `past_key_values` that drops what no later token can see; ValueError where nothing is too far.
 
@@ -218,33 +194,6 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         if not stack.setup.bounds_cache or stack.config.sliding_window is not None:
             raise ValueError("make_cache: only ALiBi has a reach, without sliding_window, score_scale and a mask")
         return GenerationCache(stack.score_excess, stack.setup.settings.epsilon)
-
-    def get_decoder(self) -> nn.Module:
-        """The stack."""
-        return self.decoder
-
-    def resize_token_embeddings(self, new_num_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
-        """See transformers; the band of the rarest types changes; ValueError if it would be empty."""
-        config = self.config
-        cutoffs = [each for each in (config.adaptive_input_cutoff, config.adaptive_softmax_cutoff) if each is not None]
-        multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args and args[0] else 1)
-        if not cutoffs or (new_num_tokens is None and multiple == 1):
-            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        types = -(-(new_num_tokens or config.vocab_size) // multiple) * multiple
-        least = max(0, *(ends[-2] for ends in cutoffs if len(ends) > 1))
-        if types <= least:
-            raise ValueError(f"{types} tokens: the vocabulary has frequent types up to {least}; keep more than those")
-        modules: tuple[Any, ...] = self.get_input_embeddings(), self.lm_head
-        for module in modules:
-            last = module.last_band() if hasattr(module, "last_band") else module
-            resize_rows(last, last.weight.size(0) + types - config.vocab_size)
-            if hasattr(module, "cutoff"):
-                module.cutoff[-1] = types
-        for ends in cutoffs:
-            ends[-1] = types
-        config.vocab_size = types
-        self.tie_weights()
-        return self.get_input_embeddings()
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache as TransformersCache
+from transformers import QuantizedCache
 
 from .attention_inputs import AttentionInputs, FoldedMask, TokenSpan
 from .attention_setup import AttentionSetup, compute_dtype
@@ -229,7 +230,10 @@ class PassInputs:
             counted, present = self.counted_positions(device)
             wrong = ((counted != ids) & present).any()
         if wrong:
-            raise ValueError("position_ids: not the positions that attention_mask and the cache tell; leave them out")
+            raise ValueError(
+                "position_ids: not the positions that attention_mask and the cache tell; leave them out, "
+                "and pad texts to be continued on the left"
+            )
 
     def counted_positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B or 1, T) positions from 0 of the new tokens, and where they are tokens, by mask and cache."""
@@ -258,6 +262,12 @@ class PassInputs:
         """The attention inputs of the pass, of one that keeps the attention weights if `weights`."""
         layout = self.layout
         if isinstance(cache, TransformersCache) and not isinstance(cache, BoundedCache):
+            if isinstance(cache, QuantizedCache) and (
+                setup.method.bias_kind == "key" or setup.method.needs_wide_exponents
+            ):
+                raise ValueError(
+                    f"a quantized cache is too coarse for position method {setup.method.name}; use another"
+                )
             cache = CacheWithPositions(cache, layout.new_positions(x.device))
         if layout.is_plain and self.mask is None and self.texts is None:
             span = TokenSpan(layout.queries, layout.keys, int(layout.first))

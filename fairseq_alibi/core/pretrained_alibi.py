@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adaptive import resize_rows
 from .attention_inputs import AttentionInputs
 from .configuration_alibi import VERSION, AlibiConfig
 from .layers import Layer, checkpoint_activations
@@ -106,3 +107,26 @@ class AlibiPreTrainedModel(PreTrainedModel):
             layer.weight = self.get_parameter(source)
             if isinstance(layer, nn.Linear):
                 layer.out_features = layer.weight.size(0)
+
+    def resize_token_embeddings(self, new_num_tokens: Optional[int] = None, *args: Any, **kwargs: Any) -> Any:
+        """See transformers; the band of the rarest types changes; ValueError if it would be empty."""
+        config = self.config
+        cutoffs = [each for each in (config.adaptive_input_cutoff, config.adaptive_softmax_cutoff) if each is not None]
+        if not cutoffs:
+            return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        multiple = kwargs.get("pad_to_multiple_of") or (args[0] if args and args[0] else 1)
+        types = -(-(config.vocab_size if new_num_tokens is None else new_num_tokens) // multiple) * multiple
+        least = max([0, *(ends[-2] for ends in cutoffs if len(ends) > 1)])
+        if types <= least:
+            raise ValueError(f"{types} tokens: the vocabulary has frequent types up to {least}; keep more than those")
+        modules: Any = self.get_input_embeddings(), self.get_output_embeddings()
+        for module in filter(None, modules if types != config.vocab_size else ()):
+            last = module.last_band() if hasattr(module, "last_band") else module
+            resize_rows(last, last.weight.size(0) + types - config.vocab_size)
+            if hasattr(module, "cutoff"):
+                module.cutoff[-1] = types
+        for ends in cutoffs:
+            ends[-1] = types
+        config.vocab_size = types
+        self.tie_weights()
+        return modules[0]

@@ -173,7 +173,7 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     from transformers import GenerationConfig
 
     from ..core.configuration_alibi import AlibiConfig
-    from ..core.modeling_alibi import AlibiForCausalLM, AlibiModel
+    from ..core.modeling_alibi import AlibiForCausalLM
 
     state = read_checkpoint(checkpoint)
     task = state["cfg"]["task"]
@@ -192,8 +192,6 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     different = [*unexpected, *(set(missing) - set(exported._tied_weights_keys or ()))]
     if different:
         raise ValueError(f"{checkpoint} and the exported model have different weights: {', '.join(different[:3])}")
-    # transformers names only the class that it saves
-    exported.config.auto_map = {"AutoModel": f"{AlibiModel.__module__.rpartition('.')[2]}.{AlibiModel.__name__}"}
     dictionary = model.decoder.dictionary
     exported.generation_config = GenerationConfig(
         bos_token_id=dictionary.bos(), eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
