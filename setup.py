@@ -56,6 +56,7 @@ setup(
         "sacrebleu",
         "tqdm",
         "matplotlib>=3.8.4",  # older ones were built for numpy 1 and do not import with numpy 2
+        "joblib>=1.3",  # generators
         "sacremoses",
         "subword-nmt",
         "tabulate>=0.9",  # older ones cannot break the heads of columns

@@ -1,6 +1,7 @@
 """`fairseq-alibi prepare-text`: a data folder of plain-text files."""
 
 import argparse
+import functools
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from ..data import builtin_corpus
 from ..data.binarize import SPLITS, check_workers
 from ..data.plain_text import MERGES, TextSettings, prepare_text
+from ..data.shards import prepare_shards
 from .arguments import positive_integer, shorten
 
 
@@ -35,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-escape", action="store_true", help="Moses' tokenizer writes quotes, brackets and & as they are")
     add("--no-dash-splits", action="store_true", help="Moses' tokenizer does not split words at dashes")
     add("--word-level", action="store_true", help="tokens of the tokenizer only, no BPE")
+    shards = "folders in DEST instead of one, for fairseq to train on in turn; a stopped command resumes"
+    add("--shards", type=positive_integer, metavar="N", help=shards)
     add("--workers", type=positive_integer, metavar="N", default=os.cpu_count(), help="processes (default: all cores)")
 
 
@@ -56,10 +60,12 @@ def run(args: argparse.Namespace) -> None:
     if args.word_level and args.tokenizer == "sentencepiece":
         raise ValueError("--word-level: a model of sentencepiece has no words; pass --tokenizer moses or none")
     settings = TextSettings(args.tokenizer, merges, args.language, not args.no_escape, not args.no_dash_splits)
+    prepare = functools.partial(prepare_shards, shards=args.shards) if args.shards else prepare_text
     destination = args.dest.resolve()
     if args.builtin:
-        builtin_corpus.prepare_builtin(destination, args.max_bytes or builtin_corpus.BYTES, settings, args.workers)
+        size = args.max_bytes or builtin_corpus.BYTES
+        builtin_corpus.prepare_builtin(destination, size, settings, args.workers, prepare)
     else:
         texts = {split: getattr(args, split) for split in SPLITS}
         sources = {split: str(path) for split, path in texts.items()}
-        prepare_text(destination, texts, sources, settings, args.workers)
+        prepare(destination, texts, sources, settings, args.workers)

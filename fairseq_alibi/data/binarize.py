@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from fairseq.data import Dictionary, indexed_dataset
@@ -33,31 +34,41 @@ class TextSummary(NamedTuple):
     sha256: str
 
 
-def check_text(path: Path) -> TextSummary:
-    """Checks that a file is text that fairseq-preprocess reads as meant: UTF-8, not empty, no BOM, no zero bytes."""
+def lines_between(path: Path, begin: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
+    """Yields the lines of a file from one offset to another, each where a line begins."""
+    with open(path, "rb") as file:
+        file.seek(begin)
+        while (end is None or begin < end) and (line := file.readline()):
+            begin += len(line)
+            yield line
+
+
+def check_text(path: Path, begin: int = 0, end: Optional[int] = None) -> TextSummary:
+    """Checks that a file is text that fairseq-preprocess reads as meant: UTF-8, not empty, no BOM, no zero bytes.
+
+    With `begin` and `end` a part of a file: see `lines_between`.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a plain-text file that exists")
     digest = hashlib.sha256()
-    lines = words = characters = 0
-    with open(path, "rb") as file:
-        if file.peek(3).startswith(codecs.BOM_UTF8):
+    lines = words = characters = size = 0
+    for line in lines_between(path, begin, end):
+        lines += 1
+        fault = "a zero byte, so this is no plain text: name a text file" if b"\0" in line else ""
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            fault = fault or f"not UTF-8 ({error.reason}): convert it, for example with iconv -f LATIN1 -t UTF-8"
+        if fault:
+            number = lines + sum(1 for _ in lines_between(path, 0, begin))
+            raise ValueError(f"{path}, line {number}: {fault}")
+        if lines == 1 and begin == 0 and line.startswith(codecs.BOM_UTF8):
             raise ValueError(f"{path} starts with a byte order mark: remove it with sed -i '1s/^\\xEF\\xBB\\xBF//'")
-        if zero := next((number for number, line in enumerate(file, 1) if b"\0" in line), 0):
-            raise ValueError(f"{path}, line {zero}: a zero byte, so this is no plain text: name a text file")
-        file.seek(0)
-        for lines, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {lines}: not UTF-8 ({error.reason}): convert it, for example with "
-                    "iconv -f LATIN1 -t UTF-8"
-                ) from None
-            digest.update(line)
-            words += len(text.split())
-            characters += len(text)
-        size = file.tell()
-    if not words:
+        digest.update(line)
+        words += len(text.split())
+        characters += len(text)
+        size += len(line)
+    if not words and end is None:
         raise ValueError(f"{path} is empty: name a file with text in it")
     return TextSummary(lines, words, characters, size, digest.hexdigest())
 

@@ -7,6 +7,7 @@ import sysconfig
 import tempfile
 import tokenize
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
@@ -49,10 +50,14 @@ def write_builtin_corpus(folder: Path, max_bytes: int) -> dict[str, Path]:
 
 
 def prepare_builtin(
-    destination: Path, max_bytes: int = BYTES, settings: Optional[TextSettings] = None, workers: Optional[int] = None
+    destination: Path,
+    max_bytes: int = BYTES,
+    settings: Optional[TextSettings] = None,
+    workers: Optional[int] = None,
+    prepare: Callable[..., None] = prepare_text,
 ) -> None:
-    """Makes a data folder of the corpus, with one worker for each core by default; raises as `prepare_text` does."""
+    """Makes a data folder of the corpus, with one worker for each core by default; raises as `prepare` does."""
     with tempfile.TemporaryDirectory() as folder:
         texts = write_builtin_corpus(Path(folder), max_bytes)
         source = f"standard library of Python {platform.python_version()}"
-        prepare_text(destination, texts, source, settings or TextSettings(units=MERGES), workers or os.cpu_count() or 1)
+        prepare(destination, texts, source, settings or TextSettings(units=MERGES), workers or os.cpu_count() or 1)

@@ -59,32 +59,41 @@ def sigterm_raises_exit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def work_folder(destination: Path) -> Iterator[Path]:
+def work_folder(destination: Path, resumes: bool = False) -> Iterator[Path]:
     """Yields an empty folder in DEST.partial and removes it at the end, however the preparation ends.
 
-    What a killed preparation left there is removed first. ValueError: another process prepares DEST, or DEST.partial
-    was not made here. OSError: the disk is full, or the folder cannot be made; names the destination.
+    What a killed preparation left there is removed first. One that `resumes` gets it, and leaves the folder unless it
+    ends well. ValueError: another process prepares DEST, or DEST.partial was not made here. OSError: the disk is full,
+    or the folder cannot be made; names the destination.
     """
     partial = destination.with_name(destination.name + ".partial")
     with locked(destination), naming(destination), sigterm_raises_exit():
         if partial.exists() and {path.name for path in partial.iterdir()} - OWN_NAMES:
             raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
-        shutil.rmtree(partial, ignore_errors=True)
+        if not resumes:
+            shutil.rmtree(partial, ignore_errors=True)
         try:
             work = partial / "work"
-            work.mkdir(parents=True)
+            work.mkdir(parents=True, exist_ok=True)
             yield work
+            resumes = False
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not resumes:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
-def publish(data: Path, destination: Path, description: dict[str, Any], next_command: str) -> None:
-    """Renames a checked data folder, in which `prepared.json` records its description, and prints what it holds."""
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Writes `prepared.json`, which says what a folder was made from and with which versions."""
     versions = {"python": platform.python_version(), "fairseq-alibi": __version__}
     versions.update({name: importlib.metadata.version(name) for name in ("fairseq", "sacremoses", "subword-nmt")})
-    write_json(data / MARKER, {**description, "versions": versions, "date": now()})
+    write_json(folder / MARKER, {**description, "versions": versions, "date": now()})
+
+
+def publish(data: Path, destination: Path, description: dict[str, Any]) -> None:
+    """Renames a checked data folder, in which `prepared.json` records its description, and prints what it holds."""
+    write_description(data, description)
     os.rename(data, destination)
     counts = description["counts"]
     rows = [{"split": split, **count} for split, count in counts.items() if isinstance(count, dict)]
     print(tabulate(rows, headers="keys", intfmt=",", floatfmt=".1%"))
-    print(f"{destination} is ready: {counts['types']:,} types. Next:\n  {next_command}")
+    print(f"{destination} is ready: {counts['types']:,} types")

@@ -18,7 +18,7 @@ from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
-from ..files.data_folders import text_options
+from ..files.data_folders import first_folder, text_options
 from ..files.errors import one_line
 from .binarize import SPLITS, check_text, count_tokens, run_preprocess
 from .destination import is_prepared, publish, work_folder
@@ -26,19 +26,21 @@ from .destination import is_prepared, publish, work_folder
 MERGES = 10_000  # of BPE, where nothing else is asked for
 RESTORED_LINES = 10_000  # of each split, which are decoded to see whether they come back
 BATCH_LINES = 20_000  # lines in memory at a time while they are encoded
+CACHED_WORDS = 1_000_000  # of which a process remembers the BPE, in some 300 MB
+
+Encoder = Callable[[str], str]
 
 
-def encode_splits(folder: Path, source: str, target: str, encode: Callable[[str], str], workers: int) -> None:
-    """Encodes `folder`/SPLIT.`source` to `folder`/SPLIT.`target` line by line, in several processes."""
-    for split in SPLITS:
-        with (
-            open(folder / f"{split}.{source}", encoding="utf-8", newline="\n") as lines,
-            open(folder / f"{split}.{target}", "w", encoding="utf-8", newline="\n") as encoded,
-            tqdm(desc=f"{target} {split}", unit=" lines", unit_scale=True, disable=None) as bar,
-        ):
-            while batch := [line.rstrip("\n") for line in itertools.islice(lines, BATCH_LINES)]:
-                encoded.writelines(f"{line}\n" for line in parallelize_preprocess(encode, batch, workers))
-                bar.update(len(batch))
+def encode_file(folder: Path, split: str, source: str, target: str, encode: Encoder, workers: int) -> None:
+    """Encodes `folder`/`split`.`source` to `folder`/`split`.`target` line by line, in several processes."""
+    with (
+        open(folder / f"{split}.{source}", encoding="utf-8", newline="\n") as lines,
+        open(folder / f"{split}.{target}", "w", encoding="utf-8", newline="\n") as encoded,
+        tqdm(desc=f"{target} {split}", unit=" lines", unit_scale=True, disable=None) as bar,
+    ):
+        while batch := [line.rstrip("\n") for line in itertools.islice(lines, BATCH_LINES)]:
+            encoded.writelines(f"{line}\n" for line in parallelize_preprocess(encode, batch, workers))
+            bar.update(len(batch))
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class TextSettings:
         others = {name: value for name, value in chosen.items() if value != getattr(TextSettings, name)}
         return {"corpus": "text", "tokenizer": self.tokenizer, "bpe_merges": self.units, **others}
 
-    def moses_encoder(self) -> Callable[[str], str]:
+    def moses_encoder(self) -> Encoder:
         """Returns the function of fairseq's `--tokenizer moses`, without fairseq, so that workers need not load it."""
         tokenize = MosesTokenizer(self.language).tokenize
         return functools.partial(tokenize, aggressive_dash_splits=self.dash_splits, return_str=True, escape=self.escape)
 
-    def decoder(self) -> Callable[[str], str]:
+    def decoder(self) -> Encoder:
         """Returns what fairseq makes of a line of tokens."""
         if self.tokenizer == "sentencepiece":
             return lambda line: line.replace(" ", "").replace("\u2581", " ").strip()
@@ -145,24 +147,29 @@ def learn_codes(text: Path, codes: Path, merges: int) -> None:
         raise ValueError("the training text is too small to learn BPE: give more text, or use --word-level")
 
 
-def encode_texts(work: Path, settings: TextSettings, workers: int) -> tuple[str, Optional[Path]]:
-    """Encodes SPLIT.txt of a folder; returns the suffix of the files with tokens, and the file of learned units."""
-    suffix = "txt"
-    if settings.tokenizer == "moses":
-        encode_splits(work, suffix, "moses", settings.moses_encoder(), workers)
-        suffix = "moses"
-    if settings.units is None:
-        return suffix, None
+def learn_units(work: Path, suffix: str, settings: TextSettings, workers: int) -> Path:
+    """Learns subword units of train.`suffix` of a folder; returns their file."""
+    assert settings.units is not None
     if settings.tokenizer == "sentencepiece":
-        model = work / "sentencepiece.model"
-        learn_pieces(work / "train.txt", model, settings.units, workers)
-        encode_splits(work, suffix, "pieces", functools.partial(encode_pieces, str(model)), workers)
-        return "pieces", model
-    codes = work / "bpe.codes"
-    learn_codes(work / f"train.{suffix}", codes, settings.units)
-    with open(codes, encoding="utf-8") as file:
-        encode_splits(work, suffix, "bpe", BPE(file).process_line, workers)
-    return "bpe", codes
+        learn_pieces(work / f"train.{suffix}", units := work / "sentencepiece.model", settings.units, workers)
+    else:
+        learn_codes(work / f"train.{suffix}", units := work / "bpe.codes", settings.units)
+    return units
+
+
+def unit_encoder(units: Path) -> Encoder:
+    """Returns the function that splits the words of a line into learned units."""
+    if units.name == "sentencepiece.model":
+        return functools.partial(encode_pieces, str(units))
+    with open(units, encoding="utf-8") as file:
+        return functools.partial(encode_bpe, BPE(file))
+
+
+def encode_bpe(bpe: BPE, line: str) -> str:
+    """Encodes a line as fairseq's `--bpe subword_nmt` does; the memory of earlier words stays bounded."""
+    if len(bpe.cache) > CACHED_WORDS:
+        bpe.cache.clear()
+    return bpe.process_line(line)
 
 
 @functools.lru_cache(1)
@@ -190,21 +197,37 @@ def prepare_text(
     with work_folder(destination) as work:
         for split, path in texts.items():
             (work / f"{split}.txt").symlink_to(path.resolve())
-        suffix, units = encode_texts(work, settings, workers)
+        suffix = "txt"
+        if settings.tokenizer == "moses":
+            for split in SPLITS:
+                encode_file(work, split, suffix, "moses", settings.moses_encoder(), workers)
+            suffix = "moses"
+        units = settings.units and learn_units(work, suffix, settings, workers)
+        if units:
+            for split in SPLITS:
+                encode_file(work, split, suffix, "units", unit_encoder(units), workers)
+            suffix = "units"
         data = run_preprocess(work, suffix, workers)
         counts = count_tokens(data, summaries)
         for split, share in count_restored(data, texts, work, suffix, settings).items():
             counts[split]["restored"] = share
-        if units is not None:
+        if units:
             units.rename(data / units.name)
-        common = [str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "language_modeling"]
-        save_dir = f"checkpoints/{destination.name}"
-        training = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", "256", "--max-tokens", "4096"]
-        training += ["--optimizer", "adam", "--lr", "0.001", "--max-update", "1000", "--save-dir", save_dir]
-        command = ["fairseq-train", *common, *training]
-        publish(data, destination, {**identity, "source": source, "counts": counts}, shlex.join(command))
-        command = ["fairseq-interactive", *common, "--path", f"{save_dir}/checkpoint_best.pt"]
-        for name, value in text_options(destination).items():
-            command += [f"--{name.replace('_', '-')}"] if value else []
-            command += [value] if isinstance(value, str) else []
-        print(f"The model then continues lines of plain text:\n  {shlex.join(command)}")
+        publish(data, destination, {**identity, "source": source, "counts": counts})
+        print_commands(str(destination), destination.name)
+
+
+def print_commands(data: str, name: str) -> None:
+    """Prints how to train on data folders, with colons between them, and how to prompt the model called `name`."""
+    common = [data, "--user-dir", str(Path(__file__).parents[1]), "--task", "language_modeling"]
+    save_dir = f"checkpoints/{name}"
+    training = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", "256", "--max-tokens", "4096"]
+    training += ["--optimizer", "adam", "--lr", "0.001", "--max-update", "1000", "--save-dir", save_dir]
+    prompting = ["--path", f"{save_dir}/checkpoint_best.pt"]
+    for option, value in text_options(first_folder(data)).items():
+        prompting += [f"--{option.replace('_', '-')}"] if value else []
+        prompting += [value] if isinstance(value, str) else []
+    print(f"Next:\n  {shlex.join(['fairseq-train', *common, *training])}")
+    print(
+        f"The model then continues lines of plain text:\n  {shlex.join(['fairseq-interactive', *common, *prompting])}"
+    )

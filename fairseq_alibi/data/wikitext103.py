@@ -136,6 +136,6 @@ def prepare_wikitext103(
             check_count("types", counts["types"], TYPES)
             print("All counts are those of the whole WikiText-103")
         script = script_command("train_wikitext103.sh") or "in a clone: bash scripts/train_wikitext103.sh"
-        next_command = f"{script} {shlex.join([str(destination), 'checkpoints/alibi-512', '512'])}"
-        publish(data, destination, {**identity, "source": str(source or "download"), "counts": counts}, next_command)
+        publish(data, destination, {**identity, "source": str(source or "download"), "counts": counts})
+        print(f"Next:\n  {script} {shlex.join([str(destination), 'checkpoints/alibi-512', '512'])}")
     part.unlink(missing_ok=True)

@@ -161,4 +161,5 @@ def make_probe_data(destination: Path, settings: ProbeSettings) -> None:
         command += ["--max-tokens", "4096", "--optimizer", "adam", "--lr", "0.002", "--max-update", "2000"]
         command += ["--save-dir", f"checkpoints/{destination.name}"]
         source = f"fairseq-alibi probe make {settings.task}"
-        publish(data, destination, {**identity, "source": source, "counts": counts}, shlex.join(command))
+        publish(data, destination, {**identity, "source": source, "counts": counts})
+        print(f"Next:\n  {shlex.join(command)}")
