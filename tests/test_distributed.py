@@ -18,12 +18,14 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from conftest import BIN, ROOT, failure, run
+from conftest import BIN, ROOT, failure, run, training_config
 from forked import start_forked
+from torch.distributed import distributed_c10d
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import processes
 from fairseq_alibi.evaluation.scoring import score_masked, score_windows
+from fairseq_alibi.patches.option_checks import call_main
 
 #: Seconds after which a run is ended: on a busy machine the slowest takes a tenth of it.
 LIMIT = 600
@@ -279,6 +281,16 @@ def test_another_checkpoint_on_another_machine_is_refused(monkeypatch, capsys, c
     assert "not the same on all machines" in failure(capsys, main, *options)
     others.clear()
     main([str(part) for part in (*options, "--lengths", 64)])
+
+
+@pytest.mark.parametrize(("option", "seconds"), [([], 600), (["--heartbeat-timeout", 20], 20)])
+def test_a_group_waits_ten_minutes_or_as_long_as_the_option_says(monkeypatch, option, seconds):
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(distributed_c10d, name, None)  # and restored
+    cfg = training_config("data", "--arch", "alibi_lm_tiny", "--task", "language_modeling", "--cpu", *option)
+    limits = []
+    call_main(cfg, lambda _: limits.extend(map(distributed_c10d._get_default_timeout, ("gloo", "nccl"))))
+    assert [limit.total_seconds() for limit in limits] == [seconds, seconds]
 
 
 def test_fairseq_eval_lm_refuses_to_report_a_share(corpus, checkpoint, tmp_path):

@@ -22,6 +22,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from ..files.errors import one_line
 from ..files.results import write_json, written_whole
 from .binarize import SPLITS, TextSummary, check_text, lines_between
 from .destination import is_prepared, publish, work_folder, write_description
@@ -67,8 +68,8 @@ def run_jobs(job: Callable[..., Any], parts: Sequence[Part], workers: int, title
             return list(tqdm(jobs, desc=title, total=len(parts), unit=" parts", disable=None))
     except BrokenExecutor as error:
         raise ValueError(
-            f"a process was killed, perhaps because the memory is full: pass fewer than {workers} --workers; the same "
-            "command keeps the parts that are done"
+            f"a process ended, perhaps because the memory is full: pass fewer than {workers} --workers; the same "
+            f"command keeps the parts that are done ({one_line(error)})"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 
 from .errors import one_line
-from .shard_sets import find_shard_damage
+from .shard_sets import KEY, find_shard_damage
 
 
 @contextlib.contextmanager
@@ -60,10 +60,12 @@ def find_damage(path: Path) -> Optional[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            sharded = not record and any(KEY.encode() in archive.read(name) for name in pickles)
         if record:
             return f"its record {record} is damaged"
         with safe_loader():
-            return find_shard_damage(path)
+            return find_shard_damage(path) if sharded else None
     except (zipfile.BadZipFile, EOFError, NotImplementedError):
         with path.open("rb") as file:
             size = path.stat().st_size

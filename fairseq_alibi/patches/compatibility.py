@@ -1,6 +1,7 @@
 """Repairs of fairseq 0.12.2 under today's numpy, torch and hydra."""
 
 import argparse
+import datetime
 import importlib
 import logging
 import types
@@ -12,6 +13,7 @@ import torch
 from fairseq.dataclass.configs import DistributedTrainingConfig
 from fairseq.logging.meters import AverageMeter, StopwatchMeter, TimeMeter
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from ..models.decoder import AlibiDecoder
 from ..models.encoder import AlibiEncoder
@@ -20,6 +22,8 @@ from .patch import original
 logger = logging.getLogger(__name__)
 
 NUMPY_COMPAT = types.SimpleNamespace(long=int)  # what numpy 1 had as `numpy.compat`, as far as fairseq uses it
+
+GROUP_TIMEOUT = 600  # seconds; a checkpoint that the first process writes has to be written in that time
 
 #: Warnings that fairseq's calls of 2022 cause and that no user can act on, as regular expressions, with their origin.
 #: Those that hydra gives before a plugin is imported are silenced by `startup/`.
@@ -72,6 +76,13 @@ def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.dev
     objects = [obj]
     torch.distributed.broadcast_object_list(objects, src=src_rank, group=group, device=dist_device)
     return objects[0]
+
+
+def limit_waiting(cfg: DistributedTrainingConfig) -> None:
+    """Makes all groups of processes wait --heartbeat-timeout or `GROUP_TIMEOUT` seconds for a process that is gone."""
+    seconds = cfg.heartbeat_timeout if cfg.heartbeat_timeout > 0 else GROUP_TIMEOUT
+    wait = datetime.timedelta(seconds=seconds)  # fairseq passes no timeout to torch
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = wait
 
 
 def wrap_model(

@@ -24,6 +24,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
 from ..files.locks import locked
+from .compatibility import limit_waiting
 from .data import SKIP
 from .patch import CommandError, original
 
@@ -206,6 +207,7 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
     from .catalogue import apply  # the catalogue imports this file
 
     apply(in_command=True)
+    limit_waiting(cfg.distributed_training)
     training = hasattr(sys.modules[main.__module__], "validate_and_save")
     check_precision(cfg, training)
     check_overrides(cfg)
