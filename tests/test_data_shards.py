@@ -99,7 +99,7 @@ def test_what_was_begun_with_other_inputs_is_made_anew(texts, tmp_path, monkeypa
         with pytest.raises(SystemExit):
             prepare(texts, dest, "--shards", 2)
     if change == "text":
-        texts["train"].write_text(texts["train"].read_text().replace("elo", "alo"))
+        texts["train"].write_text(texts["train"].read_text().replace("elo", "ulo"))
     prepare(texts, dest, "--shards", 2 if change == "text" else 3)
     assert "was begun with other inputs or settings" in capsys.readouterr().out
     assert "elo" in " ".join(Dictionary.load(str(dest / "shard0" / "dict.txt")).symbols) or change == "text"

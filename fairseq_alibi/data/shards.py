@@ -33,7 +33,7 @@ SUMMED = ("lines", "words", "characters", "bytes", "tokens", "unknown")  # count
 SAMPLE_BYTES = 100_000_000  # of the training text, on which subword units are learned: as much of each part
 
 
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """A text or a part of one, between two offsets."""
 
     name: str  # valid, test, or train and the number of the part
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     end: Optional[int] = None
 
 
-def cut_text(path: Path, count: int) -> list[Part]:
+def cut_text(path: Path, count: int) -> list[TextPart]:
     """Cuts a training text into parts of about the same size; ValueError if it has too few lines."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a plain-text file that exists")
@@ -56,10 +56,10 @@ def cut_text(path: Path, count: int) -> list[Part]:
     if count > MOST_SHARDS or any(begin >= end for begin, end in zip(offsets, offsets[1:])):
         raise ValueError(f"--shards {count}: {path} has too few lines: pass a smaller number, at most {MOST_SHARDS}")
     width = len(str(count - 1))
-    return [Part(f"train{n:0{width}}", path, *pair) for n, pair in enumerate(zip(offsets, offsets[1:]))]
+    return [TextPart(f"train{n:0{width}}", path, *pair) for n, pair in enumerate(zip(offsets, offsets[1:]))]
 
 
-def run_jobs(job: Callable[..., Any], parts: Sequence[Part], workers: int, title: str, *more: Any) -> list[Any]:
+def run_jobs(job: Callable[..., Any], parts: Sequence[TextPart], workers: int, title: str, *more: Any) -> list[Any]:
     """Returns `job(part, *more)` of each part, in several processes; ValueError if the system kills one."""
     jobs = Parallel(n_jobs=min(workers, len(parts)), return_as="generator")(delayed(job)(part, *more) for part in parts)
     try:
@@ -73,12 +73,12 @@ def run_jobs(job: Callable[..., Any], parts: Sequence[Part], workers: int, title
         ) from error
 
 
-def check_part(part: Part) -> TextSummary:
+def check_part(part: TextPart) -> TextSummary:
     """Checks a part, see `check_text`."""
     return check_text(*part[1:])
 
 
-def encode_part(part: Part, work: Path, settings: TextSettings, units: Optional[Path]) -> None:
+def encode_part(part: TextPart, work: Path, settings: TextSettings, units: Optional[Path]) -> None:
     """Writes the tokens of a part to `work`/NAME.tokens and how often each occurs to NAME.types.json, once."""
     if (types := work / f"{part.name}.types.json").exists():
         return
@@ -93,7 +93,7 @@ def encode_part(part: Part, work: Path, settings: TextSettings, units: Optional[
     write_json(types, counts)
 
 
-def encoded_lines(part: Part, settings: TextSettings, units: Optional[Path]) -> Iterator[str]:
+def encoded_lines(part: TextPart, settings: TextSettings, units: Optional[Path]) -> Iterator[str]:
     """Yields the lines of a part, with spaces between their tokens."""
     encoders = [settings.moses_encoder()] if settings.tokenizer == "moses" else []
     encoders += [unit_encoder(units)] if units else []
@@ -104,7 +104,7 @@ def encoded_lines(part: Part, settings: TextSettings, units: Optional[Path]) -> 
         yield text
 
 
-def count_types(work: Path, parts: Sequence[Part]) -> int:
+def write_dictionary(work: Path, parts: Sequence[TextPart]) -> int:
     """Writes dict.txt, as fairseq-preprocess makes it of all parts together, once; returns the number of types."""
     if not (work / "dict.txt").exists():
         counts: Counter[str] = Counter()
@@ -119,7 +119,7 @@ def count_types(work: Path, parts: Sequence[Part]) -> int:
     return len(Dictionary.load(str(work / "dict.txt")))
 
 
-def binarize_part(part: Part, work: Path) -> dict[str, int]:
+def binarize_part(part: TextPart, work: Path) -> dict[str, int]:
     """Writes NAME.bin and NAME.idx of the tokens of a part, once; returns the number of tokens and of unknown ones."""
     if (result := work / f"{part.name}.counts.json").exists():
         return json.loads(result.read_text())
@@ -140,7 +140,7 @@ def binarize_part(part: Part, work: Path) -> dict[str, int]:
     return counts
 
 
-def learn_sample(work: Path, parts: Sequence[Part], settings: TextSettings, workers: int) -> Optional[Path]:
+def learn_sample(work: Path, parts: Sequence[TextPart], settings: TextSettings, workers: int) -> Optional[Path]:
     """Learns subword units, once, on the beginnings of all parts; returns their file, None for whole words."""
     if settings.units is None:
         return None
@@ -172,7 +172,7 @@ def resume(work: Path, identity: dict[str, Any]) -> None:
     write_json(record, identity)
 
 
-def make_folder(folder: Path, parts: dict[str, Part], units: Optional[Path], description: dict[str, Any]) -> None:
+def make_folder(folder: Path, parts: dict[str, TextPart], units: Optional[Path], description: dict[str, Any]) -> None:
     """Makes a data folder of the results of one part for each split, which are in the folder above `folder`'s own."""
     folder.mkdir(parents=True, exist_ok=True)
     work = folder.parents[1]
@@ -187,7 +187,7 @@ def make_folder(folder: Path, parts: dict[str, Part], units: Optional[Path], des
 
 
 def count_parts(
-    work: Path, parts: Sequence[Part], summaries: Sequence[TextSummary], settings: TextSettings, workers: int
+    work: Path, parts: Sequence[TextPart], summaries: Sequence[TextSummary], settings: TextSettings, workers: int
 ) -> dict[str, Any]:
     """Returns what each part holds, by its name, after its tokens are binarized; see `count_tokens`."""
     counts: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def prepare_shards(
     if os.pathsep in str(destination):
         raise ValueError(f"{destination} has a colon, at which fairseq would cut it: choose another DEST")
     train = cut_text(texts["train"], shards)
-    others = {split: Part(split, texts[split]) for split in SPLITS[1:]}
+    others = {split: TextPart(split, texts[split]) for split in SPLITS[1:]}
     parts = [*train, *others.values()]
     summaries = run_jobs(check_part, parts, workers, "check")
     if not any(summary.words for summary in summaries[:shards]):
@@ -225,7 +225,7 @@ def prepare_shards(
             resume(work, identity)
             units = learn_sample(work, train, settings, workers)
             run_jobs(encode_part, parts, workers, "encode", work, settings, units)
-            types = count_types(work, train)
+            types = write_dictionary(work, train)
             counts = count_parts(work, parts, summaries, settings, workers)
             described = {**identity, "source": source}
             for part, name in names.items():
