@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import time
 import pkgutil
 import re
 import sys
@@ -85,6 +86,8 @@ def test_the_processes_that_load_batches_end_with_the_last_one(corpus):
     workers = [process for process in multiprocessing.active_children() if process not in before]
     assert len(workers) == 2
     assert len(list(batches)) > 3
+    deadline = time.monotonic() + 20
     for worker in workers:
-        worker.join(20)
+        while worker.exitcode is None and time.monotonic() < deadline:
+            time.sleep(0.05)  # no join: the loader's thread joins too, and what the second one sees may be unset yet
         assert worker.exitcode == 0
