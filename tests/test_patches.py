@@ -2,10 +2,10 @@
 
 import logging
 import multiprocessing
-import time
 import pkgutil
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
