@@ -33,6 +33,7 @@ TABLE = {
     # Destinations that hold something, or can hold nothing
     "import-checkpoint good.pt taken/thesis.tex": "taken/thesis.tex exists: pass --overwrite",
     "import-checkpoint transformer.pt file/out.pt": "file/out.pt cannot be written",
+    "export-hf good.pt file/out --data data": "file/out.partial cannot be written",
     "import-checkpoint transformer.pt folder.pt --overwrite": "folder.pt cannot be written",
     # Numbers and names that are wrong
     "doctor everything": (2, "unrecognized arguments: everything"),
@@ -52,6 +53,7 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_lost(given, command, caps
 FULL = {
     "import-checkpoint transformer.pt out.pt": "out.pt cannot be written",
     "import-checkpoint transformer.pt transformer.pt --overwrite": "transformer.pt cannot be written",
+    "export-hf good.pt out --data data": "out cannot be written .*(large|space)",
 }
 
 

@@ -12,7 +12,7 @@ from fairseq.logging import meters, metrics
 from fairseq_cli import generate, preprocess, train
 
 import fairseq_alibi  # noqa: F401
-from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
+from fairseq_alibi.files.checkpoints import read_checkpoint
 
 VALUES = {
     "number": 1.5,
@@ -111,15 +111,6 @@ def test_content_of_another_type_is_named(checkpoint, tmp_path, fault):
         read_checkpoint(str(tmp_path / "file.pt"))
     assert "file.pt is no fairseq checkpoint (" in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_an_architecture_that_nobody_has_is_named(checkpoint, corpus, tmp_path):
-    state = torch.load(checkpoint)
-    state["cfg"]["model"]["_name"] = state["cfg"]["model"]["arch"] = "abacus"
-    torch.save(state, tmp_path / "file.pt")
-    state = read_checkpoint(str(tmp_path / "file.pt"))
-    with pytest.raises(ValueError, match=r"file.pt cannot be loaded: its architecture is 'abacus', which neither"):
-        load_model(str(tmp_path / "file.pt"), state, str(corpus))
 
 
 def test_damage_in_the_middle_of_any_record_is_found(checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """fairseq's own commands with the plugin: what cannot work ends with one line before the work; repairs work."""
 
+import os
 import re
 import shutil
 import sys
@@ -140,6 +141,42 @@ def test_fairseqs_readers_refuse_in_one_line(monkeypatch, corpus, checkpoint, tm
     assert message in line
     assert str(path) in line
     assert not (tmp_path / "owned").exists()
+
+
+#: Content of a checkpoint that does not fit, or what stands in its place; the reader, and what it has to say.
+MISFITS = {
+    "architecture": ("eval-lm", "file.pt cannot be loaded: its architecture is 'abacus', which neither"),
+    "layers": ("eval-lm", "file.pt cannot be loaded: --decoder-layers 10000000: a model has at most 10,000"),
+    "weights": ("eval-lm", "file.pt cannot be loaded: .*decoder.twist"),
+    "more weights": ("train --restore-file", "file.pt does not fit this run .*decoder.twist"),
+    "optimizer": ("train --restore-file", "file.pt does not fit this run .*--reset-optimizer"),
+    "pipe": ("eval-lm", "file.pt is a folder, a device or a pipe"),
+    "folder": ("train --restore-file", "--restore-file .*file.pt is no file, and training would start anew"),
+    "missing": ("train --finetune-from-model", "--finetune-from-model .*file.pt is no file"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_does_not_fit_is_named_in_one_line(monkeypatch, corpus, checkpoint, tmp_path, kind):
+    path, (reader, message) = tmp_path / "file.pt", MISFITS[kind]
+    state = torch.load(checkpoint)
+    if kind == "architecture":
+        state["cfg"]["model"]["_name"] = state["cfg"]["model"]["arch"] = "abacus"
+    elif kind == "layers":
+        state["cfg"]["model"]["decoder_layers"] = 10**7
+    elif kind == "optimizer":
+        state["optimizer_history"][-1]["optimizer_name"] = "FairseqNAG"
+    else:
+        state["model"]["decoder.twist"] = torch.zeros(1)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        torch.save(state, path)
+    command, arguments = READERS[reader]
+    folder = ["--save-dir", tmp_path / "new"] * (command == "train")
+    assert re.search(message, refusal(monkeypatch, command, corpus, *arguments, path, "--cpu", *folder))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..files.results import check_writable
 from .arguments import model_options
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     from ..files.export_hf import export
 
+    check_writable(args.out.with_name(f"{args.out.name}.partial"))
     transformers.utils.logging.disable_progress_bar()
     print(export(args.checkpoint, args.out, args.data, args.model_overrides))
     print(f"written to {args.out}")

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY, BaseFairseqModel
+from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from ..core import ALiBi, Learned, Sinusoidal
 from ..core.rotary import SCALINGS
 from ..models.language_model import language_model_config
 from .data_folders import first_folder, load_dictionary, read_dictionary
-from .errors import one_line
 
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
 EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
@@ -161,16 +160,6 @@ def load_model(
         dictionary.add_symbol("<mask>")  # as the task does
     check_dictionary(dictionary, data, path, state)
     override_options(state, overrides or {})
-    model = state["cfg"]["model"]
-    architecture = getattr(model, "_name", None) or getattr(model, "arch", None)
-    if architecture not in MODEL_REGISTRY and architecture not in ARCH_MODEL_REGISTRY:
-        raise ValueError(
-            f"{path} cannot be loaded: its architecture is '{architecture}', which neither fairseq nor fairseq_alibi "
-            "has: name another checkpoint"
-        )
     state["cfg"]["task"]["data"] = data
-    try:
-        (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
-    except Exception as error:  # whatever options that do not fit raise deep inside torch or fairseq
-        raise ValueError(f"{path} cannot be loaded: {one_line(error)}") from error
+    (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
     return model.eval()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 def one_line(error: BaseException) -> str:
     """Returns the message of an error, of many lines or empty, as one line of at most 300 characters."""
-    return (" ".join(str(error).split()) or repr(error))[:300]
+    text = repr(error) if isinstance(error, KeyError) else str(error)
+    return (" ".join(text.split()) or repr(error))[:300]
 
 
 def script_command(name: str) -> str:

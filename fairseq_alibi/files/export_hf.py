@@ -22,12 +22,15 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import BaseFairseqModel
 from fairseq.utils import split_paths
+from safetensors import SafetensorError
 
 from .. import core
 from ..models.language_model import AlibiLanguageModel, language_model_config
 from .checkpoints import load_model, read_checkpoint
 from .data_folders import text_options
+from .errors import one_line
 from .import_checkpoint import plain_options
+from .results import naming
 
 #: Options that the exported model does not have, with the value that a model must have to be exported.
 WITHOUT = {
@@ -196,10 +199,12 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     exported.generation_config = GenerationConfig(
         bos_token_id=dictionary.bos(), eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
+    with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
         partial = Path(folder) / out.name
-        exported.save_pretrained(partial)
+        try:
+            exported.save_pretrained(partial)
+        except SafetensorError as error:  # what the system said, of a full disk for example
+            raise OSError(one_line(error)) from error
         splits = export_tokenizer(dictionary, Path(data), partial)
         difference = largest_difference(AlibiForCausalLM.from_pretrained(partial).eval(), model)
         if not difference <= TOLERANCE:

@@ -1,6 +1,7 @@
 """Checkpoint files: damage is found before they are read, and reading them runs no code. Needs torch only."""
 
 import contextlib
+import itertools
 import os
 import pickletools
 import re
@@ -14,6 +15,8 @@ import torch
 
 from .errors import one_line
 from .shard_sets import KEY, find_shard_damage
+
+LONGEST_PICKLE = 10**6  # operations that are searched for the name of a function
 
 
 @contextlib.contextmanager
@@ -40,7 +43,7 @@ def code_called(path: Path, refusal: str) -> Optional[str]:
         else:
             file = files.enter_context(path.open("rb"))
         strings: list[str] = []
-        for opcode, argument, _ in pickletools.genops(file):
+        for opcode, argument, _ in itertools.islice(pickletools.genops(file), LONGEST_PICKLE):
             if opcode.name == "STACK_GLOBAL":
                 return ".".join(strings[-2:])
             strings += [argument] if isinstance(argument, str) else []

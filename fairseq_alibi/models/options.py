@@ -20,6 +20,8 @@ from ..core.attention_setup import KERNEL_CHOICES, SCORE_SCALES, AttentionSettin
 from ..core.methods import ALiBi
 from ..core.positions import DECODER, ENCODER, PositionMethod, option_field, position_methods
 
+MOST_LAYERS = 10_000  # of a stack
+
 
 @dataclass
 class AttentionOptions(FairseqDataclass):
@@ -107,6 +109,8 @@ def check_position_options(args: Any, *stacks: str) -> None:
     """Rejects options that no model with these stacks can have, or that cannot work on this machine: ValueError."""
     name = args.position_method
     for stack in stacks:
+        if (layers := getattr(args, f"{stack}_layers")) > MOST_LAYERS:
+            raise ValueError(f"--{stack}-layers {layers}: a model has at most {MOST_LAYERS:,}, pass fewer")
         if name not in position_methods(stack):
             raise ValueError(
                 f"--position-method {name}: choose one of {', '.join(position_methods(stack))}, or name the folder "

@@ -9,6 +9,9 @@ from typing import Any, Optional
 
 import torch
 from fairseq.file_io import PathManager
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.trainer import Trainer
+from fairseq.utils import safe_getattr
 
 from ..files.errors import one_line
 from ..files.safe_reading import checked_reading
@@ -72,10 +75,46 @@ def load_checkpoint_to_cpu(
 ) -> dict[str, Any]:
     """Replaces fairseq's function: a file that is damaged or could run code is refused with a CommandError."""
     load = original("fairseq.checkpoint_utils:load_checkpoint_to_cpu")
-    if not Path(path).is_file():  # missing, or for iopath
+    if not Path(path).exists():  # missing, or for iopath
         return load(path, arg_overrides, load_on_all_ranks)
+    if not Path(path).is_file():
+        raise CommandError(f"{path} is a folder, a device or a pipe: name a checkpoint_best.pt or checkpoint_last.pt")
     try:
         with checked_reading(Path(path)):
             return read_shards(path, load(path, arg_overrides, load_on_all_ranks))
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def load_model_ensemble_and_task(filenames: list[str], *args: Any, **kwargs: Any) -> tuple[list[Any], Any, Any]:
+    """Replaces fairseq's function: options and weights that do not fit each other end in a CommandError."""
+    try:
+        return original("fairseq.checkpoint_utils:load_model_ensemble_and_task")(filenames, *args, **kwargs)
+    except CommandError:
+        raise
+    except Exception as error:  # of any kind, from deep inside torch or fairseq
+        raise CommandError(f"{', '.join(filenames)} cannot be loaded: {one_line(error)}") from error
+
+
+def build_known_model(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `fairseq.models.build_model`, which ends with a KeyError for an architecture that it does not know."""
+    name = safe_getattr(cfg, "_name") or safe_getattr(cfg, "arch")
+    if name and name not in MODEL_REGISTRY and name not in ARCH_MODEL_REGISTRY:
+        raise ValueError(
+            f"its architecture is '{name}', which neither fairseq nor fairseq_alibi has: name another checkpoint, or "
+            "the folder that registers it with --user-dir"
+        )
+    return original("fairseq.models:build_model")(cfg, *args, **kwargs)
+
+
+def load_training_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs: Any) -> Optional[dict[str, Any]]:
+    """Replaces `Trainer.load_checkpoint`: what does not fit the model or its optimizer ends in a CommandError."""
+    try:
+        return original("fairseq.trainer:Trainer.load_checkpoint")(self, filename, *args, **kwargs)
+    except CommandError:
+        raise
+    except Exception as error:  # of any kind; fairseq raises one without a reason while it handles the first
+        raise CommandError(
+            f"{filename} does not fit this run ({one_line(error.__context__ or error)}): pass the options that it was "
+            "trained with, or another --save-dir or --restore-file"
+        ) from error

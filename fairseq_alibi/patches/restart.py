@@ -47,10 +47,17 @@ def restore_last_checkpoint(cfg: CheckpointConfig) -> None:
     last = folder / "checkpoint_last.pt"
     for temporary in folder.glob("checkpoint*.pt*.tmp"):  # of runs that were killed while they wrote
         temporary.unlink(missing_ok=True)
-    for option, name in (("--restore-file", cfg.restore_file), ("--finetune-from-model", cfg.finetune_from_model)):
-        named = Path(name or "")
-        if name and name != last.name and named.is_file() and (damage := find_damage(named)):
-            raise ValueError(f"{option} {named} is broken ({damage}): name another checkpoint")
+    named = {"--restore-file": cfg.restore_file}
+    if not last.is_file():  # else training resumes from that
+        named["--finetune-from-model"] = cfg.finetune_from_model
+    for option, name in named.items():
+        if not name or name == last.name or PathManager.path_requires_pathmanager(name):
+            continue
+        path = Path(name)
+        if path.is_file() and (damage := find_damage(path)):
+            raise ValueError(f"{option} {path} is broken ({damage}): name another checkpoint")
+        if not path.is_file() and path.absolute() != last.absolute():
+            raise ValueError(f"{option} {path} is no file, and training would start anew: name a checkpoint")
     if cfg.restore_file != last.name and Path(cfg.restore_file).resolve() != last.resolve():
         return
     exists = last.is_file()
