@@ -177,6 +177,9 @@ def test_script_keeps_the_tokens_of_an_update_or_says_that_it_cannot(tmp_path):
     )
     assert output.startswith(f"torchrun {launch}")
     assert "--fp16" in output
+    restarting = script(64, NPROC="8", MAX_RESTARTS="3", **nodes)
+    meeting = "--rdzv-backend c10d --rdzv-id fairseq --rdzv-endpoint host:29500 --max-restarts 3 --nproc-per-node 8"
+    assert restarting.startswith(f"torchrun --nnodes 2 {meeting} --no-python fairseq-train")
     output = script(3072, NPROC="2")
     assert batch(output) == (3072, 2)
     assert "an update takes 4 blocks, 12288 tokens instead of 9216" in output.splitlines()[0]
@@ -189,6 +192,8 @@ def test_script_keeps_the_tokens_of_an_update_or_says_that_it_cannot(tmp_path):
         ({**nodes, "NODE_RANK": "2"}, "0 to 1"),
         ({**nodes, "NODE_RANK": ""}, "NODE_RANK="),
         ({**nodes, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+        ({"NPROC": "2", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
+        ({"MAX_RESTARTS": "1"}, "MAX_RESTARTS=1 needs several processes"),
         ({**nodes, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
     ):
         (line,) = script(512, check=False, **wrong).splitlines()
