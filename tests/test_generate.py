@@ -119,6 +119,23 @@ def test_hypotheses_and_scores_are_fairseqs(task, models, model, way):
         assert_same(hypotheses(task, kind=Generator, **options), hypotheses(task, kind=SequenceGenerator, **options))
 
 
+@pytest.mark.parametrize("way", ["greedy", "beam, cold, length penalty"])
+@pytest.mark.parametrize("limits", [{}, {"max_len_b": 9}, {"min_len": 30}, {"unkpen": 0.5, "unnormalized": True}])
+def test_behind_a_long_prompt_hypotheses_are_fairseqs(task, models, monkeypatch, way, limits):
+    """fairseq's loop, which copies all tokens at each step, begins at the last token that all prompts have."""
+    monkeypatch.setattr(prompts, "CHUNK", 2)
+    steps, real = [], prompts.PromptReader.forward_decoder
+    monkeypatch.setattr(
+        prompts.PromptReader, "forward_decoder", lambda *inputs: steps.append(inputs[1].size(1)) or real(*inputs)
+    )
+    lines = [[5, 6, 3, 9, 2, 11], [5, 9, 9, 3, 9, 9, 9]]
+    for some, skipped in ((lines, 3), (PROMPTS["one"], 19), (PROMPTS["one token"], 0)):
+        options = {"prompts": some, "models": models["plain"], **SEARCHES[way], **limits}
+        assert_same(hypotheses(task, kind=Generator, **options), hypotheses(task, kind=SequenceGenerator, **options))
+        assert max(steps) <= 31 - skipped
+        steps.clear()
+
+
 def test_without_a_prompt_hypotheses_are_fairseqs(task, models):
     sample = {"net_input": {"src_tokens": torch.full((2, 1), 2)}}
     options = Namespace(beam=3, max_len_b=10)

@@ -25,11 +25,18 @@ SCORES = 2**24  # numbers in the largest matrix of scores, positions times V, th
 
 
 class PromptReader(EnsembleModel):
-    """fairseq's ensemble of decoders, which reads the prompts, (B, n) tokens of the shortest's length, in one step."""
+    """fairseq's ensemble of decoders, which reads the prompts, (B, n) tokens of the shortest's length, in one step.
 
-    def __init__(self, models: Sequence[nn.Module], rules: "EndingRules", prompt: Optional[Tensor] = None):
+    fairseq's search begins after the first `skip` tokens of the prompts, fewer than n, which it never sees.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], rules: "EndingRules", prompt: Optional[Tensor] = None, skip: int = 0
+    ):
         super().__init__(models)
-        self.rules, self.prompt = rules, prompt
+        self.rules, self.skip = rules, skip
+        self.prompt = None if prompt is None else rules.restore_line_ends(prompt)
+        self.skipped: Optional[Tensor] = None  # (R, skip) tokens
         self.inside = False  # whether the last step was inside the prompt
         self.prompt_log_probs: Optional[Tensor] = None  # (B, n, 2) of the prompt's next token and of eos
 
@@ -40,30 +47,32 @@ class PromptReader(EnsembleModel):
 
         Inside the prompt all is -inf but its next token, which is forced, and eos, which the longest length may need.
         """
-        eos = self.rules.eos
-        tokens = torch.cat([tokens[:, :1], self.rules.restore_line_ends(tokens[:, 1:])], dim=1)
-        step = tokens.size(1) - 1
-        self.inside = self.prompt is not None and step < self.prompt.size(1)
-        if self.prompt is None or not self.inside:
+        eos, prompt = self.rules.eos, self.prompt
+        step = tokens.size(1) - 1 + self.skip
+        self.inside = prompt is not None and step < prompt.size(1)
+        if prompt is None or not self.inside:
+            skipped = [] if self.skipped is None else [self.skipped]
+            tokens = torch.cat([tokens[:, :1], *skipped, self.rules.restore_line_ends(tokens[:, 1:])], dim=1)
             log_probs, attn = super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
             if self.rules.free_end:
                 log_probs[:, eos] = 0.0
             return self.rules.raise_to_least(log_probs), attn
-        prompt = self.rules.restore_line_ends(self.prompt)
         sentences = prompt.size(0)
         # Each prompt is read once. Its hypotheses are still the same, so they start from copies of the same keys.
         copies = torch.arange(sentences, device=tokens.device).repeat_interleave(tokens.size(0) // sentences)
-        if step == 0:
-            self.prompt_log_probs = self.read(
-                torch.cat([tokens[:: tokens.size(0) // sentences], prompt[:, :-1]], dim=1),
+        if step == self.skip:
+            log_probs = self.read(
+                torch.cat([tokens[:: tokens.size(0) // sentences, :1], prompt[:, :-1]], dim=1),
                 torch.stack([prompt, torch.full_like(prompt, eos)], dim=2),
                 incremental_states,
                 temperature,
             )
+            self.prompt_log_probs = self.rules.raise_to_least(log_probs)
+            self.skipped = prompt[copies, : self.skip] if self.skip else None
             super().reorder_incremental_state(incremental_states, copies)
         assert self.prompt_log_probs is not None
         known = torch.stack([prompt[:, step], torch.full_like(prompt[:, step], eos)], dim=1)
-        log_probs = self.rules.raise_to_least(self.prompt_log_probs[:, step])
+        log_probs = self.prompt_log_probs[:, step]
         return log_probs.new_full((sentences, self.types()), -math.inf).scatter_(1, known, log_probs)[copies], None
 
     def reorder_incremental_state(self, incremental_states: list[Any], new_order: Tensor) -> None:
@@ -72,8 +81,11 @@ class PromptReader(EnsembleModel):
         There all hypotheses of a sentence have the same keys, and no sentence ends. Moving them at each step would take
         time in proportion to the square of the prompt's length.
         """
-        if not self.inside:
-            super().reorder_incremental_state(incremental_states, new_order)
+        if self.inside:
+            return
+        super().reorder_incremental_state(incremental_states, new_order)
+        if self.skipped is not None and len(new_order) != len(self.skipped):  # a sentence has ended
+            self.skipped = self.skipped[new_order]
 
     def types(self) -> int:
         """V."""
@@ -185,7 +197,9 @@ class Generator(SequenceGenerator):
         constraints: Optional[Tensor] = None,
         bos_token: Optional[int] = None,
     ) -> list[list[dict[str, Tensor]]]:
-        prompt = None
+        prompt, skip = None, 0
+        # A generation has a reader and settings of its own, so that several may run at once.
+        generation = copy.copy(self)
         if prefix_tokens is not None:
             prefix_tokens = self.rules.hide_line_ends(prefix_tokens)
             if all(isinstance(getattr(model, "decoder", None), AlibiDecoder) for model in self.model.models):
@@ -193,13 +207,47 @@ class Generator(SequenceGenerator):
                 inside = (prefix_tokens != self.pad) & (prefix_tokens != self.eos)
                 length = int(inside.all(dim=0).long().cumprod(dim=0).sum())
                 prompt = prefix_tokens[:, :length] if length else None
-        # A generation has a reader of its own, so that several may run at once.
-        generation = copy.copy(self)
-        generation._modules = {**self._modules, "model": PromptReader(self.model.models, self.rules, prompt)}
+                if length > CHUNK and self.may_skip():
+                    longest = int(self.max_len_a * sample["net_input"]["src_tokens"].size(1) + self.max_len_b)
+                    longest = min(longest, self.max_len - 1)
+                    skip = min(length - 1, longest)
+        if prefix_tokens is not None and skip:
+            generation.max_len_a, generation.max_len_b = 0, longest - skip
+            generation.min_len, generation.normalize_scores = max(0, self.min_len - skip), False
+            prefix_tokens = prefix_tokens[:, skip:]
+        reader = PromptReader(self.model.models, self.rules, prompt, skip)
+        generation._modules = {**self._modules, "model": reader}
         finalized = super(Generator, generation)._generate(sample, prefix_tokens, constraints, bos_token)
+        if skip:
+            finalized = self.add_skipped(finalized, reader)
         for hypothesis in itertools.chain.from_iterable(finalized):
             hypothesis["tokens"] = self.rules.restore_line_ends(hypothesis["tokens"])
         return finalized
+
+    def may_skip(self) -> bool:
+        """Whether the search sees nothing of the tokens before a step but the sum of their log-probabilities.
+
+        fairseq's loop copies all tokens at each step. A prompt of a million tokens would take it hours.
+        """
+        simple = type(self.search) in (search.BeamSearch, search.Sampling) and self.lm_model is None
+        return simple and self.repeat_ngram_blocker is None and not self.match_source_len
+
+    def add_skipped(
+        self, finalized: list[list[dict[str, Tensor]]], reader: PromptReader
+    ) -> list[list[dict[str, Tensor]]]:
+        """Puts the skipped tokens before those of each hypothesis, with scores of the whole; the best comes first."""
+        assert reader.prompt is not None
+        assert reader.prompt_log_probs is not None
+        tokens = reader.prompt[:, : reader.skip]
+        log_probs = reader.prompt_log_probs[:, : reader.skip, 0] - self.unk_penalty * (tokens == self.unk)
+        for sentence, hypotheses in enumerate(finalized):
+            for hypothesis in hypotheses:
+                for name, skipped in (("tokens", tokens), ("positional_scores", log_probs)):
+                    hypothesis[name] = torch.cat([skipped[sentence].to(hypothesis[name]), hypothesis[name]])
+                hypothesis["score"] = hypothesis["score"] + log_probs[sentence].sum()
+                if self.normalize_scores:
+                    hypothesis["score"] /= len(hypothesis["tokens"]) ** self.len_penalty
+        return [sorted(hypotheses, key=lambda one: -float(one["score"])) for hypotheses in finalized]
 
     def _prefix_tokens(
         self, step: int, lprobs: Tensor, scores: Tensor, tokens: Tensor, prefix_tokens: Tensor, beam_size: int
