@@ -113,6 +113,8 @@ TABLE = {
     """evaluate data good.pt --model-overrides "{'decoder_embed_dim': 10000000000}" """: "does not fit the weights",
     """evaluate data good.pt --model-overrides "{'decoder_attention_heads': 999999999}" """: "does not fit the weights",
     """evaluate data good.pt --model-overrides "{'tokens_per_sample': 'x'}" """: "tokens_per_sample 'x': pass a whole",
+    """evaluate data good.pt --model-overrides "{'dropout': 'x'}" """: "dropout 'x': pass a value as 0.1 is",
+    """evaluate data good.pt --model-overrides "{'decoder_normalize_before': 'no'}" """: "before 'no': pass a value as",
     """evaluate data good.pt --model-overrides "{5: 1}" """: (2, "is no dictionary: pass one as"),
     """evaluate data good.pt --model-overrides "{[]: 1}" """: (2, "is no dictionary: pass one as"),
     f"evaluate data good.pt --model-overrides {'[' * 100_000}": (2, "is no dictionary: pass one as"),

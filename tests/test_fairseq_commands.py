@@ -93,6 +93,14 @@ def test_lines_for_validation_that_are_too_long_are_named_before_the_first_updat
     assert "samples are longer than the longest sequence of the model, 8" in message
 
 
+@pytest.mark.parametrize(("folder", "command"), [("nowhere", "train"), ("nowhere", "eval-lm"), ("", "eval-lm")])
+def test_missing_data_are_named_in_one_line(monkeypatch, corpus, checkpoint, tmp_path, folder, command):
+    arguments = {"train": [*TRAINING, "--save-dir", tmp_path], "eval-lm": ["--path", checkpoint, "--gen-subset", "dev"]}
+    message = refusal(monkeypatch, command, folder or corpus, *arguments[command], "--cpu")
+    assert (folder or "Dataset not found: dev") in message
+    assert message.endswith(": name folders, files and subsets that exist")
+
+
 class Malicious:
     """Pickled it is a call that makes a file."""
 

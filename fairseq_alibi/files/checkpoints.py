@@ -146,6 +146,9 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
             raise ValueError(f"a language model has no option '{name}' to override")
         if SIZE.fullmatch(str(name)) and value != getattr(model, name, value):
             raise ValueError(f"--model-overrides: {name} {value} does not fit the weights, drop it")
+        default = known[name].default if name in known else getattr(model, name)
+        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
+            raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
         with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
             setattr(model, name, value)
     state["args"] = None  # the options of an old checkpoint; fairseq made `cfg` of them

@@ -23,6 +23,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
+from ..files.errors import one_line
 from ..files.locks import locked
 from .compatibility import limit_waiting
 from .data import SKIP
@@ -218,6 +219,8 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
         main = functools.partial(train_alone, main)
     try:
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+    except FileNotFoundError as error:  # a data folder, subset or dictionary
+        raise CommandError(f"{one_line(error)}: name folders, files and subsets that exist") from error
     except ValueError as error:
         if is_message_for_user(error):
             raise CommandError(str(error)) from None
