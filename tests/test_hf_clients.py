@@ -131,11 +131,12 @@ def test_a_quantized_cache_is_close_or_refused(method):
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["plain", "adaptive"])
-def test_onnx_computes_the_same_at_any_length(form, tmp_path):
+@pytest.mark.parametrize(("form", "method"), [("plain", "alibi"), ("adaptive", "t5")])
+def test_onnx_computes_the_same_at_any_length(form, method, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model, sizes = build_model(form), {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    model = build_model(form, position_method=method)
+    sizes = {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
     given = {"input_ids": text(2, 9), "use_cache": False}
     file = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (), file, kwargs=given, dynamo=True, dynamic_shapes={**sizes, "use_cache": None})

@@ -1,6 +1,7 @@
 """The exported tokenizer with transformers' own tools."""
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[transformers]'")
 
@@ -42,6 +43,11 @@ def test_special_tokens_padding_and_truncation(tokenizer, side):
     assert tokenizer.get_special_tokens_mask([4, 2]) == [1, 0, 0]
     short = tokenizer("a b c", truncation=True, max_length=3)["input_ids"]
     assert short == ([0, 5, 6] if side == "left" else [0, 4, 5])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    ids = tokenizer("a <turn> b <pad>")["input_ids"]
+    assert ids == [0, 4, 7, 5, 3]
+    assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [1, 0, 1, 0, 0]
+    assert tokenizer.decode([*ids, 9, -1], skip_special_tokens=True) == "a b <unk> <unk> <unk>"
     pair = tokenizer("a", "b", return_special_tokens_mask=True)
     assert pair["special_tokens_mask"] == [1, 0, 1, 0]
 
@@ -51,5 +57,27 @@ def test_offsets_are_refused_and_pipelines_work(tokenizer):
         tokenizer("a b", return_offsets_mapping=True)
     model = AlibiForCausalLM(AlibiConfig(vocab_size=7, decoder_layers=1, decoder_ffn_embed_dim=8, begin_token=2))
     write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    found = write("a\nb", max_new_tokens=3, do_sample=False, eos_token_id=None)[0]["generated_text"]
-    assert found.startswith("a\nb")
+    model.eval()
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    whole = tokenizer.decode(model.generate(**tokenizer("a\nb", return_tensors="pt"), **options)[0], True)
+    assert write("a\nb ", **options)[0]["generated_text"].split() == whole.split()  # with 5 the space must be there
+    alone = [write(text, return_full_text=False, **options)[0] for text in ("a\nb", "c")]
+    assert [found[0] for found in write(["a\nb", "c"], batch_size=2, return_full_text=False, **options)] == alone
+
+
+@pytest.mark.parametrize(("strings", "count"), [("b\n", 5), (["a b c", "c\na"], 8), ("word", 2), ("absent", 9)])
+def test_stop_strings_end_a_text_where_its_tokens_complete_them(tmp_path, strings, count):
+    """A word that is two tokens, a line end between two words, and none of them."""
+    types = ["<s>", "<pad>", "</s>", "<unk>", "a", "b", "c", "wo@@", "rd"]
+    (tmp_path / "vocab.txt").write_text("\n".join(types))
+    (tmp_path / "codes").write_text("#version: 0.2\nw o\n")
+    tokenizer = AlibiTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / "codes"))
+    model = AlibiForCausalLM(AlibiConfig(vocab_size=9, decoder_layers=1, decoder_ffn_embed_dim=8)).eval()
+    text = [7, 8, 4, 5, 2, 6, 2, 4, 5, 6]
+
+    def next_token(ids, scores):
+        return torch.zeros_like(scores).index_fill(1, torch.tensor([text[ids.size(1)]]), 1.0)
+
+    start = {"input_ids": torch.tensor([text[:1]]), "do_sample": False, "eos_token_id": None, "max_length": 9}
+    found = model.generate(**start, stop_strings=strings, tokenizer=tokenizer, logits_processor=[next_token])
+    assert found[0].tolist() == text[:count]

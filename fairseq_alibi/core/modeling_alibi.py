@@ -11,6 +11,7 @@ models read in front of their first token.
 Shapes: B batch, T new tokens, S all tokens (the last S positions), H heads, C width, V types.
 """
 
+import copy
 from typing import Any, Optional, Union
 
 import torch
@@ -24,7 +25,7 @@ from .configuration_alibi import PADDING, AlibiConfig
 from .layers import LayerOptions
 from .pass_inputs import GenerationCache, PassInputs
 from .positions import position_methods
-from .pretrained_alibi import CACHE, AlibiLayer, AlibiPreTrainedModel, refuse_arguments, wants_dict
+from .pretrained_alibi import CACHE, AlibiLayer, AlibiPreTrainedModel, StopStrings, refuse_arguments, wants_dict
 from .receptive_field import stack_excess
 
 #: The label that transformers has no loss for.
@@ -184,6 +185,17 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             )
         self._tied_weights_keys: Any = config.tied_weights()
         self.post_init()
+
+    def _get_stopping_criteria(
+        self, generation_config: Any, stopping_criteria: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> Any:
+        strings = generation_config.stop_strings
+        if strings and tokenizer is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.stop_strings = None
+            stopping_criteria = [*(stopping_criteria or ()), StopStrings(tokenizer, strings)]
+        parent: Any = super()
+        return parent._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)
 
     def make_cache(self) -> Any:
         """A cache for `past_key_values` that drops what no later token can see; ValueError where nothing is too far.

@@ -1,11 +1,11 @@
 """What the classes of an exported model have in common: the layer, loading, ties, and which arguments they refuse."""
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adaptive import resize_rows
@@ -27,6 +27,9 @@ OLD_NAMES = {r"^decoder\.output_projection\.": "lm_head.", r"^decoder\.adaptive_
 #: Arguments of packed rows that transformers' collators add for attention kernels which this model does not have.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
+#: Arguments of `generate` that it passes on to the model too, and that concern the text alone.
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")
+
 
 def refuse_arguments(arguments: dict[str, Any]) -> None:
     """Refuses arguments that the model does not have, unless they ask for nothing; ValueError names one.
@@ -39,13 +42,31 @@ def refuse_arguments(arguments: dict[str, Any]) -> None:
         if torch.equal(starts, lengths[:-1].to(starts.dtype)):
             arguments = {name: value for name, value in arguments.items() if name not in PACKING}
     for name, value in arguments.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name not in TOKENIZERS:
             raise ValueError(f"{name}: this model has no such argument; leave it out")
 
 
 def wants_dict(config: Any, given: Optional[bool]) -> bool:
     """Whether outputs have names."""
     return bool(config.return_dict if given is None else given)
+
+
+class StopStrings(StoppingCriteria):
+    """Stops a text when its newest token completes one of some strings.
+
+    That of transformers reads each token alone, where these tokens join to words by what is before them.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Union[str, list[str]]):
+        self.tokenizer, self.strings = tokenizer, [strings] if isinstance(strings, str) else strings
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """(B, T) tokens -> (B,) bool, True where a text ends."""
+        stops, tokens = [], 2 + max(map(len, self.strings))
+        for row in input_ids[:, -tokens:].tolist():
+            before, text = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
+            stops.append(any(text.count(string) > before.count(string) for string in self.strings))
+        return torch.tensor(stops, device=input_ids.device)
 
 
 class AlibiLayer(Layer):

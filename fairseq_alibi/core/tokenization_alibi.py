@@ -77,6 +77,11 @@ class AlibiTokenizer(PreTrainedTokenizer):
         """Number of types."""
         return len(self.types)
 
+    @property
+    def hidden_tokens(self) -> set[str]:
+        """The special tokens that are no text; a line end and an unknown word are."""
+        return {*self.all_special_tokens} - {END, UNKNOWN}
+
     def get_vocab(self) -> dict[str, int]:
         """Id of each type."""
         return {**self.ids, **self.added_tokens_encoder}
@@ -98,7 +103,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
         return self.ids.get(token, self.ids[UNKNOWN])
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self.types[index]
+        return self.types[index] if 0 <= index < len(self.types) else UNKNOWN  # a resized model writes other ids too
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Types -> text, with a line break for each `</s>`."""
@@ -122,7 +127,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
     ) -> str:
         tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else token_ids)
         if skip_special_tokens:
-            tokens = [token for token in tokens if token not in (BEGIN, PADDING)]  # a line end is text
+            tokens = [token for token in tokens if token not in self.hidden_tokens]
         return self.convert_tokens_to_string(tokens)
 
     def build_inputs_with_special_tokens(
@@ -140,7 +145,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         elif token_ids_1 is not None:
             token_ids_0 = token_ids_0 + token_ids_1
-        return [int(token in (self.ids[BEGIN], self.ids[PADDING])) for token in token_ids_0]
+        return [int(token in self.hidden_tokens) for token in self.convert_ids_to_tokens(token_ids_0)]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: Optional[str] = None) -> tuple[str, ...]:
         """Copies dictionary and codes into a folder; returns their paths there."""
