@@ -206,6 +206,7 @@ def test_what_is_wanted_beside_the_logits(length):
         ({"token_type_ids": torch.zeros(2, 6)}, "token_type_ids: this model has no such"),
         ({"inputs_embeds": torch.zeros(2, 6, 48)}, "input_ids, inputs_embeds: give one of them"),
         ({"position_ids": torch.tensor([[0, 1, 2, 4, 5, 6]])}, "position_ids: each must follow"),
+        ({"position_ids": torch.arange(6)[None] - 1}, "position_ids: each must follow"),
         ({"position_ids": torch.zeros(2, 5)}, r"position_ids must be \(B, T\) = \(2, 6\), not \(2, 5\)"),
         ({"attention_mask": torch.ones(2, 5)}, "attention_mask must have 6 columns"),
         ({"attention_mask": torch.ones(2, 6, 6)}, "attention_mask must be"),
@@ -303,6 +304,9 @@ def test_no_band_of_an_adaptive_input_reads_no_tokens():
     assert torch.equal(model(x).logits, alone)
     model(x, labels=x).loss.backward()
     assert not any(parameter.grad is None for parameter in model.get_input_embeddings().parameters())
+    for token in (-1, 60):
+        with pytest.raises(IndexError, match="tokens must be numbers from 0 to 59"):
+            model(torch.tensor([[token]]))
 
 
 @torch.no_grad()

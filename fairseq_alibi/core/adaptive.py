@@ -47,9 +47,10 @@ class AdaptiveEmbedding(nn.Module):
             self.embeddings.append(nn.Sequential(table, nn.Linear(width, output_dim, bias=False)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(...) int64 -> (..., C)."""
+        """(...) int64 -> (..., C); IndexError for a token that is in no band, as of `nn.Embedding`."""
         tokens = tokens.masked_fill(tokens == 0, self.begin)
         x: Any = None
+        read = 0
         for first, last, embedding in zip([0, *self.cutoff], self.cutoff, self.embeddings):
             which = (first <= tokens) & (tokens < last)
             if in_transform(tokens):  # the number of tokens in a band is a value, so all tokens run through each band
@@ -62,6 +63,9 @@ class AdaptiveEmbedding(nn.Module):
             if x is None:  # parameters may be packed, or on another device until they are used; what they give is not
                 x = vectors.new_zeros(*tokens.shape, self.output_dim)
             x[which] = vectors.to(x.dtype)
+            read += len(own)
+        if not in_transform(tokens) and read < tokens.numel():
+            raise IndexError(f"tokens must be numbers from 0 to {self.cutoff[-1] - 1}, one for each type")
         return x
 
     def last_band(self) -> Any:

@@ -157,7 +157,7 @@ def text_numbers(position_ids: Tensor, present: Optional[Tensor]) -> Optional[Te
     if ((present.cumsum(1) - 1 == position_ids) | ~present).all():
         return None
     follows = F.pad(position_ids.diff(dim=1) == 1, (1, 0), value=True)
-    if not (follows | starts | ~present).all():
+    if not ((follows | starts) & (position_ids >= 0) | ~present).all():
         raise ValueError("position_ids: each must follow the one before it, or be 0 for the start of a text")
     return starts.cumsum(1) if bool(starts[:, 1:].any()) else None
 
