@@ -67,3 +67,7 @@ def test_what_the_terminal_cannot_encode_is_escaped(shell):
     assert status == 0
     assert output.startswith("word1 <unk>"), "the prompt is UTF-8 whatever the locale"
     assert errors == ["1 of the prompt's 3 tokens are unknown, <unk>"]
+    status, output, _ = shell(
+        "fairseq-alibi show-bias --heads 2 --length 4 --output na\u00efve.png", PYTHONIOENCODING="ascii"
+    )
+    assert (status, output.partition(":")[0]) == (0, r"na\xefve.png")
