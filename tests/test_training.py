@@ -333,8 +333,8 @@ def test_a_good_checkpoint_is_left_alone(folder, caplog):
         path.rename(old)
         restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder)))
         assert old.read_bytes() == content
-    old.unlink()
-    restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder), finetune_from_model="other.pt"))
+    other = old.rename(folder.parent / "other.pt")
+    restart.restore_last_checkpoint(CheckpointConfig(save_dir=str(folder), finetune_from_model=str(other)))
     assert not old.exists(), "a run to be begun from another model"
     assert not caplog.records
 

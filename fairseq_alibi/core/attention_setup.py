@@ -220,7 +220,7 @@ class AttentionSetup:
 
 def is_learned(method: PositionMethod) -> bool:
     """Whether the bias has parameters, and so is another one in each pass."""
-    return next(method.parameters(), None) is not None
+    return bool(list(method.parameters()))  # torch 2.7 compiles no `next` with a default
 
 
 def span_mask_fits(setup: AttentionSetup, device: torch.device, span: TokenSpan, rows: int) -> bool:
