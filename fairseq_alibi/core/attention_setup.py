@@ -220,7 +220,7 @@ class AttentionSetup:
 
 def is_learned(method: PositionMethod) -> bool:
     """Whether the bias has parameters, and so is another one in each pass."""
-    return bool(list(method.parameters()))  # torch 2.7 compiles no `next` with a default
+    return len(list(method.parameters())) > 0  # torch 2.7 compiles neither `next` with a default nor `bool` of a list
 
 
 def span_mask_fits(setup: AttentionSetup, device: torch.device, span: TokenSpan, rows: int) -> bool:
