@@ -207,7 +207,8 @@ def table(content: dict[str, Any]) -> str:
         row += [f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}", f"{one['tokens_per_second'] / base:.2f}"]
         rows.append(row + [f"{one[size] / 2**20:,.1f}" for size in ("cache_bytes", "peak_bytes")])
     heads = ["context", "cache", "tokens/s", "times all keys", "keys and values, MiB", "process at its highest, MiB"]
-    text = tabulate(rows, heads, tablefmt="github", colalign=("right", "left", "right", "right", "right", "right"))
+    aligned = ("right", "left", "right", "right", "right", "right")
+    text = tabulate(rows, heads, tablefmt="github", colalign=aligned) if rows else ""
     for one in content["soak"]:
         sizes = f"{one['cache_bytes'] / 2**20:,.1f} MiB of keys and values, {one['process_bytes'] / 2**20:,.0f} in all"
         text += f"\n{one['tokens']:,} tokens: {one['tokens_per_second']:,.1f} tokens/s, {sizes}"
