@@ -98,6 +98,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     if getattr(command, "PASSES_ARGUMENTS_ON", False) and "--" in argv:
         end = argv.index("--")
         argv, passed_on = argv[:end], argv[end + 1 :]
+    for argument in argv:
+        if argument.startswith("--") and argument.endswith("=--"):  # argparse would take it for an empty list
+            by_name.get(argv[0], parser).error(f"argument {argument[:-3]}: '--' is no value")
     if hasattr(command, "join_processes"):  # the command can run in several processes
         command.join_processes()
     if getattr(command, "ANY_ORDER", False):

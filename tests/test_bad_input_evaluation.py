@@ -101,6 +101,7 @@ TABLE = {
     "evaluate data good.pt --lengths 64,0": (2, "'0' is no such number: pass a whole number of at least 1"),
     "evaluate data good.pt --lengths many": (2, "'many' is no such number"),
     "evaluate data good.pt --lengths ''": (2, "'' is no such number"),
+    "evaluate data good.pt --lengths=--": (2, "argument --lengths: '--' is no value"),
     "evaluate data short.pt --lengths 999999999999": "is longer than the model's longest sequence",
     "evaluate data good.pt --lengths 9999999999999": (2, "'9999999999999' is too large: pass a number of at most 12"),
     f"evaluate data good.pt --lengths {'9' * 6000}": (2, "9\\.\\.\\.' is too large"),
