@@ -15,9 +15,7 @@ import functools
 import math
 import multiprocessing
 import os
-import resource
 import shlex
-import statistics
 import sys
 import time
 import warnings
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_measure import alternate, quiet
+from benchmark_measure import alternate, compared, highest_memory, quiet
 from benchmark_models import train_model
 from tabulate import tabulate
 from torch import Tensor
@@ -149,7 +147,7 @@ def peak_bytes(contender: str, context: int, args: argparse.Namespace) -> int:
     """Memory of this process at its highest, with a contender that makes `STEPS` tokens after a context."""
     quiet()
     make(contender, context, args).step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return highest_memory()
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
@@ -162,18 +160,13 @@ def measure_context(context: int, args: argparse.Namespace) -> list[dict[str, An
     others = args.others if context <= args.longest_others else []
     made = {name: functools.cache(partial(make, name, context, args)) for name in ["bounded", "all keys", *others]}
     steps = {name: (lambda one=one: one().step()) for name, one in made.items()}
-    found = []
-    for name, timing in alternate(steps, args.repeats, math.inf, clock_of(args)).items():
-        one: dict[str, Any] = {"context": context, "contender": name, "rounds": len(timing.seconds)}
-        if timing.error is None:
-            median = statistics.median(timing.seconds)
-            spread = (max(timing.seconds) - min(timing.seconds)) / 2 / median
-            one.update(tokens_per_second=STEPS / median, spread=spread, cache_bytes=cache_bytes(made[name]().state))
+    times = alternate(steps, args.repeats, math.inf, clock_of(args))
+    found = compared("generation", context, STEPS, times, context=context)
+    for one in found:
+        if "error" not in one:
+            one["cache_bytes"] = cache_bytes(made[one["contender"]]().state)
             with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-                one["peak_bytes"] = pool.submit(peak_bytes, name, context, args).result()
-        else:
-            one["error"] = timing.error
-        found.append(one)
+                one["peak_bytes"] = pool.submit(peak_bytes, one["contender"], context, args).result()
     return found
 
 
@@ -197,14 +190,13 @@ def soak(args: argparse.Namespace) -> list[dict[str, Any]]:
 def table(content: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     rows, environment = [], content["environment"]
-    bases = {one["context"]: one for one in content["measurements"] if one["contender"] == "all keys"}
     for one in content["measurements"]:
         row = [f"{one['context']:,}", one["contender"]]
         if "error" in one:
             rows.append([*row, one["error"]])
             continue
-        base = bases[one["context"]].get("tokens_per_second", math.nan)
-        row += [f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}", f"{one['tokens_per_second'] / base:.2f}"]
+        ratio = one["times_as_fast"].get("all keys", math.nan)
+        row += [f"{one['tokens_per_second']:,.1f} ±{one['spread']:.0%}", f"{ratio:.2f}"]
         rows.append(row + [f"{one[size] / 2**20:,.1f}" for size in ("cache_bytes", "peak_bytes")])
     heads = ["context", "cache", "tokens/s", "times all keys", "keys and values, MiB", "process at its highest, MiB"]
     aligned = ("right", "left", "right", "right", "right", "right")

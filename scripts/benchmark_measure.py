@@ -48,6 +48,7 @@ BASES = {
     "methods": ("mask", "alibi"),
     "evaluation": ("mask", "no skipping"),
     "scoring": ("fairseq-eval-lm",),
+    "generation": ("all keys",),
 }
 #: Peak memory is measured with this one.
 MEMORY_CASE = Case(32_496, "4000,8000", 8192, 8192, 16_384)
@@ -226,6 +227,11 @@ def peak_memory(of: Optional[str], contender: str, length: int, args: argparse.N
             step()
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated()
+    return highest_memory()
+
+
+def highest_memory() -> int:
+    """Bytes of this process at its highest since it began."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

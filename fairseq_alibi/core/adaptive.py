@@ -50,10 +50,10 @@ class AdaptiveEmbedding(nn.Module):
         """(...) int64 -> (..., C); IndexError for a token that is in no band, as of `nn.Embedding`."""
         tokens = tokens.masked_fill(tokens == 0, self.begin)
         x: Any = None
-        read = 0
+        read, transformed = 0, in_transform(tokens)
         for first, last, embedding in zip([0, *self.cutoff], self.cutoff, self.embeddings):
             which = (first <= tokens) & (tokens < last)
-            if in_transform(tokens):  # the number of tokens in a band is a value, so all tokens run through each band
+            if transformed:  # the number of tokens in a band is a value, so all tokens run through each band
                 vectors = embedding((tokens - first).clamp(0, last - first - 1)) * which[..., None]
                 x = vectors if x is None else x + vectors
                 continue
@@ -64,7 +64,7 @@ class AdaptiveEmbedding(nn.Module):
                 x = vectors.new_zeros(*tokens.shape, self.output_dim)
             x[which] = vectors.to(x.dtype)
             read += len(own)
-        if not in_transform(tokens) and read < tokens.numel():
+        if not transformed and read < tokens.numel():
             raise IndexError(f"tokens must be numbers from 0 to {self.cutoff[-1] - 1}, one for each type")
         return x
 

@@ -43,13 +43,18 @@ def lines_between(path: Path, begin: int = 0, end: Optional[int] = None) -> Iter
             yield line
 
 
+def check_is_file(path: Path) -> None:
+    """Raises ValueError unless the path is a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: name a plain-text file that exists")
+
+
 def check_text(path: Path, begin: int = 0, end: Optional[int] = None) -> TextSummary:
     """Checks that a file is text that fairseq-preprocess reads as meant: UTF-8, not empty, no BOM, no zero bytes.
 
     With `begin` and `end` a part of a file: see `lines_between`.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: name a plain-text file that exists")
+    check_is_file(path)
     digest = hashlib.sha256()
     lines = words = characters = size = 0
     for line in lines_between(path, begin, end):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..files.errors import one_line
 from ..files.results import write_json, written_whole
-from .binarize import SPLITS, TextSummary, check_text, lines_between
+from .binarize import SPLITS, TextSummary, check_is_file, check_text, lines_between
 from .destination import is_prepared, publish, work_folder, write_description
 from .plain_text import TextSettings, count_restored, encode_file, learn_units, print_commands, unit_encoder
 
@@ -44,8 +44,7 @@ class TextPart(NamedTuple):
 
 def cut_text(path: Path, count: int) -> list[TextPart]:
     """Cuts a training text into parts of about the same size; ValueError if it has too few lines."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file: name a plain-text file that exists")
+    check_is_file(path)
     size, offsets = path.stat().st_size, [0]
     with open(path, "rb") as file:
         for number in range(1, min(count, MOST_SHARDS)):
