@@ -37,7 +37,7 @@ TABLE = {
     "generate data translation.pt x": "was trained for 'translation'",
     "eval-lm nonoverlapping data nowhere.pt 64": "there is no checkpoint nowhere.pt",
     "eval-lm nonoverlapping data text.pt 64": "text.pt is no fairseq checkpoint",
-    "eval-lm nonoverlapping nowhere good.pt 64": "nowhere holds no subset 'valid'",
+    "eval-lm nonoverlapping nowhere good.pt 64": "there is no nowhere/dict.txt",
     "eval-lm nonoverlapping data nan.pt 64 -- --cpu": "at length 64 is nan: the model has diverged",
     "eval-lm nonoverlapping data translation.pt 64": "was trained for 'translation'",
     # Data folders with something missing, broken or of another preparation

@@ -91,7 +91,7 @@ def test_two_evaluations_into_one_file_keep_all_results(corpus, checkpoint, tmp_
     sweep("32,48")
     (path,) = (tmp_path / "out").iterdir()
     assert sorted(result["length"] for result in json.loads(path.read_text())["results"]) == [32, 48, 64, 96]
-    assert len(numpy.load(losses).files) == 2 + 4, "tokens, subject, and the lengths"
+    assert len(numpy.load(losses).files) == 3 + 4, "tokens, subject, runs, and the lengths"
     assert sorted(part.name for part in tmp_path.iterdir()) == ["losses.npz", "out"]
 
 

@@ -195,7 +195,8 @@ def test_losses_of_tokens_and_positions_add_up_to_the_loss(corpus, checkpoint, t
     command(corpus, checkpoint, "--lengths", "10,64", *options, "--by-position")
     command(corpus, checkpoint, "--lengths", 64, "--stride", 16, *options, "--by-position")
     found, kept = results(tmp_path), numpy.load(file)
-    assert set(kept) == {"tokens", "subject", "length 10, stride 10", "length 64, stride 64", "length 64, stride 16"}
+    windowings = {"length 10, stride 10", "length 64, stride 64", "length 64, stride 16"}
+    assert set(kept) == {"tokens", "subject", "runs", *windowings}
     assert kept["tokens"].tolist() == read_subset(str(corpus), "valid").tolist()
     for (length, stride), one in found.items():
         losses = kept[f"length {length}, stride {stride}"]
@@ -266,6 +267,14 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
     assert "taken.npz exists" in fails(
         capsys, corpus, other, "--lengths", 32, "--output", tmp_path, "--save-token-losses", taken
     )
+    state = torch.load(other, weights_only=False)
+    state["cfg"]["model"]["position_method"] = "none"  # which has the same weights
+    torch.save(state, other)
+    assert "model_options" in fails(capsys, corpus, other, "--lengths", 64, "--output", tmp_path)
+    content = json.loads(path.read_text())
+    for broken in ([1], [{**content["results"][0], "loss": "1"}], [{**content["results"][0], "run": "unknown"}]):
+        path.write_text(json.dumps({**content, "results": broken}))
+        assert "(content)" in fails(capsys, *sweep)
     path.write_text("mine")
     assert "--overwrite" in fails(capsys, *sweep)
     assert path.read_text() == taken.read_text() == "mine"
@@ -273,7 +282,7 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
 
 def test_a_file_of_token_losses_holds_one_evaluation(tmp_path):
     path, stream, windowing = tmp_path / "losses.npz", torch.arange(5), Windowing(4, 4)
-    TokenLossFile(path, stream, {"weights": "1"}, False).add(windowing, torch.zeros(5))
+    TokenLossFile(path, stream, {"weights": "1"}, False).add(windowing, torch.zeros(5), {})
     assert not TokenLossFile(path, stream, {"weights": "1"}, False).lacks(windowing)
     for other in ((stream, {"weights": "2"}), (stream + 1, {"weights": "1"})):
         with pytest.raises(ValueError, match="losses of another evaluation"):
@@ -318,7 +327,8 @@ def test_every_number_names_the_run_that_made_it(corpus, checkpoint, train, tmp_
     other = ("--lengths", 32, "--output", tmp_path / "other", "--save-token-losses", losses)
     for change in ((checkpoint, "--dtype", "bfloat16"), (train(updates=3),)):
         assert "losses of another evaluation" in fails(capsys, corpus, *change, *other)
-    assert set(numpy.load(losses)) == {"tokens", "subject", "length 16, stride 16", "length 64, stride 64"}
+    arrays = numpy.load(losses)
+    assert json.loads(str(arrays["runs"])) == {f"length {n}, stride {n}": run for n, run in made_by.items()}
 
 
 def test_tensorboard_shows_an_evaluation_once_and_apart_from_others(corpus, checkpoint, train, tmp_path):
@@ -327,14 +337,17 @@ def test_tensorboard_shows_an_evaluation_once_and_apart_from_others(corpus, chec
     for options in (("--lengths", 64), ("--lengths", "16,32", "--stride-fraction", "1/2")):
         command(corpus, checkpoint, *options, *log, "--output", tmp_path / "results")
     (file,) = tmp_path.rglob("*tfevents*")
-    record, points = file.read_bytes(), []
+    record, points, texts = file.read_bytes(), [], []
     while record:  # its length, 8 bytes, and a checksum of 4 before it and behind it
         size = int.from_bytes(record[:8], "little")
         values = Event.FromString(record[12 : 12 + size])
         points += [(value.tag, values.step) for value in values.summary.value if "perplexity" in value.tag]
+        texts += [value.tensor.string_val[0].decode() for value in values.summary.value if value.tensor.string_val]
         record = record[16 + size :]
     half = "valid/perplexity/stride_1-2_of_the_length"
     assert points == [(half, 16), (half, 32), ("valid/perplexity/non-overlapping", 64)]
+    (content,) = (json.loads(path.read_text()) for path in (tmp_path / "results").iterdir())
+    assert [json.loads(text.strip("`json\n")) for text in texts] == [content]
     other = tmp_path / checkpoint.parent.name / checkpoint.name
     other.parent.mkdir()
     shutil.copy(train(updates=3), other)

@@ -222,9 +222,19 @@ def test_a_curve_without_a_finite_value_is_marked_and_has_no_scale(results, tmp_
     assert "nan" not in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_more_series_than_styles_are_all_drawn(results, tmp_path):
-    files = [results("alibi", {(128, 128): 30.0 + n}, f"run{n}") for n in range(11)]
+def test_many_series_with_long_and_odd_names_are_readable(results, tmp_path, monkeypatch):
+    """The legend is inside of the figure; no name ends a cell of a table or is read as a formula."""
+    from matplotlib import pyplot as plt
+
+    seen = []
+    monkeypatch.setattr(plt, "close", seen.append)
+    files = [results("alibi", {(128, 128): 30.0 + n}, f"{'a b ' * 30}|\n$\\frac{{$ {n}") for n in range(11)]
     write_report(files, tmp_path / "report")
+    (figure,) = seen
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    _, _, head, line, row, *_ = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert head.count("|") == line.count("|") == row.count("|") == 13
 
 
 def test_a_report_is_not_overwritten_silently(results, tmp_path):
@@ -270,6 +280,11 @@ def test_settings_of_one_checkpoint_are_curves_of_their_own(results, tmp_path):
         "alibi, trained on 128 (weights 1)",
         "alibi, trained on 128 (weights 3)",
     ]
+    models = [change(plain, f"{options}.json", {**same, "model_options": options}) for options in "56"]
+    assert [curve.label for curve in read_curves(models)] == [
+        "alibi, trained on 128 (model options 5)",
+        "alibi, trained on 128 (model options 6)",
+    ]
     other_text = change(plain, "text.json", {**same, "text": "4"}, data="other")
     assert [curve.label for curve in read_curves([files[1], other_text])] == [
         "alibi, trained on 128 (text 2)",
@@ -298,6 +313,8 @@ def test_what_differs_between_two_models_is_named(results, tmp_path):
 
     plain = label("none", subject={"dtype": "float32", "device": "cpu", "text": "1"}, data="/d/a")
     assert ends(plain, label("t5", subset="test")) == ["(valid)", "(test)"]
+    assert ends(plain, label("t5", subset="test", subject={"text": "2"}, data="/d/a")) == ["(valid)", "(test)"]
+    assert ends(plain, label("t5", subject={"text": "2"}, data="/d/a")) == ["(text 1)", "(text 2)"], "made anew"
     assert ends(plain, label("t5", subject={"dtype": "float16"})) == ["(dtype float32)", "(dtype float16)"]
     assert ends(plain, label("t5", subject={"device": "cuda"})) == ["(device cpu)", "(device cuda)"]
     assert ends(plain, label("t5")) == ["", ""]
@@ -319,7 +336,8 @@ def test_speeds_of_different_machines_or_batches_are_curves_of_their_own(results
     content = json.loads(path.read_text())
     devices = {"a": "big GPU", "b": "small GPU"}
     content["runs"] = {
-        name: {"environment": {"device": device}, "processes": 1, "max_tokens": 9} for name, device in devices.items()
+        name: {"environment": {"device": device, "date": "0.2"}, "max_tokens": 9, "command": f"evaluate {name}\n--x"}
+        for name, device in devices.items()
     }
     for result, run_name in zip(content["results"], "aba"):
         result.update(run=run_name, tokens_per_second=100.0)
@@ -327,9 +345,13 @@ def test_speeds_of_different_machines_or_batches_are_curves_of_their_own(results
     assert [list(curve.perplexity) for curve in read_curves([path])] == [[32, 64, 128]]
     curves = read_curves([path], by_speed=True)
     assert [list(curve.tokens_per_second) for curve in curves] == [[32, 128], [64]]
-    assert curves[1].label == "alibi, trained on 128 (small GPU, 9 tokens in a batch)"
+    assert curves[1].label == "alibi, trained on 128 (hardware small GPU)"
     write_report([path], tmp_path / "report")
-    assert "(big GPU" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "(hardware big GPU)" in text
+    made = text.partition("## What made the perplexities\n\n")[2].splitlines()
+    ends = "length 32, 128: `evaluate a --x`; 0.2; big GPU", "length 64: `evaluate b --x`; 0.2; small GPU"
+    assert made == [f"- **alibi, trained on 128**, {end}" for end in ends]
 
 
 def test_loss_by_position_of_slopes_that_depend_on_the_length_is_not_averaged(results):

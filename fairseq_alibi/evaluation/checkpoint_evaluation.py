@@ -24,7 +24,7 @@ from ..files.errors import one_line
 from ..files.results import describe_environment
 from . import processes
 from .measurement import Windowing, evaluate_model
-from .result_files import ResultFile, TokenLossFile, checksum
+from .result_files import ResultFile, TokenLossFile, evaluation_subject
 from .text import EvaluationText
 
 TASKS = ("language_modeling", "masked_lm")  # the tasks of fairseq whose models can be evaluated
@@ -139,20 +139,13 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
     with processes.fail_together():
         state = read_checkpoint(checkpoint)
         describe_model(checkpoint, state, TASKS)  # raises an error for a model of another task
-        weights = checksum(state["model"].values())
+        subject = evaluation_subject(state, text, settings.model_overrides, settings.dtype, settings.device)
         model = load_model(checkpoint, state, settings.data, settings.model_overrides)
         description = describe_evaluated(checkpoint, state, settings.model_overrides, TASKS)
         description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         if description.get("add_bos_token"):
             text = text.with_first_token(model.decoder.dictionary.bos())
-        subject = {
-            "weights": weights,
-            "text": checksum([text.stream]),
-            "model_overrides": settings.model_overrides,
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "remove_bpe": settings.marker,
-        }
+        subject["remove_bpe"] = settings.marker
         model = model.to(settings.device, getattr(torch, settings.dtype))
     if any(other != subject for other in processes.gather(subject)):
         raise ValueError(f"{checkpoint} or {settings.data} is not the same on all machines: copy one to all")
@@ -226,7 +219,7 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
             raise ValueError(f"{title}: {one_line(error)}") from error
         with processes.fail_together():
             if files:
-                files.losses.add(windowing, losses)
+                files.losses.add(windowing, losses, files.results.content["runs"][files.run])
                 files.results.add({**result, "run": files.run})
                 print(f"{title}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")
     return files.results.content if files else {}

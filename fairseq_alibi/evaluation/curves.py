@@ -17,14 +17,17 @@ from ..files.results import read_result_file
 #: A bin of positions is shown if at least this many windows score its tokens.
 MINIMUM_WINDOWS = 10
 
+#: What the speed of a run depends on.
+SPEED_DETAILS = ("hardware", "processes", "tokens in a batch")
+
 #: Details that a label names if any two curves of a report differ in them, whatever their models.
-COMMON_DETAILS = ("subset", "dtype", "device", "model", "options", "data", "text", "speed")
+COMMON_DETAILS = ("subset", "dtype", "device", "model", "options", "data", "text", *SPEED_DETAILS)
 
 #: Details that a label names if it would be that of another curve too.
-OWN_DETAILS = ("checkpoint", "updates", "weights", "file")
+OWN_DETAILS = ("checkpoint", "updates", "weights", "model_options", "file")
 
 #: Details that a file need not name: then it is as another of the same model and settings, if those agree.
-OPTIONAL_DETAILS = ("device", "text", "weights", "updates", "seed", "parameters")
+OPTIONAL_DETAILS = ("device", "text", "weights", "model_options", "updates", "seed", "parameters")
 
 #: What a model's description says that labels and keys take from elsewhere, or that changes no result.
 NAMED_ELSEWHERE = (
@@ -36,11 +39,8 @@ NAMED_ELSEWHERE = (
 IGNORED_FLAGS = ("--cpu", "--fp16", "--no-progress-bar", "--add-bos-token")
 IGNORED_OPTIONS = ("--model-overrides", "--output-dictionary-size", "--softmax-batch", "--log-format")
 
-#: Settings of a run that its speed depends on, with their names in labels.
-SPEED_SETTINGS = (("processes", "processes"), ("max_tokens", "tokens in a batch"))
-
 #: What a curve shows of a result; a result may lack all but the first.
-MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position", "tokens")
+MEASURES = ("perplexity", "bits_per_byte", "tokens_per_second", "by_position", "tokens", "run")
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Curve:
     tokens_per_second: dict[int, float] = field(default_factory=dict)
     by_position: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)  # that are scored
+    run: dict[int, dict[str, Any]] = field(default_factory=dict)  # that made the perplexity, see `run_of`
     deviation: dict[int, float] = field(default_factory=dict)  # of the perplexity over seeds
 
 
@@ -107,11 +108,12 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
         "overrides": override_text(subject.get("model_overrides")),
         "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
         "options": " ".join(other_options(options, ignored)),
-        "speed": str(content.get("speed") or ""),
+        **{name: str(content.get("speed", {}).get(name) or "") for name in SPEED_DETAILS},
         "device": str(subject.get("device") or ""),
         "data": str(content.get("data") or ""),
         "text": str(subject.get("text") or ""),
         "weights": str(subject.get("weights") or ""),
+        "model_options": str(subject.get("model_options") or ""),
         "updates": str(model.get("updates") or ""),
         "seed": str(model.get("seed") or ""),
         "parameters": str(model.get("parameters") or ""),
@@ -119,16 +121,22 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
     }
 
 
+def run_of(content: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """What a result file says of the run that made one of its results: of `evaluate` or, at the top, of `eval-lm`."""
+    run = as_dictionary(content.get("runs")).get(str(result.get("run")))
+    run = as_dictionary(run) or {"command": result.get("command"), "environment": content.get("environment")}
+    return {**run, "environment": as_dictionary(run.get("environment"))}
+
+
 def split_by_speed(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Splits the content of a result file by what the speed depends on: hardware, processes and batches of each run."""
-    runs = as_dictionary(content.get("runs"))
+    """Splits the content of a result file by the `SPEED_DETAILS` of the run of each result."""
     parts: dict[str, dict[str, Any]] = {}
     for result in content["results"]:
-        run = as_dictionary(runs.get(str(result.get("run"))))
-        device = as_dictionary(run.get("environment")).get("device")
-        others = (f"{run[name]} {title}" for name, title in SPEED_SETTINGS if name in run and run[name] != 1)
-        speed = ", ".join(filter(None, (device and str(device), *others)))
-        part = parts.setdefault(speed, {**content, "speed": speed, "results": []})
+        run = run_of(content, result)
+        speed = dict(
+            zip(SPEED_DETAILS, (run["environment"].get("device"), run.get("processes"), run.get("max_tokens")))
+        )
+        part = parts.setdefault(str(speed), {**content, "speed": speed, "results": []})
         part["results"].append(result)
     return list(parts.values())
 
@@ -204,6 +212,8 @@ def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:
     if by_speed:
         curves = [curve for curve in curves if curve.tokens_per_second]
     distinguish_labels(curves)
+    for curve in curves:  # a line break or a bar would end a cell of a table
+        curve.label = " ".join(curve.label.split()).replace("|", "\u2223")
     return curves
 
 
@@ -215,8 +225,8 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
     content = contents[-1]
     model = content["model"]
     points: dict[tuple[int, Optional[int]], dict[str, Any]] = {}
-    for result in (result for file in contents for result in file["results"]):
-        points.setdefault((result["length"], result["stride"]), {}).update(result)
+    for made_by, result in ((run_of(file, result), result) for file in contents for result in file["results"]):
+        points.setdefault((result["length"], result["stride"]), {}).update(result, run=made_by)
     names = window_names(list(points))
     curves: dict[str, Curve] = {}
     for (length, stride), point in points.items():
@@ -242,13 +252,11 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
 
 def distinguish_labels(curves: Sequence[Curve]) -> None:
     """Adds to labels what differs: the text and settings between any two curves, the rest between equal labels."""
-    differing = [name for name in COMMON_DETAILS if differ(curves, name)]
-    if "text" in differing or not all(curve.details["text"] for curve in curves):
-        differing = [name for name in differing if name != "text" or "data" not in differing]  # a path says more
-    else:
-        differing = [name for name in differing if name != "data"]  # one text in several places
-    for name in differing:
-        add_detail(curves, name)
+    unneeded = ["text"] if names_texts(curves, "subset", "data") else []  # a path says more than a checksum
+    unneeded = ["data", "text"] if names_texts(curves, "subset") else unneeded
+    for name in COMMON_DETAILS:
+        if name not in unneeded and differ(curves, name):
+            add_detail(curves, name)
     groups: dict[str, list[Curve]] = {}
     for curve in curves:
         groups.setdefault(curve.label, []).append(curve)
@@ -257,6 +265,14 @@ def distinguish_labels(curves: Sequence[Curve]) -> None:
             equal = len({curve.label for curve in group}) < len(group)
             if equal and differ(group, name):
                 add_detail(group, name)
+
+
+def names_texts(curves: Sequence[Curve], *names: str) -> bool:
+    """Whether curves that agree in the details `names` have the same text; not if any of it is unknown."""
+    texts: dict[tuple[str, ...], set[str]] = {}
+    for curve in curves:
+        texts.setdefault(tuple(curve.details[name] for name in names), set()).add(curve.details["text"])
+    return not any("" in (*key, *values) or len(values) > 1 for key, values in texts.items())
 
 
 def differ(curves: Sequence[Curve], name: str) -> bool:
@@ -270,7 +286,7 @@ def add_detail(curves: Sequence[Curve], name: str) -> None:
     if name in ("checkpoint", "file", "data") and all(values):
         common = os.path.commonpath(map(os.path.abspath, values))
         values = [os.path.relpath(value, common) for value in values]
-    title = "" if name in ("checkpoint", "subset", "speed", "model") else f"{name} "
+    title = "" if name in ("checkpoint", "subset", "model") else f"{name.replace('_', ' ')} "
     unknown = "none" if name in ("options", "model") else "unknown"
     for curve, value in zip(curves, values):
         curve.label += f" ({title}{value or unknown})"

@@ -29,14 +29,14 @@ from ..files.checkpoints import (
     read_checkpoint,
     reading_options,
 )
-from ..files.data_folders import read_dictionary, read_subset, subset_tokens
+from ..files.data_folders import read_dictionary
 from ..files.errors import one_line
 from ..files.results import check_writable, describe_environment, write_json
 from ..patches.data import SampleTooLongError
 from ..patches.option_checks import parse_overrides
 from ..patches.patch import CommandError
-from .result_files import checksum
-from .text import perplexity
+from .result_files import evaluation_subject
+from .text import perplexity, read_evaluation_text
 
 #: These options decide which tokens are scored with which context. This module sets them.
 FIXED_OPTIONS = (
@@ -177,31 +177,27 @@ def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expec
 
 def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, Any]:
     """Evaluates all windowings in turn; the JSON file `output`, whose content is returned, is written after each."""
-    expected, state = subset_tokens(settings.data, settings.subset), read_checkpoint(settings.checkpoint)
+    text, state = read_evaluation_text(settings.data, settings.subset, None), read_checkpoint(settings.checkpoint)
     check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
     settings, overrides = settings.as_trained(state), passed_overrides(settings.passed_on)
     describe_model(settings.checkpoint, state)  # raises an error for a model of another task
-    override_options(state, overrides)
     device = "cuda" if torch.cuda.is_available() and "--cpu" not in settings.passed_on else "cpu"
+    dtype = "float16" if "--fp16" in settings.passed_on else "float32"
+    subject = evaluation_subject(state, text, overrides, dtype, device)
+    override_options(state, overrides)
     results: list[dict[str, Any]] = []
     content = {
         "model": describe_evaluated(settings.checkpoint, state, overrides),
         "data": settings.data,
         "subset": settings.subset,
-        "subject": {
-            "model_overrides": overrides,
-            "dtype": "float16" if "--fp16" in settings.passed_on else "float32",
-            "device": device,
-            "weights": checksum(state["model"].values()),
-            "text": checksum([read_subset(settings.data, settings.subset)]),
-        },
+        "subject": subject,
         "options": list(settings.passed_on),
         "environment": describe_environment(device),
         "results": results,
     }
     check_writable(output)
     for length, stride in settings.windowings:
-        result = evaluate_windowing(settings, length, stride, expected)
+        result = evaluate_windowing(settings, length, stride, text.tokens)
         results.append(result)
         write_json(output, content)
         print(f"length {length}, stride {stride}: perplexity {result['perplexity']:.2f} ({result['seconds']} s)")

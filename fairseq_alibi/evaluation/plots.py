@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from .curves import Curve
 
 #: Line style and marker of each curve, so that a plot can be read in black and white too.
 STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X"), (":", "*"))
+
+LEGEND_WIDTH = 80  # characters in a line of a legend, which would be cut off at the figure's edges
 
 #: Forms of the bias, in the order of its picture.
 FORMS = ("causal", *ENCODER_FORMS)
@@ -31,6 +34,7 @@ def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names of models and files may hold dollars
     from matplotlib import pyplot
 
     return pyplot
@@ -45,8 +49,7 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     plt = pyplot()
-    columns = 1 if max(map(len, labels)) > 36 else 2
-    figure, axes = plt.subplots(figsize=(7, 4.2 + 0.24 * -(-len(labels) // columns)), layout="constrained")
+    figure, axes = plt.subplots(layout="constrained")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     yield axes
@@ -61,7 +64,10 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
     axes.grid(alpha=0.3)
     if not finite:
         axes.set_yticks([])
-    figure.legend(loc="outside lower center", ncols=columns)
+    names = [textwrap.fill(line.get_label(), LEGEND_WIDTH, subsequent_indent="    ") for line in lines]
+    columns = 1 if max(map(len, names)) > 36 else 2
+    figure.set_size_inches(7, 4.2 + 0.24 * -(-sum(name.count("\n") + 1 for name in names) // columns))
+    figure.legend(lines, names, loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

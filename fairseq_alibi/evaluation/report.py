@@ -29,6 +29,9 @@ STYLE = (
 )
 
 
+#: What a report says of the environment of a run, with what stands before it.
+ENVIRONMENT = {"date": "", "fairseq_alibi": "fairseq-alibi ", "commit": "commit ", "torch": "torch ", "device": ""}
+
 #: The title of the section that begins a report.
 OVERVIEW = "Overview"
 
@@ -111,6 +114,20 @@ def evaluation_sections(curves: Sequence[Curve], files: Sequence[Path]) -> Itera
     if pooled:
         title, draw = "Loss, bits per token, by position in the window", lambda path: plot_positions(pooled, path)
         yield Section(title, position_table(pooled), "positions.png", draw)
+    yield Section("What made the perplexities", "\n".join(f"- {line}" for curve in curves for line in runs_of(curve)))
+
+
+def runs_of(curve: Curve) -> Iterator[str]:
+    """A line of Markdown for each run that made numbers of a curve: its lengths, versions, device, date and command."""
+    lengths: dict[str, list[int]] = {}
+    for length, run in sorted(curve.run.items()):
+        known = [f"`{' '.join(str(run['command']).split())}`"] if run.get("command") else []
+        known += [
+            title + str(run["environment"][name]) for name, title in ENVIRONMENT.items() if name in run["environment"]
+        ]
+        lengths.setdefault("; ".join(known) or "unknown", []).append(length)
+    for made_by, of_run in lengths.items():
+        yield f"**{curve.label}**, length {', '.join(f'{length:,}' for length in of_run)}: {made_by}"
 
 
 def inline(text: str) -> str:

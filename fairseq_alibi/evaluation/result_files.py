@@ -13,22 +13,41 @@ from typing import Any, Optional
 
 import numpy
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..files.checkpoints import reading_options
 from ..files.locks import locked
-from ..files.results import check_writable, naming, write_json, written_whole
+from ..files.results import check_content, check_values, check_writable, naming, write_json, written_whole
 from .curves import window_names
 from .measurement import Windowing
+from .text import EvaluationText
 
 WAIT = 60.0  # seconds to wait for another process that is writing the same file
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """CRC-32 of tensors, eight hexadecimal digits."""
-    value = 0
+def checksum(tensors: Iterable[Tensor], more: Any = None) -> str:
+    """CRC-32 of tensors and `more`, which JSON or `str` can write, eight hexadecimal digits."""
+    value = zlib.crc32(json.dumps(more, sort_keys=True, default=str).encode()) if more else 0
     for tensor in tensors:
         value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
+
+
+def evaluation_subject(
+    state: dict[str, Any], text: EvaluationText, overrides: dict[str, Any], dtype: str, device: str
+) -> dict[str, Any]:
+    """Checksums and settings that tell an evaluation from others; `state` is of the checkpoint, without overrides."""
+    model, task = state["cfg"]["model"], state["cfg"]["task"]
+    options = OmegaConf.to_container(model) if OmegaConf.is_config(model) else vars(model)
+    return {
+        "weights": checksum(state["model"].values()),
+        "model_options": checksum([], [options, reading_options(state), task.tokens_per_sample]),
+        "text": checksum([text.stream], text.original),
+        "model_overrides": overrides,
+        "dtype": dtype,
+        "device": device,
+    }
 
 
 class ResultFile:
@@ -51,8 +70,12 @@ class ResultFile:
         subject = self.content["subject"]
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
+            check_content(content)
             different = [name for name in subject if content["subject"].get(name) != subject[name]]
-            results, runs = content["results"], dict(content["runs"])
+            results, runs = list(content["results"]), dict(content["runs"])
+            for result in results:
+                check_values(result, tokens="count", loss="measure", tokens_per_second="measure", seconds="measure")
+                runs[result["run"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             different, results, runs = ["content"], [], {}
         if different:
@@ -85,13 +108,18 @@ class ResultFile:
 class TokenLossFile:
     """An .npz file with the losses of single tokens, one array per windowing, always written whole.
 
-    It also holds the (N,) tokens of the text, and the subject as JSON. ValueError: it holds something else.
+    It also holds the (N,) tokens of the text, and as JSON the subject and the run that made each array. ValueError: it
+    holds something else.
     """
 
     def __init__(self, path: Optional[Path], stream: Tensor, subject: dict[str, Any], overwrite: bool) -> None:
         self.path, self.overwrite = path, overwrite
         evaluated = json.dumps({**subject, "remove_bpe": None}, sort_keys=True)  # which changes no loss of a token
-        self.arrays: dict[str, Any] = {"tokens": stream.numpy(), "subject": numpy.array(evaluated)}
+        self.arrays: dict[str, Any] = {
+            "tokens": stream.numpy(),
+            "subject": numpy.array(evaluated),
+            "runs": numpy.array("{}"),
+        }
         if path is not None:
             check_writable(path)
             self.arrays.update(self.read_earlier_losses(path))
@@ -104,6 +132,7 @@ class TokenLossFile:
             with numpy.load(path) as stored:
                 arrays = dict(stored)
             same = all(numpy.array_equal(arrays[name], self.arrays[name]) for name in ("tokens", "subject"))
+            same = same and isinstance(json.loads(str(arrays["runs"])), dict)
         except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
             same = False
         if not same:
@@ -117,13 +146,14 @@ class TokenLossFile:
         """Whether the losses of a windowing are wanted and missing."""
         return self.path is not None and windowing.name not in self.arrays
 
-    def add(self, windowing: Windowing, losses: Tensor) -> None:
-        """Adds the (N,) losses of a windowing, in bits, and writes the file; raises as the class does."""
+    def add(self, windowing: Windowing, losses: Tensor, run: dict[str, Any]) -> None:
+        """Adds the (N,) losses in bits that `run` made with a windowing, and writes the file; raises as the class."""
         if self.path is None:
             return
         with locked(self.path, WAIT):
             self.arrays.update(self.read_earlier_losses(self.path))
             self.arrays[windowing.name] = losses.numpy()
+            self.arrays["runs"] = numpy.array(json.dumps({**json.loads(str(self.arrays["runs"])), windowing.name: run}))
             with written_whole(self.path) as partial:
                 numpy.savez(partial, **self.arrays)  # type: ignore[arg-type]
         self.overwrite = False
@@ -138,6 +168,7 @@ def log_to_tensorboard(folder: Path, content: dict[str, Any]) -> None:
         earlier = list(folder.glob("events.out.tfevents.*"))  # of the same evaluation, with some of these results
         # tensorboardX names a file by the second and the host, so two writers need a suffix.
         with SummaryWriter(str(folder), filename_suffix=f".{time.time_ns()}") as writer:
+            writer.add_text("what made these numbers", f"```json\n{json.dumps(content, indent=2)}\n```")
             for result in sorted(content["results"], key=lambda result: result["length"]):
                 curve = names[result["length"], result["stride"]].replace("/", "-")  # "/" begins a group of its own
                 for measure in ("loss", "perplexity", "tokens_per_second"):
