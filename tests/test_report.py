@@ -169,6 +169,13 @@ def test_one_page_has_perplexity_gain_probes_and_speed_and_needs_no_other_file(l
         "gain, bits, of tokens with less than 2 tokens of short context": "+1.500",
         "gain, bits, of tokens with 2 tokens of short context or more": "-0.500",
     }
+    content = json.loads(laboratory[0].read_text())
+    content["subject"]["model_overrides"] = {"dropout": 0.5}
+    laboratory[0].write_text(json.dumps(content))
+    main(["report", *map(str, laboratory), "--output", str(tmp_path / "other")])
+    other = (tmp_path / "other" / "report.md").read_text().partition("## Perplexity")[0]
+    assert "gain" not in other, "of the model without the override"
+    assert "passkey" not in other
     for title in ("Perplexity", "Tokens per second", "What a longer context gives", "Probe passkey"):
         assert f"## {title}\n" in markdown
         assert f"<h2>{title}</h2>" in page

@@ -53,6 +53,7 @@ class Curve:
     checkpoint: str
     subset: str
     training_length: int
+    subject: dict[str, Any] = field(default_factory=dict)  # what was evaluated, see `evaluation_subject`
     details: dict[str, str] = field(default_factory=dict)  # all that may tell two curves apart; "" is unknown
     scales_with_length: bool = False  # the model differs from length to length
     #: Measures by evaluation length; all but the first may be empty.
@@ -241,6 +242,7 @@ def curves_of_model(contents: Sequence[dict[str, Any]], details: dict[str, str])
                 checkpoint=model["checkpoint"],
                 subset=content["subset"],
                 training_length=model["training_length"],
+                subject=as_dictionary(content.get("subject")),
                 details=details,
                 scales_with_length=model.get("alibi_length_scale") == "auto" or "rotary_scaling" in model,
             )

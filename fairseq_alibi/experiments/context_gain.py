@@ -30,7 +30,7 @@ class TokenLosses(NamedTuple):
     name: str
     tokens: Any  # (N,) of the text
     losses: dict[Windowing, Any]  # (N,) bits
-    weights: str  # checksum of the model's; "" if unknown
+    subject: dict[str, Any]  # what was evaluated, as result files say it
 
 
 class ContextGain(NamedTuple):
@@ -42,7 +42,7 @@ class ContextGain(NamedTuple):
     windows: tuple[Windowing, Windowing]  # short, long
     short: Any  # (N,) bits
     long: Any  # (N,) bits
-    weights: str  # see `TokenLosses`
+    subject: dict[str, Any]  # see `TokenLosses`
 
 
 def read_token_losses(path: Path) -> TokenLosses:
@@ -50,11 +50,10 @@ def read_token_losses(path: Path) -> TokenLosses:
     losses = {}
     try:
         with numpy.load(path) as stored:
-            tokens, subject = stored["tokens"], json.loads(str(stored["subject"]))
+            tokens, subject = stored["tokens"], dict(json.loads(str(stored["subject"])))
             for name in stored.files:
                 if found := re.fullmatch(r"length (\d+), (?:stride (\d+)|streaming)", name):
                     losses[Windowing(int(found[1]), int(found[2]) if found[2] else None)] = stored[name].astype(float)
-        weights = str(subject.get("weights", ""))
         arrays = all(values.shape == tokens.shape and not numpy.isnan(values).any() for values in losses.values())
         windows = all(1 <= (window[1] if window[1] is not None else window[0]) <= window[0] for window in losses)
         whole = arrays and windows and tokens.ndim == 1 and tokens.dtype.kind in "iu" and tokens.min() >= 0
@@ -62,7 +61,7 @@ def read_token_losses(path: Path) -> TokenLosses:
         whole = False
     if not whole or not losses:
         raise ValueError(f"{path} holds no losses of tokens: make it with fairseq-alibi evaluate --save-token-losses")
-    return TokenLosses(str(path), tokens, losses, weights)
+    return TokenLosses(str(path), tokens, losses, subject)
 
 
 def context_before(count: int, windowing: Windowing) -> Any:
@@ -91,7 +90,7 @@ def compare_contexts(file: TokenLosses, short: Optional[int], long: Optional[int
         raise ValueError(f"{file.name}: {low} tokens are not fewer than {high} (of {held}): pass --short and --long")
     windows = by_length[low], by_length[high]
     context, losses = context_before(len(file.tokens), windows[0]), file.losses
-    return ContextGain(file.name, file.tokens, context, windows, losses[windows[0]], losses[windows[1]], file.weights)
+    return ContextGain(file.name, file.tokens, context, windows, losses[windows[0]], losses[windows[1]], file.subject)
 
 
 def key_tokens(gain: ContextGain) -> Any:
@@ -151,7 +150,7 @@ def write_gains(folder: Path, gains: Sequence[ContextGain], chosen_by: Optional[
             raise ValueError(f"{chosen_by.name} is of another text than {gain.name}: evaluate both on one subset")
         rows = summarize(gain, key_tokens(chosen_by or gain))
         named = {"file": gain.name, "short": gain.windows[0].name, "long": gain.windows[1].name}
-        keys = {"key_tokens_of": (chosen_by or gain).name, "weights": gain.weights}
+        keys = {"key_tokens_of": (chosen_by or gain).name, "subject": gain.subject}
         contents.append({**named, **keys, "groups": rows, "by_context": gain_by_context(gain)})
     texts = {style: "\n\n".join(gain_table(content, style) for content in contents) for style in ("simple", "github")}
     with written_whole(folder / "gain.png") as partial:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-from ..evaluation.curves import Curve, read_curves
+from ..evaluation.curves import Curve, as_dictionary, read_curves
 from ..evaluation.report import OVERVIEW, Section
 from ..files.errors import one_line
 from .context_gain import gain_table, plot_gains
@@ -80,6 +80,12 @@ def probe_sections(models: Sequence[dict[str, Any]], number: int) -> list[Sectio
     return [accuracy, *([maps] if any(len(result[shown]) > 1 for one in models for result in one["results"]) else [])]
 
 
+def is_of_evaluation(subject: dict[str, Any], curve: Curve) -> bool:
+    """Whether losses of tokens are of the model, settings and text of a curve."""
+    names = ("weights", "model_options", "model_overrides", "dtype", "text")
+    return bool(subject) and all(subject.get(name) == curve.subject.get(name) for name in names)
+
+
 def overview(curves: Sequence[Curve], gains: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]]) -> Section:
     """A row for each model: perplexity, speed, what context gives to tokens that have some, and effective lengths."""
     rows: list[dict[str, Any]] = []
@@ -90,12 +96,13 @@ def overview(curves: Sequence[Curve], gains: Sequence[dict[str, Any]], probes: S
             if length in curve.tokens_per_second:
                 row[f"tokens/s at {length:,}"] = f"{curve.tokens_per_second[length]:,.0f}"
         for gain in gains:
-            if gain.get("weights") and gain["weights"] == curve.details["weights"]:
+            if is_of_evaluation(as_dictionary(gain.get("subject")), curve):
                 for group in gain["groups"]:
                     if group["group"].startswith("with "):
                         row[f"gain, bits, of tokens {group['group']}"] = f"{group['gain']:+.3f}"
         for model in probes:
-            if Path(model["model"]["checkpoint"]).resolve() == Path(curve.checkpoint).resolve():
+            same = Path(model["model"]["checkpoint"]).resolve() == Path(curve.checkpoint).resolve()
+            if same and model["model"].get("overrides", {}) == curve.subject.get("model_overrides", {}):
                 row[f"{model['probe']['task']}, effective length"] = f"{model['effective_length']:,}"
         rows.append(row)
     headers = list(dict.fromkeys(name for row in rows for name in row))
