@@ -108,10 +108,12 @@ def test_reach_of_a_checkpoint(corpus, checkpoint, tmp_path, capsys):
 def test_what_heads_do_in_a_text_is_computed_from_their_queries_and_keys(build):
     decoder = build("alibi_lm_tiny").decoder
     tokens, attention = torch.randint(4, 40, (1, 20)), decoder.layers[0].self_attn
-    (q, k), _ = queries_and_keys(decoder, tokens)
+    ((q, k), _), deviations = queries_and_keys(decoder, tokens)
     x = decoder.layers[0].self_attn_layer_norm(decoder.embed(tokens, 20))
     for found, projection in ((q, attention.q_proj), (k, attention.k_proj)):
         torch.testing.assert_close(found, projection(x).unflatten(-1, (8, -1)).transpose(1, 2))
+    least = decoder.embed(tokens, 20).detach().std(-1, correction=0).min()
+    assert deviations[decoder.layers[0].self_attn_layer_norm] == pytest.approx(float(least), rel=1e-5)
     slopes = decoder.position_method.slopes()[0]
     scores = q[0] @ k[0].mT / 4 + decoder.position_method.future_mask(20, 20)
     by_distance = [scores.softmax(-1).diagonal(-distance, 1, 2).sum(-1) / 20 for distance in range(20)]
@@ -123,7 +125,10 @@ def test_reach_needs_no_data_and_says_what_has_none(train, tmp_path, capsys):
         return failure(capsys, main, "reach", *arguments, "--output", tmp_path / "none")
 
     main(["reach", str(train("--position-method", "fox")), "--output", str(tmp_path / "fox")])
-    assert "keys in all layers" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "keys in all layers\nwhat it does to logits is not bounded" in out
     assert "position method none has no bias" in fails(train("--position-method", "none"))
     assert "multiplies scores by the logarithm" in fails(train("--score-scale", "ssmax"))
     assert "--epsilon 0.0: pass a number above 0" in fails(train("--position-method", "none"), "--epsilon", 0)
+    assert "--logits 0.0: pass a number above 0" in fails(train("--position-method", "none"), "--logits", 0)
+    assert "no epsilon proves that" in fails(train("--position-method", "fox"), "--logits", 0.001)

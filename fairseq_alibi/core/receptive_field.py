@@ -105,10 +105,25 @@ def finite_excess(q: Tensor, k: Tensor) -> Tensor:
     return most
 
 
-def projections(attention: Any) -> Optional[tuple[nn.Linear, nn.Linear]]:
-    """The projections of queries and keys; None if they are not linear layers, so that nothing is known of them."""
-    found = attention.q_proj, attention.k_proj
-    return found if all(type(layer).forward is nn.Linear.forward for layer in found) else None  # type: ignore[return-value]
+def is_linear(layer: Any) -> bool:
+    """Whether a projection is a linear layer; nothing is known of another one."""
+    return type(layer).forward is nn.Linear.forward
+
+
+def folded(layer: Any, norm: Optional[nn.Module], heads: int) -> tuple[Tensor, Tensor]:
+    """A projection of z, when it reads the output g * z + b of a layer norm: weight (H, D, C), offset (H, D), float64.
+
+    Without a norm it is the projection itself.
+    """
+    weight = layer.weight.detach().cpu().double()
+    offset = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().cpu().double()
+    if isinstance(norm, nn.LayerNorm):
+        if norm.elementwise_affine:
+            if norm.bias is not None:
+                offset = offset + weight @ norm.bias.detach().cpu().double()
+            weight = weight * norm.weight.detach().cpu().double()
+        weight = weight - weight.mean(-1, keepdim=True)  # the sum of z is 0
+    return weight.view(heads, -1, weight.size(1)), offset.view(heads, -1)
 
 
 @torch.no_grad()
@@ -118,30 +133,21 @@ def layer_excess(attention: Any, norm: Optional[nn.Module], vectors: Optional[Te
     Its attention reads the output of `norm`, None for no norm. What the norm, or else the layer, reads is one of the
     (V, C) `vectors` if they are given.
     """
-    heads, dim, layers = attention.num_heads, attention.head_dim, projections(attention)
+    heads, layers = attention.num_heads, (attention.q_proj, attention.k_proj)
     excess = torch.full((heads,), math.inf, dtype=torch.float64)
-    if layers is None or attention.score_scale is not None:
+    if not all(map(is_linear, layers)) or attention.score_scale is not None:
         return excess
-    weights = [layer.weight.detach().cpu().double().view(heads, dim, -1) for layer in layers]
-    q, k = weights
-    offset = torch.zeros(heads, dim, dtype=torch.float64)
-    if layers[0].bias is not None:
-        offset = layers[0].bias.detach().cpu().double().view(heads, dim)
     if vectors is not None:
         read = (vectors if norm is None else norm(vectors)).detach().cpu()
-        kind = torch.promote_types(read.dtype, torch.float32)
-        types = [(weight.to(kind) @ read.to(kind).T).mT for weight in (q, k)]
-        excess = excess.fmin(finite_excess(types[0] + offset[:, None].to(kind), types[1]).double())
-    if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (q.size(2),):
-        if norm.elementwise_affine:
-            gain = norm.weight.detach().cpu().double()
-            bias = torch.zeros_like(gain) if norm.bias is None else norm.bias.detach().cpu().double()
-            offset = offset + q @ bias
-            q, k = q * gain, k * gain
-        centred = [weight - weight.mean(-1, keepdim=True) for weight in (q, k)]
-        excess = excess.fmin(ball_excess(centred[0], offset, centred[1], math.sqrt(q.size(2))))
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
+        (q, offset), (k, _) = (folded(layer, None, heads) for layer in layers)
+        queries, keys = ((weight.to(read.dtype) @ read.T).mT for weight in (q, k))
+        excess = excess.fmin(finite_excess(queries + offset[:, None].to(read.dtype), keys).double())
+    if isinstance(norm, nn.LayerNorm) and norm.normalized_shape == (attention.q_proj.weight.size(1),):
+        (q, offset), (k, _) = (folded(layer, norm, heads) for layer in layers)
+        excess = excess.fmin(ball_excess(q, offset, k, math.sqrt(q.size(2))))
     margin = max(1e-3, 4 * torch.finfo(layers[0].weight.dtype).eps)
-    return excess.clamp(min=0) * (1 + margin) / math.sqrt(dim)
+    return excess.clamp(min=0) * (1 + margin) / math.sqrt(attention.head_dim)
 
 
 def stack_excess(layers: Sequence[Any], vectors: Optional[Tensor] = None) -> Tensor:
@@ -165,11 +171,7 @@ def least_slopes(gate: Any, norm: Optional[nn.Module]) -> Tensor:
 
     A gate reads g * z + b like the projections, so its logit is at most sqrt(C) |w * g - mean| + w . b + its bias.
     """
-    weight, shift = (part.detach().cpu().double() * gate.sign for part in (gate.weight, gate.bias))
+    weight, shift = (part[:, 0] * gate.sign for part in folded(gate, norm, len(gate.weight)))
     if not isinstance(norm, nn.LayerNorm):
         return torch.zeros_like(shift)
-    if norm.elementwise_affine:
-        shift = shift + weight @ norm.bias.detach().cpu().double()
-        weight = weight * norm.weight.detach().cpu().double()
-    weight = weight - weight.mean(-1, keepdim=True)
     return nn.functional.softplus(-shift - math.sqrt(weight.size(1)) * torch.linalg.vector_norm(weight, dim=-1))

@@ -6,14 +6,16 @@ Shapes: H heads, T tokens of a text, D head_dim, V types.
 import contextlib
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from fairseq.models import BaseFairseqModel
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..core.logit_bound import last_norm_of, longest_row, stack_change
 from ..core.reach import reach, reach_of_excess
 from ..core.receptive_field import least_slopes, norm_before
 from ..files.checkpoints import count_types, describe_model, load_model, read_checkpoint
@@ -63,13 +65,42 @@ def least_slopes_of(decoder: AlibiDecoder) -> Tensor:
 
 
 @torch.no_grad()
-def describe_reach(model: BaseFairseqModel, epsilon: Optional[float]) -> dict[str, Any]:
+def logits_change(
+    decoder: AlibiDecoder, epsilon: float, least_deviations: Optional[Mapping[nn.Module, float]] = None
+) -> float:
+    """The proven bound of what skipped keys change in a logit of any text, see `stack_change`.
+
+    With an adaptive softmax it is that of a log-probability, which changes by twice as much as scores in each band.
+    """
+    vectors = decoder.vectors_of_types()
+    change = stack_change(decoder.layers, decoder.layer_norm, epsilon, vectors, least_deviations)
+    norm, width = last_norm_of(decoder.layers, decoder.layer_norm), decoder.layers[0].embed_dim
+    first, softmax = decoder.project_out_dim or nn.Identity(), decoder.adaptive_softmax
+    bands = [decoder.output_projection] if softmax is None else [softmax.head, *softmax.tail]
+    rows = [longest_row(nn.Sequential(first, band), norm, width) for band in bands]
+    factor = rows[0] if softmax is None else 2 * (rows[0] + max(rows[1:], default=0.0))
+    return 1.001 * change * factor  # 0.1% for rounding
+
+
+def epsilon_for(decoder: AlibiDecoder, tolerance: float) -> float:
+    """An epsilon that changes no logit of any text by more than the tolerance; ValueError if none is known.
+
+    The bound grows at most in proportion to epsilon, because all its steps are concave.
+    """
+    tiny = 1e-200
+    epsilon = 0.999 * tolerance / (logits_change(decoder, tiny) / tiny or 1.0)
+    if epsilon < 1e-250:
+        raise ValueError(f"--logits {tolerance}: no epsilon proves that for this model; pass --epsilon")
+    return min(epsilon, 0.5)
+
+
+@torch.no_grad()
+def describe_reach(model: BaseFairseqModel, epsilon: float) -> dict[str, Any]:
     """The static reach of all heads: `epsilon`, and for each head `layer`, `head`, `slope`, `excess`, `reach`.
 
-    A reach is in tokens, None if nothing bounds it.
+    A reach is in tokens, None if nothing bounds it. `logits` is `logits_change`, None for no bound.
     """
     decoder = model.decoder
-    epsilon = decoder.setup.settings.epsilon if epsilon is None else epsilon
     slopes, excess = least_slopes_of(decoder), decoder.score_excess()
     reaches = reach_of_excess(excess, slopes, epsilon)
     heads = [
@@ -83,7 +114,7 @@ def describe_reach(model: BaseFairseqModel, epsilon: Optional[float]) -> dict[st
         for layer in range(slopes.size(0))
         for head in range(slopes.size(1))
     ]
-    return {"epsilon": epsilon, "heads": heads}
+    return {"epsilon": epsilon, "logits": finite(logits_change(decoder, epsilon)), "heads": heads}
 
 
 def finite(number: Any) -> Optional[float]:
@@ -92,31 +123,44 @@ def finite(number: Any) -> Optional[float]:
     return None if math.isinf(value) else int(value) if value.is_integer() else value
 
 
-def queries_and_keys(decoder: AlibiDecoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Returns the queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T)."""
+def queries_and_keys(
+    decoder: AlibiDecoder, tokens: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], dict[nn.Module, float]]:
+    """Queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T).
+
+    And the least standard deviation of what each norm reads.
+    """
     outputs: dict[int, Tensor] = {}  # by the projection, as a layer makes the keys first
+    deviations: dict[nn.Module, float] = {}
     pairs = [(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in decoder.layers]
     with contextlib.ExitStack() as hooks:
         for projection in (projection for pair in pairs for projection in pair):
             hook = projection.register_forward_hook(lambda module, _, out: outputs.update({id(module): out}))
             hooks.callback(hook.remove)
+        for norm in (module for module in decoder.modules() if isinstance(module, nn.LayerNorm)):
+            hook = norm.register_forward_pre_hook(
+                lambda module, read: deviations.update({module: float(read[0].detach().std(-1, correction=0).min())})
+            )
+            hooks.callback(hook.remove)
         decoder.extract_features(tokens, None)
     heads = decoder.layers[0].self_attn.num_heads
     q_and_k = ([outputs[id(p)].unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for p in pair] for pair in pairs)
-    return [(q, k) for q, k in q_and_k]
+    return [(q, k) for q, k in q_and_k], deviations
 
 
 @torch.no_grad()
 def measure_text(model: BaseFairseqModel, stream: Tensor, content: dict[str, Any]) -> None:
     """Adds to each head its reach in a text, and the distances within which shares of its weight lie; see `SHARES`.
 
-    ValueError: the bias is by key, so that weights are not those of a distance.
+    `logits_in_text` is `logits_change` for this text. ValueError: the bias is by key, so that weights are not those of
+    a distance.
     """
     decoder = model.decoder
     if decoder.position_method.bias_kind != "linear":
         raise ValueError(f"--data: {decoder.position_method.name} has no slopes to measure a text with; drop it")
     prepare_model(model, len(stream))
-    projected = queries_and_keys(decoder, source_of(stream, decoder.dictionary)[None])
+    projected, deviations = queries_and_keys(decoder, source_of(stream, decoder.dictionary)[None])
+    content["logits_in_text"] = finite(logits_change(decoder, content["epsilon"], deviations))
     slopes, heads = least_slopes_of(decoder), iter(content["heads"])
     for number, (q, k) in enumerate(projected):
         seen = reach(q, k, slopes[number], content["epsilon"]).clamp(max=len(stream) - 1)
@@ -152,5 +196,13 @@ def reach_table(content: dict[str, Any]) -> str:
         rows, list(names.values()), "simple", floatfmt=formats, intfmt=",", colalign=["right"] * len(names)
     )
     return (
-        f"{table}\n\nepsilon {content['epsilon']:g}; whatever the text and its length, the heads see at most: {total}"
+        f"{table}\n\nepsilon {content['epsilon']:.3g}; whatever the text and its length, the heads see at most: {total}"
+        f"\n{logits_line(content)}"
     )
+
+
+def logits_line(content: dict[str, Any]) -> str:
+    """The bounds of what skipped keys change, in any text and in the one read."""
+    numbers = [(content["logits"], "in any text"), (content.get("logits_in_text"), "in this text")]
+    known = [f"{number:.2g} {where}" for number, where in numbers if number is not None]
+    return f"logits change by at most {' and '.join(known)}" if known else "what it does to logits is not bounded"

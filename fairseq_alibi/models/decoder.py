@@ -157,13 +157,18 @@ class AlibiDecoder(PositionedStack, TransformerDecoder):
         """See `stack_excess`: (layers, H) float64, computed again when the weights have changed."""
         version = tuple((id(p), None if p.is_inference() else p._version) for p in self.parameters())
         if self.kept_excess is None or self.kept_excess[0] != version:
-            tokens, vectors = self.embed_tokens, None
-            types = tokens.cutoff[-1] if isinstance(tokens, AdaptiveInput) else getattr(tokens, "num_embeddings", None)
-            if types is not None and self.embed_positions is None and not self.training:
-                numbers = torch.arange(types, device=next(self.parameters()).device)
-                vectors = torch.cat([self.embed(part[:, None], 1)[:, 0] for part in numbers.split(4096)])
-            self.kept_excess = version, stack_excess(self.layers, vectors)
+            self.kept_excess = version, stack_excess(self.layers, self.vectors_of_types())
         return self.kept_excess[1]
+
+    @torch.no_grad()
+    def vectors_of_types(self) -> Optional[Tensor]:
+        """(V, C) all that the first layer may read; None if that depends on positions, characters or dropout."""
+        tokens = self.embed_tokens
+        types = tokens.cutoff[-1] if isinstance(tokens, AdaptiveInput) else getattr(tokens, "num_embeddings", None)
+        if types is None or self.embed_positions is not None or self.training:
+            return None
+        numbers = torch.arange(types, device=next(self.parameters()).device)
+        return torch.cat([self.embed(part[:, None], 1)[:, 0] for part in numbers.split(4096)])
 
     def max_positions(self) -> int:
         """Longest sequence: none, unless --max-target-positions was given or the positions end."""
