@@ -230,16 +230,24 @@ def test_a_curve_without_a_finite_value_is_marked_and_has_no_scale(results, tmp_
 
 
 def test_many_series_with_long_and_odd_names_are_readable(results, tmp_path, monkeypatch):
-    """The legend is inside of the figure; no name ends a cell of a table or is read as a formula."""
+    """The legend is inside of the figure, names of lengths do not overlap, and values far apart have a scale.
+
+    No name ends a cell of a table or is read as a formula.
+    """
     from matplotlib import pyplot as plt
 
     seen = []
     monkeypatch.setattr(plt, "close", seen.append)
-    files = [results("alibi", {(128, 128): 30.0 + n}, f"{'a b ' * 30}|\n$\\frac{{$ {n}") for n in range(11)]
+    points = {(n, n): 1e12 / n**2 for n in (1, 1000, 1001, 1024, 10**6)}
+    files = [results("alibi", points, f"{'a b ' * 30}|\n$\\frac{{$ {n}") for n in range(11)]
     write_report(files, tmp_path / "report")
     (figure,) = seen
     legend = figure.legends[0].get_window_extent()
     assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    lengths = [text.get_window_extent() for text in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in zip(lengths, lengths[1:]))
+    low, high = figure.axes[0].get_ylim()
+    assert sum(low < tick < high for tick in figure.axes[0].get_yticks()) > 2
     _, _, head, line, row, *_ = (tmp_path / "report" / "report.md").read_text().splitlines()
     assert head.count("|") == line.count("|") == row.count("|") == 13
 

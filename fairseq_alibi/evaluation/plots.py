@@ -19,6 +19,8 @@ STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "
 
 LEGEND_WIDTH = 80  # characters in a line of a legend, which would be cut off at the figure's edges
 
+LONGEST_AXIS = 12  # names of lengths that fit beside each other
+
 #: Forms of the bias, in the order of its picture.
 FORMS = ("causal", *ENCODER_FORMS)
 
@@ -58,7 +60,7 @@ def chart(path: Path, labels: Sequence[str], logarithmic: bool = True) -> Iterat
     finite = [value for value in values if math.isfinite(value)]
     if logarithmic and finite and min(finite) > 0 and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(finite) < 1e4 * min(finite) else (1,)))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.grid(alpha=0.3)
@@ -110,7 +112,11 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
         lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        named = lengths[:1]
+        for length in lengths:  # those that are so close together that their names would overlap have one name
+            if length > named[-1] * (lengths[-1] / lengths[0]) ** (1 / LONGEST_AXIS):
+                named.append(length)
+        axes.set_xticks(named, [f"{length:,}" for length in named])
         axes.set_xlabel("evaluation length (tokens)")
         axes.set_ylabel(f"{measure.replace('_', ' ')} ({subsets})")
         if measure != "perplexity" and math.isfinite(axes.dataLim.ymax):

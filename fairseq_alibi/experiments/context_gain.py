@@ -54,7 +54,7 @@ def read_token_losses(path: Path) -> TokenLosses:
             for name in stored.files:
                 if found := re.fullmatch(r"length (\d+), (?:stride (\d+)|streaming)", name):
                     losses[Windowing(int(found[1]), int(found[2]) if found[2] else None)] = stored[name].astype(float)
-        arrays = all(values.shape == tokens.shape and not numpy.isnan(values).any() for values in losses.values())
+        arrays = all(values.shape == tokens.shape and numpy.isfinite(values).all() for values in losses.values())
         windows = all(1 <= (window[1] if window[1] is not None else window[0]) <= window[0] for window in losses)
         whole = arrays and windows and tokens.ndim == 1 and tokens.dtype.kind in "iu" and tokens.min() >= 0
     except Exception:  # numpy and zipfile raise many kinds
