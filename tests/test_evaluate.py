@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import BIN, failure, fairseqs_own, run
 from fairseq.data import Dictionary
+from omegaconf import OmegaConf
 from tensorboardX.proto.event_pb2 import Event
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.evaluation.curves import read_curves
 from fairseq_alibi.evaluation.measurement import Windowing, position_bins
-from fairseq_alibi.evaluation.result_files import TokenLossFile
+from fairseq_alibi.evaluation.result_files import TokenLossFile, evaluation_subject
 from fairseq_alibi.evaluation.text import EvaluationText, read_evaluation_text
-from fairseq_alibi.files.data_folders import read_subset
+from fairseq_alibi.files.data_folders import read_dictionary, read_subset
 
 ADAPTIVE = (
     *("--adaptive-input", "--adaptive-input-cutoff", "10,20", "--adaptive-softmax-cutoff", "10,20"),
@@ -154,6 +155,10 @@ def test_measures_divide_by_the_text_as_it_was_given(tmp_path):
     assert measures["bits_per_character"] == pytest.approx(100 / len(valid))
     assert measures["bits_per_byte"] == pytest.approx(100 / len(valid.encode()))
     assert measures["word_perplexity"] == pytest.approx(2 ** (100 / (len(valid.split()) + 3)))
+    state = {"model": {}, "cfg": OmegaConf.create({"model": {}, "task": {"tokens_per_sample": 4}})}
+    uncounted = EvaluationText(read.stream, read_dictionary(str(tmp_path / "data")), "@@ ")
+    subjects = [evaluation_subject(state, text, {}, "float32", "cpu") for text in (read, uncounted)]
+    assert subjects[0]["text"] != subjects[1]["text"], "the same tokens of another text are another evaluation"
     shutil.copy(tmp_path / "data" / "test.idx", tmp_path / "data" / "valid.idx")
     shutil.copy(tmp_path / "data" / "test.bin", tmp_path / "data" / "valid.bin")
     other = read_evaluation_text(str(tmp_path / "data"), "valid", "@@ ")
@@ -272,8 +277,8 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
     torch.save(state, other)
     assert "model_options" in fails(capsys, corpus, other, "--lengths", 64, "--output", tmp_path)
     content = json.loads(path.read_text())
-    for broken in ([1], [{**content["results"][0], "loss": "1"}], [{**content["results"][0], "run": "unknown"}]):
-        path.write_text(json.dumps({**content, "results": broken}))
+    for broken in ({"stride": "1"}, {"loss": "1"}, {"run": "unknown"}):
+        path.write_text(json.dumps({**content, "results": [{**content["results"][0], **broken}]}))
         assert "(content)" in fails(capsys, *sweep)
     path.write_text("mine")
     assert "--overwrite" in fails(capsys, *sweep)
