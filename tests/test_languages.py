@@ -10,7 +10,7 @@ from fairseq.data.encoders.moses_tokenizer import MosesTokenizer, MosesTokenizer
 from tabulate import tabulate
 
 from fairseq_alibi.__main__ import main
-from fairseq_alibi.data.plain_text import TextSettings
+from fairseq_alibi.data.plain_text import TextSettings, count_restored
 from fairseq_alibi.evaluation.generation import decode_tokens, encode_text, load_text_model
 from fairseq_alibi.files.data_folders import text_options
 
@@ -67,10 +67,24 @@ def test_text_of_any_script_comes_back_without_moses(tmp_path, tokenizer):
 @pytest.mark.parametrize(("escape", "dashes"), itertools.product([True, False], repeat=2))
 def test_text_is_split_as_by_fairseqs_moses_tokenizer(escape, dashes):
     text = 'a-b, "c" well-known R&D'
-    tokens = TextSettings(escape=escape, dash_splits=dashes).moses_encoder()(text)
+    tokens = TextSettings(escape=escape, dash_splits=dashes).word_encoder()(text)
     options = {"moses_no_escape": not escape, "moses_no_dash_splits": not dashes}
     assert tokens == MosesTokenizer(MosesTokenizerConfig(source_lang="en", target_lang="en", **options)).encode(text)
     assert ("@-@" in tokens, "&quot;" in tokens) == (dashes, escape)
+
+
+@pytest.mark.parametrize("tokenizer", ["moses", "none", "sentencepiece"])
+def test_any_white_space_separates_words(tokenizer):
+    assert TextSettings(tokenizer).word_encoder()("a\u00a0b\tc\u3000d\re").split(" ") == list("abcde")
+
+
+def test_lines_with_special_or_unknown_words_do_not_come_back(tmp_path):
+    """And a carriage return belongs to the line's end."""
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    for name in ("text", "valid.words"):
+        (tmp_path / name).write_text("a\n<s> a\na </s>\nb\na\r\n", newline="")
+    shares = count_restored(tmp_path, {"valid": tmp_path / "text"}, tmp_path, "words", TextSettings("none", None))
+    assert shares == {"valid": 2 / 5}
 
 
 @pytest.mark.slow
@@ -88,6 +102,8 @@ def test_generation_and_export_restore_what_the_preparation_counted(tmp_path, sc
     checkpoint = tmp_path / "model" / "checkpoint_last.pt"
     model = load_text_model(str(data), str(checkpoint), **text_options(data))
     assert restored_share(data, lambda line: decode_tokens(model, encode_text(model, line))) == shares["valid"]
+    spaced = "\u00a0".join([words[-1]] * 2)
+    assert decode_tokens(model, encode_text(model, spaced)) == spaced.replace("\u00a0", " ")
     main(["generate", str(data), str(checkpoint), words[0], "--tokens", "3", "--cpu"])
     export = ("export-hf", checkpoint, tmp_path / "out", "--data", data)
     if tokenizer == "sentencepiece":
@@ -102,6 +118,7 @@ def test_generation_and_export_restore_what_the_preparation_counted(tmp_path, sc
         return exported.decode(exported(line).input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     assert restored_share(data, through_the_export) == shares["valid"]
+    assert through_the_export(spaced) == spaced.replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(

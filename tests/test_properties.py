@@ -138,7 +138,7 @@ def test_any_text_is_encoded_line_by_line_as_a_prompt_is(lines, merges):
             (folder / f"{split}.txt").write_bytes("\n".join(text).encode())
         moses = MosesTokenizer(MosesTokenizerConfig())
         tokenized = [moses.encode(one) for one in text]
-        assert list(map(TextSettings().moses_encoder(), text)) == tokenized
+        assert list(map(TextSettings().word_encoder(), text)) == tokenized
         (folder / "train.moses").write_bytes("".join(one + "\n" for one in tokenized).encode())
         assert check_text(folder / "train.txt")[0] == len(text) - (not text[-1])
         learn_codes(folder / "train.moses", folder / "bpe.codes", merges)

@@ -9,6 +9,7 @@ text, for what the model reads first; `add_special_tokens=False` leaves it out. 
 could tell from a line break, so the model reads `<s>` as `</s>` (`begin_token` of its configuration).
 """
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -88,6 +89,7 @@ class AlibiTokenizer(PreTrainedTokenizer):
 
     def words(self, line: str) -> list[str]:
         """The types of a line; `<s>` and `<pad>`, which are not fairseq's in a text, are unknown."""
+        line = re.sub(r"\s", " ", line)  # as in the preparation: as a part of units it would glue words together
         if self.moses:
             parts = line.split() if self.word_by_word else [line]
             line = " ".join(self.tokenizer.tokenize(part, return_str=True, **self.rules) for part in parts)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import itertools
+import re
 import shlex
 import types
 from collections.abc import Callable
@@ -59,8 +60,13 @@ class TextSettings:
         others = {name: value for name, value in chosen.items() if value != getattr(TextSettings, name)}
         return {"corpus": "text", "tokenizer": self.tokenizer, "bpe_merges": self.units, **others}
 
-    def moses_encoder(self) -> Encoder:
-        """Returns the function of fairseq's `--tokenizer moses`, without fairseq, so that workers need not load it."""
+    def word_encoder(self) -> Encoder:
+        """Returns the function of fairseq's `--tokenizer moses`, without fairseq, so that workers need not load it.
+
+        Other tokenizers make spaces of all white space, which would glue words together as a part of units.
+        """
+        if self.tokenizer != "moses":
+            return functools.partial(re.compile(r"\s").sub, " ")
         tokenize = MosesTokenizer(self.language).tokenize
         return functools.partial(tokenize, aggressive_dash_splits=self.dash_splits, return_str=True, escape=self.escape)
 
@@ -83,7 +89,8 @@ def count_restored(
 ) -> dict[str, float]:
     """Returns for each split the share of its first `RESTORED_LINES` lines that come back from their tokens unchanged.
 
-    A line with a token that the dictionary of `data` lacks does not. `folder`/SPLIT.`suffix` holds the tokens.
+    A line with a token that is special or missing in the dictionary of `data` does not. `folder`/SPLIT.`suffix` holds
+    the tokens.
     """
     dictionary, decode, shares = Dictionary.load(str(data / "dict.txt")), settings.decoder(), {}
     for split, path in texts.items():
@@ -94,8 +101,8 @@ def count_restored(
             restored = []
             for line, tokens in itertools.islice(zip(lines, encoded), RESTORED_LINES):
                 words = tokens.split()
-                known = all(dictionary.index(word) != dictionary.unk() for word in words)
-                restored.append(known and decode(" ".join(words)) == line.rstrip("\n"))
+                known = all(dictionary.index(word) >= dictionary.nspecial for word in words)
+                restored.append(known and decode(" ".join(words)) == line.rstrip("\r\n"))
             shares[split] = sum(restored) / len(restored)
     return shares
 
@@ -147,13 +154,13 @@ def learn_codes(text: Path, codes: Path, merges: int) -> None:
         raise ValueError("the training text is too small to learn BPE: give more text, or use --word-level")
 
 
-def learn_units(work: Path, suffix: str, settings: TextSettings, workers: int) -> Path:
-    """Learns subword units of train.`suffix` of a folder; returns their file."""
+def learn_units(work: Path, settings: TextSettings, workers: int) -> Path:
+    """Learns subword units of train.words of a folder; returns their file."""
     assert settings.units is not None
     if settings.tokenizer == "sentencepiece":
-        learn_pieces(work / f"train.{suffix}", units := work / "sentencepiece.model", settings.units, workers)
+        learn_pieces(work / "train.words", units := work / "sentencepiece.model", settings.units, workers)
     else:
-        learn_codes(work / f"train.{suffix}", units := work / "bpe.codes", settings.units)
+        learn_codes(work / "train.words", units := work / "bpe.codes", settings.units)
     return units
 
 
@@ -197,12 +204,8 @@ def prepare_text(
     with work_folder(destination) as work:
         for split, path in texts.items():
             (work / f"{split}.txt").symlink_to(path.resolve())
-        suffix = "txt"
-        if settings.tokenizer == "moses":
-            for split in SPLITS:
-                encode_file(work, split, suffix, "moses", settings.moses_encoder(), workers)
-            suffix = "moses"
-        units = settings.units and learn_units(work, suffix, settings, workers)
+            encode_file(work, split, "txt", "words", settings.word_encoder(), workers)
+        suffix, units = "words", settings.units and learn_units(work, settings, workers)
         if units:
             for split in SPLITS:
                 encode_file(work, split, suffix, "units", unit_encoder(units), workers)

@@ -94,8 +94,7 @@ def encode_part(part: TextPart, work: Path, settings: TextSettings, units: Optio
 
 def encoded_lines(part: TextPart, settings: TextSettings, units: Optional[Path]) -> Iterator[str]:
     """Yields the lines of a part, with spaces between their tokens."""
-    encoders = [settings.moses_encoder()] if settings.tokenizer == "moses" else []
-    encoders += [unit_encoder(units)] if units else []
+    encoders = [settings.word_encoder(), *([unit_encoder(units)] if units else [])]
     for line in lines_between(*part[1:]):
         text = line.decode().rstrip("\n")
         for encode in encoders:
@@ -150,10 +149,8 @@ def learn_sample(work: Path, parts: Sequence[TextPart], settings: TextSettings, 
                 assert part.end is not None
                 end = min(part.end, part.begin + SAMPLE_BYTES // len(parts))
                 file.writelines(lines_between(part.path, part.begin, end))
-        suffix = "moses" if settings.tokenizer == "moses" else "txt"
-        if suffix == "moses":
-            encode_file(folder, "train", "txt", suffix, settings.moses_encoder(), workers)
-        units = learn_units(folder, suffix, settings, workers)
+        encode_file(folder, "train", "txt", "words", settings.word_encoder(), workers)
+        units = learn_units(folder, settings, workers)
         done.write_text(units.name)
     return folder / done.read_text()
 

@@ -1,6 +1,7 @@
 """Text that continues a prompt, plain text in and out."""
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -45,7 +46,8 @@ def load_text_model(
 
 def encode_text(model: GeneratorHubInterface, text: str) -> Tensor:
     """Text -> (n,) tokens. A line break becomes an end of sentence; the last line has none."""
-    tokens = torch.cat([model.encode(line) for line in text.split("\n")])[:-1]
+    # As in the preparation: other white space as a part of units would glue words together.
+    tokens = torch.cat([model.encode(re.sub(r"\s", " ", line)) for line in text.split("\n")])[:-1]
     # The words <s> and <pad> in a text are not fairseq's special tokens.
     special = (tokens == model.tgt_dict.bos()) | (tokens == model.tgt_dict.pad())
     return tokens.masked_fill(special, model.tgt_dict.unk())
