@@ -5,7 +5,9 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from typing import Any, Optional
 
@@ -80,10 +82,9 @@ def prepare_streams_and_warnings() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    """Runs a subcommand, by default of the command line; bad input ends it with one line and status 1."""
-    prepare_streams_and_warnings()
-    argv = import_user_dir(sys.argv[1:] if argv is None else argv)
+def parse_arguments(argv: list[str]) -> tuple[Any, argparse.Namespace]:
+    """Returns the module of the subcommand that the arguments name, and the arguments; bad ones end with status 2."""
+    argv = import_user_dir(argv)
     parser = argparse.ArgumentParser(prog="fairseq-alibi", description="ALiBi language models for fairseq.")
     parser.add_argument("--user-dir", metavar="DIR", help="folder to import, which may register position methods")
     parser.add_argument("--version", action="version", version=f"fairseq-alibi {__version__}")
@@ -108,16 +109,55 @@ def main(argv: Optional[list[str]] = None) -> None:
     else:
         args = parser.parse_args(argv)
     args.passed_on = passed_on
+    return command, args
+
+
+def output_fault(error: Optional[Exception] = None) -> str:
+    """Writes out what was printed; returns why it cannot be, if so, and drops it, of which Python would complain.
+
+    `error` ended the command. One of a file of the command names that file, see `naming`.
+    """
     try:
-        command.run(args)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise error
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has ended, as `head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain of the rest when it ends
-        sys.exit(f"fairseq-alibi {args.command}: standard output is closed")
+    except OSError as fault:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        closed = isinstance(fault, BrokenPipeError)  # the reader of the output has ended, as `head -1` does
+        return "standard output is closed" if closed else f"standard output cannot be written ({fault.strerror})"
+    return ""
+
+
+def interrupt(number: int, _: Any) -> None:
+    """The handler of SIGTERM, which ends a command as Ctrl-C does, so that it removes what is half-written."""
+    raise KeyboardInterrupt(number)
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    """Runs a subcommand, by default of the command line.
+
+    Bad input ends it with one line and status 1, Ctrl-C and SIGTERM with one line and status 130 or 143.
+    """
+    prepare_streams_and_warnings()
+    argv = sys.argv[1:] if argv is None else argv
+    program, command = "fairseq-alibi", None
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        command, args = parse_arguments(argv)
+        program = f"{program} {args.command}"
+        command.run(args)
+        message = output_fault()
     except (ValueError, OSError) as error:
-        sys.exit(f"fairseq-alibi {args.command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"fairseq-alibi {args.command}: interrupted")
+        message = output_fault(error) or str(error)
+    except KeyboardInterrupt as interruption:
+        resumes = getattr(command, "RESUMES", False)
+        note = "; start the same command again, and it continues" if resumes else ""
+        print(f"{program}: interrupted{note}", file=sys.stderr)
+        output_fault()
+        sys.exit(128 + (interruption.args or (signal.SIGINT,))[0])
+    if message:
+        sys.exit(f"{program}: {message}")
 
 
 if __name__ == "__main__":

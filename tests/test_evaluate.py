@@ -240,7 +240,8 @@ def test_what_is_done_is_not_done_again(corpus, checkpoint, tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint_evaluation, "evaluate_model", interrupted)
     sweep = (corpus, checkpoint, "--lengths", "16,64,128", "--output", tmp_path)
-    assert "interrupted" in fails(capsys, *sweep)
+    assert fails(capsys, *sweep) == "130"
+    assert "evaluate: interrupted; start the same command again, and it continues" in capsys.readouterr().err
     assert results(tmp_path).keys() == {(16, 16)}
     command(*sweep)
     assert scored == [16, 64, 64, 128]

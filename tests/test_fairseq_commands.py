@@ -101,6 +101,46 @@ def test_missing_data_are_named_in_one_line(monkeypatch, corpus, checkpoint, tmp
     assert message.endswith(": name folders, files and subsets that exist")
 
 
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("generate", "{'atention': 'mask'}", "no model or task has an option 'atention': did you mean 'attention'?"),
+        ("eval-lm", "{'zzzzzzzzzz': 1}", "no model or task has an option 'zzzzzzzzzz': drop it"),
+        ("eval-lm", "__import__('os').getpid()", "is no dictionary"),
+        ("eval-lm", "[1]", "is no dictionary"),
+        ("eval-lm", "{'no_scale_embedding': 'False'}", "no_scale_embedding 'False': pass a value as False is"),
+        ("interactive", "{'dropout': 'x'}", "--model-overrides: dropout 'x': pass a value as 0.1 is"),
+        ("eval-lm", "{'max_target_positions': 'N'}", "--max-target-positions 'N': pass a whole number"),
+    ],
+)
+def test_overrides_that_cannot_be_are_named(monkeypatch, corpus, checkpoint, command, overrides, message):
+    arguments = [*READERS[command][1], checkpoint, "--cpu", "--model-overrides", overrides]
+    assert message in refusal(monkeypatch, command, corpus, *arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_an_interrupt_is_one_line(monkeypatch, corpus, checkpoint, tmp_path, caplog, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fairseq.trainer.Trainer.train_step", interrupted)
+    monkeypatch.setattr("fairseq.checkpoint_utils.load_model_ensemble", interrupted)
+    arguments = {
+        "train": [*TRAINING[:-1], "--save-dir", str(tmp_path)],
+        "generate": [*READERS["generate"][1], checkpoint],
+    }
+    common = ["fairseq", str(corpus), "--user-dir", str(ROOT / "fairseq_alibi"), "--cpu"]
+    monkeypatch.setattr("sys.argv", [*common, *map(str, arguments[command])])
+    with pytest.raises(SystemExit, match="130"):
+        COMMANDS[command].cli_main()
+    assert (
+        caplog.records[-1].getMessage()
+        == {"train": "interrupted; the same command resumes from its last checkpoint", "generate": "interrupted"}[
+            command
+        ]
+    )
+
+
 class Malicious:
     """Pickled it is a call that makes a file."""
 

@@ -42,23 +42,6 @@ def test_a_run_that_cannot_work_ends_with_one_line(corpus, tmp_path, message):
     assert not list(tmp_path.glob("checkpoints/*.pt"))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("{'atention': 'mask'}", "no model or task has an option 'atention': did you mean 'attention'?"),
-        ("{'zzzzzzzzzz': 1}", "no model or task has an option 'zzzzzzzzzz': drop it"),
-        ("__import__('os').getpid()", "is no dictionary"),
-        ("[1]", "is no dictionary"),
-    ],
-)
-def test_made_up_overrides_are_named(corpus, checkpoint, overrides, message):
-    command = [corpus, "--user-dir", "fairseq_alibi", "--path", checkpoint, "--gen-subset", "valid", "--cpu"]
-    done = run(BIN / "fairseq-eval-lm", *command, "--model-overrides", overrides, check=False)
-    assert done.returncode == 1
-    assert message in done.output.splitlines()[-1]
-    assert "Traceback" not in done.output
-
-
 def test_overrides_reach_a_checkpoint_that_is_older_than_the_option(corpus, checkpoint, tmp_path):
     state = torch.load(checkpoint)
     del state["cfg"]["model"]["alibi_max_bias"]

@@ -424,7 +424,8 @@ def test_failing_fairseq_leaves_nothing(corpus, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted(corpus.values())
 
 
-def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatch, capsys, number):
     sleeper = tmp_path / "python"
     sleeper.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
     sleeper.chmod(0o755)
@@ -434,11 +435,12 @@ def test_interrupt_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatc
     def interrupt_when_started():
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             time.sleep(0.02)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident, number)
 
     threading.Thread(target=interrupt_when_started, daemon=True).start()
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         run("prepare-text", tmp_path / "data", *text_arguments(corpus), "--word-level")
+    assert capsys.readouterr().err.splitlines() == ["fairseq-alibi prepare-text: interrupted"]
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

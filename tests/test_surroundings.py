@@ -1,10 +1,15 @@
 """Commands where standard output, locale, warnings or optimization are other than usual: they work, or say one line."""
 
+import errno
+import io
 import os
 import subprocess
+import sys
 
 import pytest
 from conftest import BIN
+
+from fairseq_alibi.__main__ import main
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -35,6 +40,20 @@ def test_a_reader_that_ends_is_one_line(shell, tmp_path):
     assert (status, len(output.splitlines())) == (1, 1)
     assert errors == ["fairseq-alibi evaluate: standard output is closed"]
     assert list((tmp_path / "out").glob("*.json")), "what was done is kept"
+
+
+class FullOutput(io.StringIO):
+    """An output whose disk is full."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_standard_output_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", FullOutput())
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"show-bias: standard output cannot be written \(No space left on device\)"):
+        main(["show-bias", "--heads", "2", "--length", "4", "--output", str(tmp_path / "bias.png")])
 
 
 def test_without_standard_output_results_are_written(shell, tmp_path):

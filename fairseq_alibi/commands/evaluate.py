@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import re
-import sys
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..files.data_folders import first_folder, text_options
 from ..files.results import check_writable
 from .arguments import length_list, model_options, positive_integer, shorten, subset_name
 
+RESUMES = True  # the same command, after an interruption
 SHORT_FRACTION = re.compile(r"\d{1,18}/\d{1,18}")  # a share of the length that is written as a fraction
 
 #: Under torchrun the processes join before the arguments are parsed, so that only the first prints what is wrong.
@@ -99,7 +99,5 @@ def run(args: argparse.Namespace) -> None:
                     tables.append(f"{table}\nwritten to {output}")
                     if args.tensorboard_logdir is not None:
                         log_to_tensorboard(args.tensorboard_logdir / settings.run_name(content), content)
-    except KeyboardInterrupt:
-        sys.exit("fairseq-alibi evaluate: interrupted; the same command continues with the length that was not done")
     finally:
         print("".join(f"\n{table}\n" for table in tables), end="")

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 
 from ..core.methods import COMPARED
@@ -16,6 +15,8 @@ from ..files.data_folders import read_dictionary, subset_tokens
 from ..files.errors import script_command
 from ..files.locks import locked
 from .arguments import positive_integer, subset_name
+
+RESUMES = True  # the same command, after an interruption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +59,10 @@ def run(args: argparse.Namespace) -> None:
         prepare_builtin(Path(data).resolve())
     read_dictionary(data)
     subset_tokens(data, args.subset)
-    try:
-        with locked(output):
-            run_comparison(comparison)
-            if isinstance(comparison, ProbeComparison):
-                write_probe_page(comparison)
-            else:
-                write_page(comparison)
-    except KeyboardInterrupt:
-        sys.exit("fairseq-alibi reproduce: interrupted; start the same command again, and it continues")
+    with locked(output):
+        run_comparison(comparison)
+        if isinstance(comparison, ProbeComparison):
+            write_probe_page(comparison)
+        else:
+            write_page(comparison)
     print(f"written to {output / 'results.md'}")

@@ -10,9 +10,6 @@ import json
 import os
 import platform
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,19 +43,6 @@ def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def sigterm_raises_exit() -> Iterator[None]:
-    """A context in which SIGTERM raises SystemExit with status 143, so that files can be removed first."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def work_folder(destination: Path, resumes: bool = False) -> Iterator[Path]:
     """Yields an empty folder in DEST.partial and removes it at the end, however the preparation ends.
 
@@ -67,7 +51,7 @@ def work_folder(destination: Path, resumes: bool = False) -> Iterator[Path]:
     or the folder cannot be made; names the destination.
     """
     partial = destination.with_name(destination.name + ".partial")
-    with locked(destination), naming(destination), sigterm_raises_exit():
+    with locked(destination), naming(destination):
         if partial.exists() and {path.name for path in partial.iterdir()} - OWN_NAMES:
             raise ValueError(f"{partial} is in the way and not ours: move it away or choose another DEST")
         if not resumes:

@@ -7,7 +7,6 @@ weights. A step that is finished is recorded in its model's folder and not repea
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -208,7 +207,7 @@ def check_settings(comparison: Comparison) -> None:
 
 
 def run_comparison(comparison: Comparison) -> None:
-    """Runs all steps that are not finished, with a progress bar. SIGTERM interrupts like Ctrl-C.
+    """Runs all steps that are not finished, with a progress bar.
 
     ValueError: a step failed, or see `check_settings`. KeyboardInterrupt: it was interrupted; its commands were
     stopped.
@@ -216,7 +215,6 @@ def run_comparison(comparison: Comparison) -> None:
     check_settings(comparison)
     models, parallel = comparison.models(), comparison.preset.parallel
     runner = CommandRunner(single_thread=parallel > 1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # without it the commands would survive this process
     steps = sum(len(comparison.commands(model)) for model in models)
     with tqdm(total=steps, desc="reproduce", unit="step") as bar, ThreadPoolExecutor(parallel) as pool:
         futures = [pool.submit(run_steps, model, comparison, runner, bar) for model in models]

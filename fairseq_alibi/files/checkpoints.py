@@ -138,6 +138,13 @@ def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[s
             )
 
 
+def check_kind(name: str, value: Any, default: Any) -> None:
+    """Raises ValueError for the override of a switch by anything but True or False, or of a number by no number."""
+    kinds = (bool,) if isinstance(default, bool) else (int, float)
+    if isinstance(default, (int, float)) and value is not None and type(value) not in kinds:
+        raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
+
+
 def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Replaces options of the model in a checkpoint's state; raises ValueError for one that it does not have."""
     model, known = state["cfg"]["model"], language_model_config().__dataclass_fields__
@@ -146,9 +153,7 @@ def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:
             raise ValueError(f"a language model has no option '{name}' to override")
         if SIZE.fullmatch(str(name)) and value != getattr(model, name, value):
             raise ValueError(f"--model-overrides: {name} {value} does not fit the weights, drop it")
-        default = known[name].default if name in known else getattr(model, name)
-        if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-            raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
+        check_kind(name, value, known[name].default if name in known else getattr(model, name))
         with open_dict(model) if OmegaConf.is_config(model) else contextlib.nullcontext():
             setattr(model, name, value)
     state["args"] = None  # the options of an old checkpoint; fairseq made `cfg` of them

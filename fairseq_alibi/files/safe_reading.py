@@ -91,6 +91,8 @@ def checked_reading(path: Path) -> Iterator[None]:
     try:
         with safe_loader():
             yield
+    except SystemExit:  # an option that does not fit the file
+        raise
     except Exception as error:  # whatever a broken file raises deep inside pickle, zipfile or fairseq
         raise ValueError(explain_refusal(path, error)) from error
 

@@ -151,6 +151,9 @@ def check_decoder_options(args: Any) -> None:
             f"--no-token-positional-embeddings contradicts --position-method {name}: use --position-method "
             f"{' or '.join(without)} for a model without position information"
         )
+    longest = safe_getattr(args, "max_target_positions", None)
+    if longest is not None and (type(longest) is not int or longest < 0):
+        raise ValueError(f"--max-target-positions {longest!r}: pass a whole number, or drop it")
     if safe_getattr(args, "base_layers"):
         raise ValueError("--base-layers: fairseq 0.12.2 was released without the C++ sources that they need; drop it")
     tables = [other for other, method in position_methods(DECODER).items() if method.limited_to_training_length]

@@ -73,8 +73,8 @@ PATCHES = (
     Patch(
         target="fairseq.checkpoint_utils:overwrite_args_by_name",
         replacement=option_checks.overwrite_args_by_name,
-        what="Sets options of --model-overrides that an older checkpoint lacks.",
-        why="fairseq ignores them silently.",
+        what="Sets options of --model-overrides that an older checkpoint lacks; refuses values of another kind.",
+        why="fairseq ignores them silently, and takes 'False' for true.",
         source="fairseq/dataclass/utils.py:453",
         removable="when fairseq sets or refuses every override",
     ),
@@ -149,6 +149,15 @@ PATCHES = (
         why="fairseq sets --tpu for --bf16, and ends with tracebacks after the model is built.",
         source="fairseq/distributed/utils.py:334",
         removable="when fairseq checks its options",
+    ),
+    Patch(
+        target="fairseq_cli.generate:main",
+        replacement=option_checks.generate,
+        what="Refuses options that cannot work, as `call_main` does for the other commands.",
+        why="fairseq-generate does not go through `call_main`: made-up --model-overrides are ignored silently.",
+        source="fairseq_cli/generate.py:28",
+        removable="when fairseq-generate calls `call_main`",
+        in_command=True,
     ),
     Patch(
         target="fairseq.tasks.denoising:DenoisingTask.add_args",

@@ -32,14 +32,14 @@ def replaced_when_whole(path: str) -> Iterator[str]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-        reason = reason_of(error)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        folder = Path(path).parent
+        reason, folder = reason_of(error), Path(path).parent
         kept = "earlier checkpoints are kept" if any(folder.glob("checkpoint*.pt")) else "nothing was saved before"
         raise CommandError(
             f"{path} cannot be written ({reason}); {kept}: make room in {folder} and start the same command again"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is there only if it did not become `path`
+            os.unlink(temporary)
 
 
 def reason_of(error: BaseException) -> str:

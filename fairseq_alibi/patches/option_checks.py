@@ -9,20 +9,23 @@ import errno
 import functools
 import importlib.util
 import logging
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed.utils import is_master
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
+from ..files.checkpoints import check_kind
 from ..files.errors import one_line
 from ..files.locks import locked
 from .compatibility import limit_waiting
@@ -124,7 +127,16 @@ def known_options(cfg: FairseqConfig) -> set[str]:
 
 
 def overwrite_args_by_name(cfg: DictConfig, overrides: dict[str, Any]) -> None:
-    """Replaces `fairseq.checkpoint_utils.overwrite_args_by_name`; sets options too that an older checkpoint lacks."""
+    """Replaces `fairseq.checkpoint_utils.overwrite_args_by_name`; CommandError for a value of another kind.
+
+    Sets options too that an older checkpoint lacks.
+    """
+    for group in filter(OmegaConf.is_dict, cfg.values()):
+        for name in overrides.keys() & group.keys():
+            try:
+                check_kind(name, overrides[name], group[name])
+            except ValueError as error:
+                raise CommandError(str(error)) from None
     original("fairseq.checkpoint_utils:overwrite_args_by_name")(cfg, overrides)
     model = cfg.get("model")
     config = MODEL_DATACLASS_REGISTRY.get("alibi_lm")
@@ -142,6 +154,9 @@ def is_message_for_user(error: BaseException) -> bool:
 
 def parse_args_and_arch(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
     """Replaces fairseq's function: help gets the options of --arch, what excludes each other is refused in one line."""
+    from .catalogue import apply  # the catalogue imports this file
+
+    apply(in_command=True)  # where this package was imported before the command's module
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--arch", "-a")
     finder.add_argument("--task", default=parser.get_default("task"))
@@ -203,28 +218,47 @@ def train_alone(main: Callable[..., None], cfg: FairseqConfig, **kwargs: Any) ->
         main(cfg, **kwargs)
 
 
-def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
-    """Replaces `fairseq.distributed.utils.call_main`, through which every command calls its `main`."""
+@contextlib.contextmanager
+def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None]:
+    """A context in which one of fairseq's commands runs: what cannot work is a CommandError, Ctrl-C status 130."""
     from .catalogue import apply  # the catalogue imports this file
 
     apply(in_command=True)
-    limit_waiting(cfg.distributed_training)
-    training = hasattr(sys.modules[main.__module__], "validate_and_save")
     check_precision(cfg, training)
     check_overrides(cfg)
-    if training:
-        architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
-        check_task(architecture, safe_getattr(cfg.task, "_name"))
-        check_criterion(cfg)
-        main = functools.partial(train_alone, main)
     try:
-        original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+        yield
     except FileNotFoundError as error:  # a data folder, subset or dictionary
         raise CommandError(f"{one_line(error)}: name folders, files and subsets that exist") from error
     except ValueError as error:
         if is_message_for_user(error):
             raise CommandError(str(error)) from None
         raise
+    except KeyboardInterrupt:
+        if is_master(cfg.distributed_training):
+            resumes = training and not cfg.checkpoint.no_save
+            logger.warning("interrupted%s", "; the same command resumes from its last checkpoint" * resumes)
+        sys.exit(128 + signal.SIGINT)
+
+
+def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
+    """Replaces `fairseq.distributed.utils.call_main`, through which commands other than generate call their `main`."""
+    limit_waiting(cfg.distributed_training)
+    training = hasattr(sys.modules[main.__module__], "validate_and_save")
+    with checked_command(cfg, training):
+        if training:
+            architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
+            check_task(architecture, safe_getattr(cfg.task, "_name"))
+            check_criterion(cfg)
+            main = functools.partial(train_alone, main)
+        original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
+
+
+def generate(cfg: Union[FairseqConfig, argparse.Namespace]) -> Any:
+    """Replaces `fairseq_cli.generate.main`, which is called without `call_main`."""
+    cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, argparse.Namespace) else cfg
+    with checked_command(cfg):
+        return original("fairseq_cli.generate:main")(cfg)
 
 
 def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
