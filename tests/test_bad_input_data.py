@@ -36,7 +36,7 @@ TABLE = {
     f"prepare-text out {TEXT} --shards 9 --train one-line.txt": "--shards 9: .*one-line.txt has too few lines: pass",
     f"prepare-text out {TEXT} --shards 2 --valid nowhere.txt": "nowhere.txt is not a file: name",
     f"prepare-text out {TEXT} --shards 1 --test latin1.txt": "latin1.txt, line 2: not UTF-8 .*: convert it",
-    f"prepare-text a:b {TEXT} --shards 2": "a:b has a colon, at which fairseq would cut it: choose another DEST",
+    f"prepare-text a:b {TEXT}": "a:b has a colon, at which fairseq would cut it: choose another DEST",
     # Destinations that hold something, or can hold nothing
     f"prepare-text taken {TEXT}": "taken exists and was not made by this script: choose another DEST",
     f"prepare-text other {TEXT}": "other.partial is in the way and not ours: move it away",

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BIN, ROOT, failure, run
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from packaging import requirements
 
 from fairseq_alibi.__main__ import main
+from fairseq_alibi.commands import plan
 from fairseq_alibi.commands.doctor import FAIRSEQ, PARTS, PIP, SETUP
 from fairseq_alibi.files import errors
 
@@ -44,7 +46,7 @@ def test_what_the_preparation_prints_trains_and_reads_plain_text(elsewhere, caps
     assert any(line.startswith("D-0") for line in out.splitlines()), out
 
 
-def test_a_plan_prints_the_run_that_it_planned_wherever_its_overrides_stand(corpus, elsewhere, capsys):
+def test_a_plan_prints_the_run_that_it_planned_wherever_its_overrides_stand(corpus, elsewhere, capsys, monkeypatch):
     """Also from outside of the project, where the config's relative path of the plugin leads nowhere."""
     before, after = ["model.position_method=sinusoidal"], [f"task.data={corpus}", "model.decoder_layers=1"]
     config = str(ROOT / "configs" / "tiny.yaml")
@@ -60,8 +62,11 @@ def test_a_plan_prints_the_run_that_it_planned_wherever_its_overrides_stand(corp
         1,
         64,
     )
+    monkeypatch.setattr(plan, "__file__", "/my 'x' (1)/fairseq_alibi/commands/plan.py")
     main(["plan", config, "--types", "100", "--gpu-memory", "1"])
-    assert " task.data=DATA " in capsys.readouterr().out
+    *_, data, user_dir = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert data == "task.data=DATA"
+    assert OverridesParser.create().parse_override(user_dir).value() == "/my 'x' (1)/fairseq_alibi"
 
 
 def test_commands_in_results_give_the_same_results(corpus, train, tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from ..experiments.planned_run import PlannedRun
@@ -58,5 +60,7 @@ def run(args: argparse.Namespace) -> None:
     if OmegaConf.is_missing(cfg.task, "data") or not cfg.task.data:
         settings["task.data"] = "DATA"
     if cfg.common.user_dir and not Path(cfg.common.user_dir).exists():  # it is relative to the project
-        settings["common.user_dir"] = Path(__file__).parents[1]
+        folder = str(Path(__file__).parents[1])
+        plain = re.fullmatch(r"[\w/.-]+", folder)  # hydra takes other characters, such as brackets, in quotes only
+        settings["common.user_dir"] = folder if plain else QuotedString(folder, Quote.single).with_quotes()
     print("\n" + training_command(config, overrides, settings))

@@ -27,6 +27,8 @@ OWN_NAMES = {"work", "prepare_data.lock"}
 
 def is_prepared(destination: Path, identity: dict[str, Any]) -> bool:
     """Whether a data folder was made from the inputs and settings `identity`; ValueError if it holds something else."""
+    if os.pathsep in str(destination):
+        raise ValueError(f"{destination} has a colon, at which fairseq would cut it: choose another DEST")
     if os.path.ismount(destination):
         raise ValueError(f"{destination} is a mount point, which nothing can be renamed to: choose a folder inside it")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):

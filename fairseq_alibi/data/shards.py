@@ -205,8 +205,6 @@ def prepare_shards(
     shards: int,
 ) -> None:
     """Makes data folders of equal parts of the training text in `destination`; see `prepare_text`."""
-    if os.pathsep in str(destination):
-        raise ValueError(f"{destination} has a colon, at which fairseq would cut it: choose another DEST")
     train = cut_text(texts["train"], shards)
     others = {split: TextPart(split, texts[split]) for split in SPLITS[1:]}
     parts = [*train, *others.values()]
