@@ -61,19 +61,23 @@ def made_up_text(types: int, tokens: int) -> Tensor:
     return torch.multinomial(frequency, tokens, replacement=True) + 4
 
 
+def made_up_data(folder: Path, types: int, tokens: int) -> None:
+    """Writes a data folder that has only a validation subset, of random tokens."""
+    made_up_dictionary(types).save(str(folder / "dict.txt"))
+    builder = MMapIndexedDatasetBuilder(str(folder / "valid.bin"), dtype=numpy.int32)
+    for sentence in made_up_text(types, tokens).split(25):
+        sentence[-1] = 2  # the end of sentence, which fairseq takes for granted
+        builder.add_item(sentence)
+    builder.finalize(str(folder / "valid.idx"))
+
+
 def made_up_model(case: Case, folder: Path, args: argparse.Namespace) -> tuple[str, str]:
     """Data and checkpoint of a case: random weights, and text in which types are as frequent as in `training_step`.
 
     Returns:
         The data folder and the checkpoint, both in `folder`.
     """
-    text = made_up_text(case.types, case.tokens)
-    made_up_dictionary(case.types).save(str(Path(folder, "dict.txt")))
-    builder = MMapIndexedDatasetBuilder(str(folder / "valid.bin"), dtype=numpy.int32)
-    for sentence in text.split(25):
-        sentence[-1] = 2  # the end of sentence, which fairseq takes for granted
-        builder.add_item(sentence)
-    builder.finalize(str(folder / "valid.idx"))
+    made_up_data(folder, case.types, case.tokens)
     sizes, adaptive = list(SIZES), case.cutoffs is not None
     if adaptive:
         sizes.remove("--share-decoder-input-output-embed")

@@ -1,11 +1,23 @@
-"""Peak memory of a config by `fairseq-alibi plan` and by torch's FSDPMemTracker, in float32 on fake tensors."""
+"""Peak memory of a process of fully_sharded by `fairseq-alibi plan`, by torch's FSDPMemTracker and in a real training.
+
+In float32 on CPUs, with two batches in an update unless optimization.update_freq says otherwise.
+"""
 
 import argparse
+import os
+import re
+import shlex
+import sys
+import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from benchmark_models import made_up_data
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -16,9 +28,12 @@ from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.experiments.layer_measurement import build_model, run_without_padding
 from fairseq_alibi.experiments.planned_run import PlannedRun
 from fairseq_alibi.experiments.run_config import find_dictionary, read_config
-from fairseq_alibi.experiments.run_memory import GIB, memory_by_part
+from fairseq_alibi.experiments.run_memory import GIB, memory_by_part, training_command
 from fairseq_alibi.models.decoder import AlibiDecoder
 from fairseq_alibi.models.layers import DecoderLayer
+
+WIDTHS = (f"model.decoder_{part}_dim=16" for part in ("embed", "input", "output", "ffn_embed"))
+TINY = ["model.decoder_layers=1", "model.decoder_attention_heads=2", *WIDTHS]
 
 
 class Loss(nn.Module):
@@ -49,25 +64,74 @@ def tracked_peak(run: PlannedRun, gpus: int, rows: int) -> float:
         tracker = FSDPMemTracker(model, optimizer)
         tracker.track_inputs((tokens,))
         with tracker:
-            for update in range(2):  # the gradients stay, as with --update-freq
+            for update in range(2):
                 model(tokens).backward()
                 optimizer.step()
+                if run.cfg.optimization.update_freq[0] == 1:
+                    optimizer.zero_grad()
                 if not update:
                     tracker.reset_mod_stats()
-        return max(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
+    dist.destroy_process_group()
+    return max(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
+
+
+def trained_peak(config: Path, overrides: list[str], gpus: int, folder: str) -> int:
+    """Returns the bytes of the largest of `gpus` processes at its highest after the first update."""
+    settings = {
+        **{"task.data": folder, "dataset.train_subset": "valid", "checkpoint.no_save": "true"},
+        **{"dataset.disable_validation": "true", "optimization.max_update": 3, "hydra.run.dir": folder},
+        **{"common.log_format": "json", "common.log_interval": 1, "common.tensorboard_logdir": "null"},
+        **{"distributed_training.distributed_backend": "gloo", "dataset.num_workers": 0},
+    }
+    words = shlex.split(training_command(config, overrides, settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "--no-python"]
+    command += [str(Path(sys.executable).parent / words[0]), *words[1:]]
+    log, peaks = Path(folder, "log"), {}
+    # Otherwise glibc keeps freed memory of up to 32 MiB, in pieces.
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000", **os.environ}
+    with log.open("w") as file:
+        main = psutil.Popen(command, stdout=file, stderr=file, env=environment)
+        while main.poll() is None:
+            for child in main.children() if '"num_updates": "1"' in log.read_text() else []:
+                process = Path("/proc", str(child.pid))
+                try:
+                    if child.pid not in peaks:
+                        (process / "clear_refs").write_text("5")  # the highest is the present one again
+                    peaks[child.pid] = int(re.findall(r"VmHWM:\s*(\d+)", (process / "status").read_text())[0]) * 1024
+                except (OSError, IndexError):  # it has ended
+                    continue
+            time.sleep(0.05)
+    if main.returncode or not peaks:
+        sys.exit(f"check_plan: the training failed: {log.read_text()[-1000:]}")
+    return max(peaks.values())
 
 
 def main() -> None:
-    """Prints both peaks for each batch."""
+    """Prints a row for each number of processes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="for example configs/alibi_1_3b.yaml")
-    parser.add_argument("--gpus", type=positive_integer, default=8)
+    parser.add_argument("words", metavar="CONFIG [KEY=VALUE ...]", nargs="+", help="as for plan")
+    parser.add_argument("--gpus", type=positive_integer, nargs="+", default=[8], help="processes (default 8)")
     parser.add_argument("--rows", type=positive_integer, default=2, help="blocks in a batch (default 2)")
+    parser.add_argument("--types", type=positive_integer, help="as for plan")
+    parser.add_argument("--train", action="store_true", help="train too, on Linux; a tiny model's memory is taken off")
     args = parser.parse_args()
-    cfg = read_config(args.config, ["common.cpu=true", "common.fp16=false", "model.attention=mask"])
-    run = PlannedRun(cfg, find_dictionary(cfg, args.config))
-    planned, tracked = memory_by_part(run, args.gpus, args.rows)["peak"], tracked_peak(run, args.gpus, args.rows)
-    print(f"plan {planned / GIB:.3f} GiB, FSDPMemTracker {tracked / GIB:.3f} GiB, ratio {planned / tracked:.3f}")
+    config, table = Path(args.words[0]), []
+    for gpus in args.gpus:
+        overrides = ["common.cpu=true", "common.fp16=false", "model.attention=mask", "optimization.update_freq=[2]"]
+        overrides += [*args.words[1:], f"distributed_training.distributed_world_size={gpus}"]
+        length = read_config(config, overrides).task.tokens_per_sample
+        overrides.append(f"dataset.max_tokens={args.rows * length}")
+        cfg = read_config(config, overrides)
+        run = PlannedRun(cfg, find_dictionary(cfg, config, args.types))
+        planned, tracked = memory_by_part(run, gpus, args.rows)["peak"], tracked_peak(run, gpus, args.rows)
+        row = [gpus, planned / GIB, tracked / GIB, planned / tracked]
+        if args.train:
+            with tempfile.TemporaryDirectory() as folder:
+                made_up_data(Path(folder), len(run.dictionary), 10 * gpus * args.rows * length)
+                base, peak = (trained_peak(config, [*overrides, *more], gpus, folder) for more in (TINY, []))
+            row += [(peak - base) / GIB, planned / (peak - base)]
+        table.append(row)
+    print(tabulate(table, ["processes", "plan", "FSDPMemTracker", "ratio", "training", "ratio"], floatfmt=".3f"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import shlex
 import sys
 from argparse import Namespace
 
+import check_plan
 import pytest
 import torch
 from conftest import ROOT, run
@@ -100,6 +101,7 @@ def test_activations_are_what_autograd_keeps(overrides):
         kept[tensor.untyped_storage().data_ptr()] = tensor  # the tensor too, or its place is used again
         return tensor
 
+    loss()  # the first use of a kernel also tries it on a small input
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
     mask = model.decoder.setup.kept_mask.get(torch.device("cpu"))
@@ -179,13 +181,29 @@ def test_lasting_memory(overrides, gpus, bytes_per_parameter):
     assert list(run_memory.lasting_memory(run, gpus).values()) == [part * count for part in bytes_per_parameter]
 
 
-def test_sharded_layers_are_whole_one_at_a_time():
-    run = planned(*SHARDED, "+model.checkpoint_activations=true")
-    one = sum(parameter.numel() for parameter in run.decoder.layers[0].parameters())
-    assert len(run.decoder.layers) == 1 < run.layers == 2
-    others = sum(run.parameters.values()) - 2 * one
-    assert run_memory.transit_memory(run, 4) == 2 * (2 * others + 3 * one), "and weights or gradients of another"
-    assert run_memory.transit_memory(run, 1) == 2 * (2 * others + 2 * one)
+@pytest.mark.parametrize(
+    ("options", "types", "gpus", "rows"),
+    [
+        (["+model.checkpoint_activations=true"], 300, 4, 32),  # the highest moment is the backward pass of a layer
+        (["+model.checkpoint_activations=true", "optimization.update_freq=[1]"], 300, 1, 2),
+        pytest.param(["++model.min_params_to_wrap=1000"], 30_000, 2, 2, marks=pytest.mark.slow),  # logits
+    ],
+)
+def test_sharded_peak_is_what_torch_tracks(options, types, gpus, rows, monkeypatch, capsys):
+    sizes = ["model.decoder_layers=3", "model.dropout=0", "distributed_training.ddp_backend=fully_sharded"]
+    words = ["check_plan.py", str(CONFIGS / "tiny.yaml"), *sizes, *options, "--types", types, "--gpus", gpus]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--rows", str(rows)])
+    check_plan.main()
+    processes, plan, _, ratio = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert (processes, plan > 0) == (gpus, True)
+    assert ratio == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.slow
+def test_memory_of_a_training_is_measured(tmp_path):
+    check_plan.made_up_data(tmp_path, 300, 5000)
+    overrides = ["common.cpu=true", "dataset.max_tokens=256", *check_plan.TINY]
+    assert check_plan.trained_peak(CONFIGS / "tiny.yaml", overrides, 1, str(tmp_path)) > 100 * 2**20
 
 
 @pytest.mark.parametrize(("multiple", "max_tokens"), [(1, 9216), (8, 9216), (8, 2048), (8, 4096), (1, 1000), (8, 500)])

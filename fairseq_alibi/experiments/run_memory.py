@@ -45,29 +45,29 @@ def lasting_memory(run: PlannedRun, gpus: int) -> dict[str, float]:
     }
 
 
-def parameters_at_once(run: PlannedRun, gpus: int) -> tuple[int, int]:
-    """Returns the parameters of which fully_sharded has whole weights and gradients at once, and of those ahead.
+def gathered_memory(run: PlannedRun) -> tuple[int, int]:
+    """Returns the bytes of whole weights that fully_sharded gathers together: of a layer, of what is outside of layers.
 
-    At once are one layer and everything outside of layers. Ahead are the weights of the next layer, and the gradients
-    of the one before until they have been sent.
+    Layers smaller than min_params_to_wrap that are not checkpointed are gathered with what is outside of them.
     """
     layer, count = run.layer_parameters, sum(run.parameters.values())
     if not run.cfg.model.checkpoint_activations and layer < run.cfg.model.min_params_to_wrap:
-        return count, 0
-    return count - (run.layers - 1) * layer, layer * min(2, run.layers - 1) * (gpus > 1)
+        layer = 0
+    return run.element * layer, run.element * (count - run.layers * layer)
 
 
 def transit_memory(run: PlannedRun, gpus: int) -> int:
     """Returns the bytes of weights and gradients on one GPU that are being gathered, summed or divided.
 
-    legacy_ddp sums at most 2^28 numbers at once, pytorch_ddp has a bucket for each gradient. fully_sharded: see
-    `parameters_at_once`; those are all layers where they are smaller than min_params_to_wrap and not checkpointed, and
-    all weights with no_reshard_after_forward.
+    legacy_ddp sums at most 2^28 numbers at once, pytorch_ddp has a bucket for each gradient. In the backward pass of a
+    layer fully_sharded has its whole weights and gradients, those outside of layers, the weights of the next layer, and
+    the gradients of the one before until they have been sent; all weights with no_reshard_after_forward.
     """
     options, count = run.cfg.distributed_training, sum(run.parameters.values())
     if run.sharded:
-        at_once, ahead = parameters_at_once(run, gpus)
-        return run.element * (at_once + (count if options.no_reshard_after_forward else at_once + ahead))
+        layer, outside = gathered_memory(run)
+        ahead = layer * min(run.layers - 1, 1 + (gpus > 1))
+        return outside + layer + (run.element * count if options.no_reshard_after_forward else outside + layer + ahead)
     if gpus == 1 or options.gradient_as_bucket_view:
         return 0
     return run.element * (min(count, 2**28) if options.ddp_backend in ("legacy_ddp", "no_c10d") else count)
@@ -87,23 +87,29 @@ def step_memory(run: PlannedRun, gpus: int) -> float:
     return 4 * largest * ((run.optimizer == "adam") + 2 * run.efficient)
 
 
+def kept_of_layer(run: PlannedRun, rows: int) -> int:
+    """Returns the bytes that autograd keeps of a layer in the forward pass.
+
+    A checkpointed layer keeps its input, e C bytes per token, or nothing with offload_activations.
+    """
+    if not run.cfg.model.checkpoint_activations:
+        return rows * run.cost.layer_bytes
+    return 0 if run.cfg.model.offload_activations else run.element * run.width * rows * run.length
+
+
 def activation_memory(run: PlannedRun, rows: int) -> float:
     """Returns the bytes that autograd keeps of a batch of `rows` blocks in the forward pass, without the logits.
 
-    A checkpointed layer keeps its input, e C bytes per token, or nothing with offload_activations. Adaptive parts are
-    not measured, because what they keep depends on the tokens: the input keeps the embeddings of each band, the softmax
-    the mask and the result of its dropout.
+    Adaptive parts are not measured, because what they keep depends on the tokens: the input keeps the embeddings of
+    each band, the softmax the mask and the result of its dropout.
     """
     options, tokens = run.cfg.model, rows * run.length
-    layer = rows * run.cost.layer_bytes
-    if options.checkpoint_activations:
-        layer = 0 if options.offload_activations else run.element * run.width * tokens
     other: float = rows * run.cost.other_bytes
     if run.bands and options.adaptive_input:
         other += tokens * run.element * sum(band.share * band.width for band in run.bands)
     if run.bands and options.adaptive_softmax_dropout:
         other += tokens * (run.dropout_element + run.element) * run.width
-    return run.layers * layer + other
+    return run.layers * kept_of_layer(run, rows) + other
 
 
 def logits_memory(run: PlannedRun, tokens: int) -> float:
@@ -128,23 +134,49 @@ def mask_memory(run: PlannedRun) -> int:
     return mask.numel() * (4 if run.device.type == "cpu" else run.element)
 
 
+def sharded_peak(run: PlannedRun, gpus: int, rows: int) -> float:
+    """Returns the bytes on one GPU at the highest of four moments of fully_sharded, without the mask.
+
+    - The logits: no layer has whole gradients; the weights of the last one are gathered ahead.
+    - The backward pass of a layer: its first gradient, of its last matrix, meets all of its activations, the last none.
+    - The end: the embedding has a gradient beside that of the output layer, as it may be tied to it.
+    - The step of the optimizer.
+
+    The divided gradients are there from the batch before. Those of an update's only batch come while activations go.
+    """
+    model, e, count = run.cfg.model, run.element, sum(run.parameters.values())
+    (layer, outside), whole_layer = gathered_memory(run), e * run.layer_parameters
+    kept, computed, activations = kept_of_layer(run, rows), rows * run.cost.layer_bytes, activation_memory(run, rows)
+    weights, gradients, states, transit = lasting_memory(run, gpus).values()
+    one_batch = rows * gpus == run.blocks_per_update()
+    new = gradients * run.layer_parameters / count if one_batch else 0.0  # divided gradients of a layer
+
+    logits = max(outside + layer * (gpus > 1), e * count * run.cfg.distributed_training.no_reshard_after_forward)
+    logits += activations + logits_memory(run, rows * run.length)
+    first = run.width * model.decoder_ffn_embed_dim + rows * run.length * (run.width + model.decoder_ffn_embed_dim)
+    backward = transit + activations + max(0, computed + e * first - whole_layer)
+    backward -= 0 if model.checkpoint_activations else computed
+    backward -= min(layer, kept) * (run.layers > 1)  # the last layer has none before it, and the others not its input
+    backward += (run.layers - 1) * (max(0, new - kept) if layer else -min(whole_layer, kept))
+    end = 2 * outside + e * run.parameters["embeddings"] + layer + run.layers * new * (layer > 0)
+    step = step_memory(run, gpus) + gradients * one_batch
+    return weights + states + gradients * (not one_batch) + max(logits, backward, end, step)
+
+
 def memory_by_part(run: PlannedRun, gpus: int, rows: int) -> dict[str, float]:
     """Returns the bytes on one GPU by part, with their `peak`, for batches of `rows` blocks.
 
     With activation checkpointing the logits are gone when the layers are computed again, so that the peak has the
-    larger one of the two. fully_sharded has the most in transit before it has summed the gradients of the first layers
-    and of what is outside of layers; they are there from the batch before, unless an update has one batch only.
+    larger one of the two.
     """
     lasting, mask = lasting_memory(run, gpus), mask_memory(run)
     activations = activation_memory(run, rows)
     layer = rows * run.cost.layer_bytes if run.cfg.model.checkpoint_activations else 0
     logits = logits_memory(run, rows * run.length)
-    batch = activations + max(layer, logits)
-    if run.sharded and gpus > 1 and rows * gpus == run.blocks_per_update():
-        at_once, ahead = parameters_at_once(run, gpus)
-        later = at_once + ahead - run.layer_parameters * (ahead > 0)
-        batch -= lasting["gradients"] * later / sum(run.parameters.values())
-    peak = sum(lasting.values()) + mask + max(batch, step_memory(run, gpus))
+    if run.sharded:
+        peak = mask + sharded_peak(run, gpus, rows)
+    else:
+        peak = sum(lasting.values()) + mask + max(activations + max(layer, logits), step_memory(run, gpus))
     return {
         **lasting,
         "attention mask": mask,
