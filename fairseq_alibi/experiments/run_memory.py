@@ -139,7 +139,7 @@ def sharded_peak(run: PlannedRun, gpus: int, rows: int) -> float:
 
     - The logits: no layer has whole gradients; the weights of the last one are gathered ahead.
     - The backward pass of a layer: its first gradient, of its last matrix, meets all of its activations, the last none.
-    - The end: the embedding has a gradient beside that of the output layer, as it may be tied to it.
+    - The end: of embeddings that are tied to the output layer there are two gradients and their sum.
     - The step of the optimizer.
 
     The divided gradients are there from the batch before. Those of an update's only batch come while activations go.
@@ -158,7 +158,8 @@ def sharded_peak(run: PlannedRun, gpus: int, rows: int) -> float:
     backward -= 0 if model.checkpoint_activations else computed
     backward -= min(layer, kept) * (run.layers > 1)  # the last layer has none before it, and the others not its input
     backward += (run.layers - 1) * (max(0, new - kept) if layer else -min(whole_layer, kept))
-    end = 2 * outside + e * run.parameters["embeddings"] + layer + run.layers * new * (layer > 0)
+    tied = run.parameters["embeddings"] * (run.parameters["output"] < run.parameters["embeddings"])
+    end = 2 * outside + 2 * e * tied + layer + run.layers * new * (layer > 0)
     step = step_memory(run, gpus) + gradients * one_batch
     return weights + states + gradients * (not one_batch) + max(logits, backward, end, step)
 
