@@ -288,8 +288,8 @@ def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint
 
 def test_a_file_of_token_losses_holds_one_evaluation(tmp_path):
     path, stream, windowing = tmp_path / "losses.npz", torch.arange(5), Windowing(4, 4)
-    TokenLossFile(path, stream, {"weights": "1"}, False).add(windowing, torch.zeros(5), {})
-    assert not TokenLossFile(path, stream, {"weights": "1"}, False).lacks(windowing)
+    TokenLossFile(path, stream, {"weights": "1", "scale": 8, "x": 1}, False).add(windowing, torch.zeros(5), {})
+    assert not TokenLossFile(path, stream, {"x": 1, "weights": "1", "scale": 8.0}, False).lacks(windowing)
     for other in ((stream, {"weights": "2"}), (stream + 1, {"weights": "1"})):
         with pytest.raises(ValueError, match="losses of another evaluation"):
             TokenLossFile(path, *other, False)

@@ -33,6 +33,7 @@ TASKS = {
     "multilingual_translation": ("pairs", ("--lang-pairs", "src-tgt", "--max-tokens", 128)),
     "multilingual_language_modeling": ("multilingual", BLOCKS),
 }
+OF_FAIRSEQ = {name for name, task in TASK_REGISTRY.items() if task.__module__.startswith("fairseq.tasks.")}
 
 
 def table():
@@ -98,15 +99,16 @@ def training(folders, task, architecture, save_dir, *more, check=True):
     return run(BIN / "fairseq-train", folders / data, *common, *options, *more, check=check)
 
 
-def test_the_table_names_every_task_that_is_tried():
+def test_the_page_names_every_task_of_fairseq_and_the_table_those_that_are_tried():
     assert {task for task, *_ in table()} == TASKS.keys()
+    page = (ROOT / "examples" / "language_model" / "tasks.md").read_text()
+    assert OF_FAIRSEQ <= {*re.findall(r"`(\w+)`", page)}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_other_task_of_fairseq_is_refused_by_name(monkeypatch, tmp_path, architecture):
     """Speech, audio and the rest, some of whose options contradict those of the model."""
-    of_fairseq = {name for name, task in TASK_REGISTRY.items() if task.__module__.startswith("fairseq.tasks.")}
-    refused = of_fairseq - {task for task, one, cell in table() if one == architecture and cell == "yes"}
+    refused = OF_FAIRSEQ - {task for task, one, cell in table() if one == architecture and cell == "yes"}
     assert len(refused) > 20
     for task in refused:
         monkeypatch.setattr("sys.argv", ["fairseq-train", str(tmp_path), "--task", task, "--arch", architecture])

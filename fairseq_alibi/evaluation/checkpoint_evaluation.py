@@ -108,7 +108,12 @@ class EvaluationSettings:
         path, options = Path(content["model"]["checkpoint"]), dict(self.model_overrides)
         if self.dtype != "float32":
             options["dtype"] = self.dtype
-        parts = [path.resolve().parent.name, path.stem, self.subset, *(f"{key}={options[key]}" for key in options)]
+        parts = [
+            path.resolve().parent.name,
+            path.stem,
+            self.subset,
+            *(f"{key}={options[key]}" for key in sorted(options)),
+        ]
         digest = zlib.crc32(json.dumps(content["subject"], sort_keys=True).encode())
         return re.sub(r"[^\w.=+-]", "-", "_".join(parts))[:200] + f"_{digest:08x}"
 

@@ -113,26 +113,25 @@ class TokenLossFile:
     """
 
     def __init__(self, path: Optional[Path], stream: Tensor, subject: dict[str, Any], overwrite: bool) -> None:
-        self.path, self.overwrite = path, overwrite
-        evaluated = json.dumps({**subject, "remove_bpe": None}, sort_keys=True)  # which changes no loss of a token
-        self.arrays: dict[str, Any] = {
-            "tokens": stream.numpy(),
-            "subject": numpy.array(evaluated),
-            "runs": numpy.array("{}"),
-        }
+        self.path, self.overwrite, self.tokens = path, overwrite, stream.numpy()
+        self.subject = {**subject, "remove_bpe": None}  # which changes no loss of a token
+        self.losses: dict[str, Any] = {}
+        self.runs: dict[str, Any] = {}
         if path is not None:
             check_writable(path)
-            self.arrays.update(self.read_earlier_losses(path))
+            self.read_earlier_losses(path)
 
-    def read_earlier_losses(self, path: Path) -> dict[str, Any]:
-        """The arrays in the file; none if there is no file or it is to be overwritten."""
+    def read_earlier_losses(self, path: Path) -> None:
+        """Adds what is in the file, unless there is no file or it is to be overwritten."""
         if self.overwrite or not path.exists():
-            return {}
+            return
         try:
             with numpy.load(path) as stored:
                 arrays = dict(stored)
-            same = all(numpy.array_equal(arrays[name], self.arrays[name]) for name in ("tokens", "subject"))
-            same = same and isinstance(json.loads(str(arrays["runs"])), dict)
+            same = numpy.array_equal(arrays.pop("tokens"), self.tokens)
+            same = same and json.loads(str(arrays.pop("subject"))) == self.subject
+            self.runs.update(json.loads(str(arrays.pop("runs"))))
+            self.losses.update(arrays)
         except Exception:  # numpy and zipfile raise many kinds of errors for a file that is not a whole .npz
             same = False
         if not same:
@@ -140,22 +139,23 @@ class TokenLossFile:
                 f"{path} exists and holds something else, or losses of another evaluation: pass --overwrite to replace "
                 "it, or another --save-token-losses"
             )
-        return arrays
 
     def lacks(self, windowing: Windowing) -> bool:
         """Whether the losses of a windowing are wanted and missing."""
-        return self.path is not None and windowing.name not in self.arrays
+        return self.path is not None and windowing.name not in self.losses
 
     def add(self, windowing: Windowing, losses: Tensor, run: dict[str, Any]) -> None:
         """Adds the (N,) losses in bits that `run` made with a windowing, and writes the file; raises as the class."""
         if self.path is None:
             return
         with locked(self.path, WAIT):
-            self.arrays.update(self.read_earlier_losses(self.path))
-            self.arrays[windowing.name] = losses.numpy()
-            self.arrays["runs"] = numpy.array(json.dumps({**json.loads(str(self.arrays["runs"])), windowing.name: run}))
+            self.read_earlier_losses(self.path)
+            self.losses[windowing.name], self.runs[windowing.name] = losses.numpy(), run
+            texts = {
+                name: numpy.array(json.dumps(text)) for name, text in (("subject", self.subject), ("runs", self.runs))
+            }
             with written_whole(self.path) as partial:
-                numpy.savez(partial, **self.arrays)  # type: ignore[arg-type]
+                numpy.savez(partial, tokens=self.tokens, **texts, **self.losses)  # type: ignore[arg-type]
         self.overwrite = False
 
 
