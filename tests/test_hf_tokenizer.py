@@ -48,8 +48,8 @@ def test_special_tokens_padding_and_truncation(tokenizer, side):
     assert ids == [0, 4, 7, 5, 3]
     assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [1, 0, 1, 0, 0]
     assert tokenizer.decode([*ids, 9, -1], skip_special_tokens=True) == "a b <unk> <unk> <unk>"
-    pair = tokenizer("a", "b", return_special_tokens_mask=True)
-    assert pair["special_tokens_mask"] == [1, 0, 1, 0]
+    pair = tokenizer("a", "b c", return_special_tokens_mask=True, return_token_type_ids=True)
+    assert (pair["special_tokens_mask"], pair["token_type_ids"]) == ([1, 0, 1, 0, 0], [0, 0, 1, 1, 1])
 
 
 def test_offsets_are_refused_and_pipelines_work(tokenizer):

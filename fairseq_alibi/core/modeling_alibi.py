@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, TokenEmbedding, cross_entropies
 from .attention_setup import AttentionSettings, AttentionSetup
 from .configuration_alibi import PADDING, AlibiConfig
+from .kept import in_transform
 from .layers import LayerOptions
 from .pass_inputs import GenerationCache, PassInputs
 from .positions import position_methods
@@ -40,6 +41,13 @@ class AlibiModel(AlibiPreTrainedModel):
     def __init__(self, config: AlibiConfig):
         super().__init__(config)
         heads, width, reads = config.decoder_attention_heads, config.decoder_embed_dim, config.decoder_input_dim
+        # The table is first, as what comes last goes to the disk, where transformers 4 finds no tied weight.
+        adaptive, begin = config.adaptive_input_cutoff is not None, config.begin_token or 0
+        self.embed_tokens: Any = (
+            AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING, begin)
+            if adaptive
+            else TokenEmbedding(config.vocab_size, reads, PADDING, begin)
+        )
         options = LayerOptions(
             ffn_dim=config.decoder_ffn_embed_dim,
             activation=config.activation_fn,
@@ -65,12 +73,6 @@ class AlibiModel(AlibiPreTrainedModel):
         self.layer_norm = nn.LayerNorm(width) if final_norm else None
         self.dropout = nn.Dropout(config.dropout)
         self.embed_scale = 1.0 if config.no_scale_embedding else width**0.5
-        adaptive, begin = config.adaptive_input_cutoff is not None, config.begin_token or 0
-        self.embed_tokens: Any = (
-            AdaptiveEmbedding(config.adaptive_input_cutoff, reads, config.adaptive_input_factor, width, PADDING, begin)
-            if adaptive
-            else TokenEmbedding(config.vocab_size, reads, PADDING, begin)
-        )
         self.project_in_dim = None if adaptive or reads == width else nn.Linear(reads, width, bias=False)
         self.embed_positions = self.position_method.position_embedding(width, config.max_target_positions, PADDING)
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
@@ -197,6 +199,10 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         parent: Any = super()
         return parent._get_stopping_criteria(generation_config, stopping_criteria, tokenizer, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses what transformers would do with all texts in one row, by attention without a place for the bias."""
+        raise ValueError("continuous batching needs attention without a bias; call generate with a padded batch")
+
     def make_cache(self) -> Any:
         """A cache for `past_key_values` that drops what no later token can see; ValueError where nothing is too far.
 
@@ -264,16 +270,20 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
 
     def mean_loss(self, features: Tensor, labels: Tensor, items: Union[int, Tensor, None]) -> Tensor:
         """The loss of the labels, each predicted from the features before it: their sum by `items`, or their mean."""
+        if labels.shape != features.shape[:2]:
+            raise ValueError(f"labels must be (B, T) = {tuple(features.shape[:2])}, not {tuple(labels.shape)}")
         targets = labels[:, 1:].to(features.device)
-        kept = targets != IGNORED
-        features, targets = features[:, :-1][kept], targets[kept]
-        adaptive = isinstance(self.lm_head, AdaptiveSoftmax)
+        kept, adaptive = targets != IGNORED, isinstance(self.lm_head, AdaptiveSoftmax)
+        if in_transform(features) and not adaptive:  # which cannot choose by value; ignored labels have a loss of 0
+            features, targets = features[:, :-1].flatten(0, 1), targets.flatten()
+        else:
+            features, targets = features[:, :-1][kept], targets[kept]
         losses = (
             self.lm_head.losses(features, targets)
             if adaptive
             else cross_entropies(self.lm_head, features, targets, self.config.vocab_size)
         )
-        return losses.sum() / (len(losses) if items is None else torch.as_tensor(items, device=losses.device))
+        return losses.sum() / (kept.sum() if items is None else torch.as_tensor(items, device=losses.device))
 
 
 AlibiModel.register_for_auto_class("AutoModel")

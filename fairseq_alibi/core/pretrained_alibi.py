@@ -96,6 +96,11 @@ class AlibiPreTrainedModel(PreTrainedModel):
         implementation = config._attn_implementation
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"attn_implementation '{implementation}': the bias of this model needs 'sdpa' or 'eager'")
+        for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
+            ends = getattr(config, name)
+            if ends is not None and ends[-1] != config.vocab_size:
+                sizes = f"vocab_size {config.vocab_size}, but {name} ends with {ends[-1]}"
+                raise ValueError(f"{sizes}: load the folder as it is, then call resize_token_embeddings")
         super().__init__(config)
 
     @classmethod

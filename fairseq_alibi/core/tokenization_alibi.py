@@ -139,6 +139,13 @@ class AlibiTokenizer(PreTrainedTokenizer):
         begin = [self.ids[BEGIN]] if self.adds_begin else []
         return begin + token_ids_0 + ([] if token_ids_1 is None else begin + token_ids_1)
 
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None
+    ) -> list[int]:
+        """0 at the tokens of a text, its first one included, and 1 at those of the second one."""
+        first, both = (len(self.build_inputs_with_special_tokens(token_ids_0, more)) for more in (None, token_ids_1))
+        return [0] * first + [1] * (both - first)
+
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: Optional[list[int]] = None, already_has_special_tokens: bool = False
     ) -> list[int]:
