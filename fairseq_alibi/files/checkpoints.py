@@ -16,6 +16,7 @@ from ..core import ALiBi, Learned, Sinusoidal
 from ..core.rotary import SCALINGS
 from ..models.language_model import language_model_config
 from .data_folders import first_folder, load_dictionary, read_dictionary
+from .errors import check_kind
 
 #: Names of the tables of token embeddings: plain, or one for each band of an adaptive input.
 EMBEDDING_TABLE = re.compile(r"(decoder|encoder\.sentence_encoder)\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
@@ -136,13 +137,6 @@ def check_dictionary(dictionary: Dictionary, data: str, path: str, state: dict[s
                 f"{data}/dict.txt is not the dictionary of {path}: type {number:,} is '{dictionary[number]}', in "
                 f"{trained_on} '{other[number]}'; name the data folder it was trained on"
             )
-
-
-def check_kind(name: str, value: Any, default: Any) -> None:
-    """Raises ValueError for the override of a switch by anything but True or False, or of a number by no number."""
-    kinds = (bool,) if isinstance(default, bool) else (int, float)
-    if isinstance(default, (int, float)) and value is not None and type(value) not in kinds:
-        raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
 
 
 def override_options(state: dict[str, Any], overrides: dict[str, Any]) -> None:

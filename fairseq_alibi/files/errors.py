@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 
 def one_line(error: BaseException) -> str:
@@ -17,3 +18,10 @@ def script_command(name: str) -> str:
     if not script.is_file():  # a wheel has none
         return ""
     return shlex.join(["bash", str(script.relative_to(root) if root.samefile(Path.cwd()) else script)])
+
+
+def check_kind(name: str, value: Any, default: Any) -> None:
+    """Raises ValueError for the override of a switch by anything but True or False, or of a number by no number."""
+    kinds = (bool,) if isinstance(default, bool) else (int, float)
+    if isinstance(default, (int, float)) and value is not None and type(value) not in kinds:
+        raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")

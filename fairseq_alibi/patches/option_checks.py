@@ -25,8 +25,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
-from ..files.checkpoints import check_kind
-from ..files.errors import one_line
+from ..files.errors import check_kind, one_line
 from ..files.locks import locked
 from .compatibility import limit_waiting
 from .data import SKIP
