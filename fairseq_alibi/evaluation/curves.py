@@ -101,7 +101,7 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
     ignored = IGNORED_OPTIONS if "model_overrides" in subject else IGNORED_OPTIONS[1:]
     others = (f"{name}={value}" for name, value in model.items() if name not in NAMED_ELSEWHERE)
     return {
-        "checkpoint": model["checkpoint"],
+        "checkpoint": os.path.abspath(model["checkpoint"]),
         "subset": content["subset"],
         "position_method": model["position_method"],
         "training_length": str(model["training_length"]),
