@@ -1,6 +1,7 @@
 """The command `fairseq-alibi`, also `python -m fairseq_alibi`."""
 
 import argparse
+import contextlib
 import importlib
 import io
 import logging
@@ -112,6 +113,15 @@ def parse_arguments(argv: list[str]) -> tuple[Any, argparse.Namespace]:
     return command, args
 
 
+def lock_of(command: Any, args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Returns the lock on what a command writes, if its module names the argument by `WRITES`."""
+    if not hasattr(command, "WRITES"):
+        return contextlib.nullcontext()
+    from .files.locks import locked  # here, as not every command needs its library
+
+    return locked(getattr(args, command.WRITES))
+
+
 def output_fault(error: Optional[Exception] = None) -> str:
     """Writes out what was printed; returns why it cannot be, if so, and drops it, of which Python would complain.
 
@@ -146,7 +156,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     try:
         command, args = parse_arguments(argv)
         program = f"{program} {args.command}"
-        command.run(args)
+        with lock_of(command, args):
+            command.run(args)
         message = output_fault()
     except (ValueError, OSError) as error:
         message = output_fault(error) or str(error)

@@ -33,7 +33,7 @@ TABLE = {
     # Destinations that hold something, or can hold nothing
     "import-checkpoint good.pt taken/thesis.tex": "taken/thesis.tex exists: pass --overwrite",
     "import-checkpoint transformer.pt file/out.pt": "file/out.pt cannot be written",
-    "export-hf good.pt file/out --data data": "file/out.partial cannot be written",
+    "export-hf good.pt file/out --data data": "file/out cannot be written",
     "import-checkpoint transformer.pt folder.pt --overwrite": "folder.pt cannot be written",
     # Numbers and names that are wrong
     "doctor everything": (2, "unrecognized arguments: everything"),

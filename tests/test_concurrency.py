@@ -127,6 +127,22 @@ def test_a_second_writer_is_refused_and_named(corpus, checkpoint, owner, tmp_pat
     assert not list(folder.glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export-hf good.pt OUT",
+        "import-checkpoint good.pt OUT",
+        "merge-checkpoint good.pt OUT",
+        "reach good.pt --output OUT",
+        "show-bias --output OUT",
+    ],
+)
+def test_a_second_writer_is_refused_before_its_work(tmp_path, owner, capsys, command):
+    process = owner(tmp_path / "OUT")
+    arguments = [tmp_path / "OUT" if word == "OUT" else word for word in command.split()]
+    assert f"being written by process {process.pid}" in failure(capsys, main, *arguments)
+
+
 def test_a_second_report_is_refused(tmp_path, owner, capsys, monkeypatch):
     from fairseq_alibi.evaluation import report
 

@@ -93,6 +93,14 @@ def test_lines_for_validation_that_are_too_long_are_named_before_the_first_updat
     assert "samples are longer than the longest sequence of the model, 8" in message
 
 
+def test_a_run_with_a_metric_that_validation_lacks_is_saved(monkeypatch, corpus, tmp_path):
+    options = ["--best-checkpoint-metric", "nll_loss", "--save-dir", tmp_path, "--cpu"]
+    message = refusal(monkeypatch, "train", corpus, *TRAINING[:-1], *options)
+    assert "--best-checkpoint-metric nll_loss: validation measures no such thing" in message
+    assert "resumes after 1 updates" in message
+    assert (tmp_path / "checkpoint_last.pt").is_file()
+
+
 @pytest.mark.parametrize(("folder", "command"), [("nowhere", "train"), ("nowhere", "eval-lm"), ("", "eval-lm")])
 def test_missing_data_are_named_in_one_line(monkeypatch, corpus, checkpoint, tmp_path, folder, command):
     arguments = {"train": [*TRAINING, "--save-dir", tmp_path], "eval-lm": ["--path", checkpoint, "--gen-subset", "dev"]}
@@ -198,6 +206,8 @@ MISFITS = {
     "weights": ("eval-lm", "file.pt cannot be loaded: .*decoder.twist"),
     "more weights": ("train --restore-file", "file.pt does not fit this run .*decoder.twist"),
     "optimizer": ("train --restore-file", "file.pt does not fit this run .*--reset-optimizer"),
+    "no EMA": ("train --restore-file", "file.pt does not fit this run .it holds no EMA for --store-ema"),
+    "place": ("train --restore-file", "the training data end before the place .* pass --reset-dataloader"),
     "pipe": ("eval-lm", "file.pt is a folder, a device or a pipe"),
     "folder": ("train --restore-file", "--restore-file .*file.pt is no file, and training would start anew"),
     "missing": ("train --finetune-from-model", "--finetune-from-model .*file.pt is no file"),
@@ -214,7 +224,9 @@ def test_what_does_not_fit_is_named_in_one_line(monkeypatch, corpus, checkpoint,
         state["cfg"]["model"]["decoder_layers"] = 10**7
     elif kind == "optimizer":
         state["optimizer_history"][-1]["optimizer_name"] = "FairseqNAG"
-    else:
+    elif kind == "place":
+        state["extra_state"]["train_iterator"]["iterations_in_epoch"] = 10**6
+    elif kind != "no EMA":
         state["model"]["decoder.twist"] = torch.zeros(1)
     if kind == "pipe":
         os.mkfifo(path)
@@ -223,7 +235,7 @@ def test_what_does_not_fit_is_named_in_one_line(monkeypatch, corpus, checkpoint,
     elif kind != "missing":
         torch.save(state, path)
     command, arguments = READERS[reader]
-    folder = ["--save-dir", tmp_path / "new"] * (command == "train")
+    folder = ["--save-dir", tmp_path / "new", *["--store-ema"] * (kind == "no EMA")] * (command == "train")
     assert re.search(message, refusal(monkeypatch, command, corpus, *arguments, path, "--cpu", *folder))
 
 

@@ -191,11 +191,11 @@ def test_a_killed_run_ends_like_one_never_killed(start, uninterrupted, tmp_path,
     assert "is broken" not in (tmp_path / "output").read_text(), "no name ever stood for half a file"
 
 
-#: Epochs of 11 updates. The learning rate shrinks after 2 epochs without progress of half the loss; after 4 validations
-#: without progress the run ends.
+#: Epochs of 11 updates, shuffled from the second on. The learning rate shrinks after 2 epochs without progress of half
+#: the loss; after 4 validations without progress the run ends.
 COUNTERS = ["--lr-scheduler=reduce_lr_on_plateau", "--lr-patience=1", "--lr-threshold=0.5", "--warmup-updates=0"]
 COUNTERS += ["--max-tokens=2048", "--patience=4", "--lr=0.03", "--max-update=400", "--save-interval-updates=7"]
-COUNTERS += ["--validate-interval-updates=7", "--store-ema", "--ema-update-freq=3", "--optimizer=nag"]
+COUNTERS += ["--validate-interval-updates=7", "--store-ema", "--ema-update-freq=3", "--optimizer=nag", "--curriculum=1"]
 
 
 @pytest.mark.slow

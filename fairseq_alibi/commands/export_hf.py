@@ -6,6 +6,8 @@ from pathlib import Path
 from ..files.results import check_writable
 from .arguments import model_options
 
+WRITES = "out"  # the argument that a lock is taken on
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi export-hf`."""

@@ -7,6 +7,8 @@ from ..core import ALiBi, position_methods
 from ..files.import_checkpoint import import_checkpoint
 from ..files.results import check_absent
 
+WRITES = "target"  # the argument that a lock is taken on
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi import-checkpoint`."""

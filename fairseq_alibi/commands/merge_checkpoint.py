@@ -10,6 +10,8 @@ from ..files.results import check_absent, written_whole
 from ..files.safe_reading import checked_reading
 from ..files.shard_sets import read_shards
 
+WRITES = "target"  # the argument that a lock is taken on
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi merge-checkpoint`."""

@@ -12,6 +12,8 @@ from ..files.data_folders import read_subset
 from ..files.results import check_outputs, describe_environment, write_json, written_whole
 from .arguments import model_options, positive_integer, subset_name
 
+WRITES = "output"  # the argument that a lock is taken on
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi reach`."""

@@ -8,6 +8,7 @@ from ..evaluation.plots import FORMS, alibi_bias, draw_biases
 from ..files.results import check_absent, written_whole
 from .arguments import positive_integer
 
+WRITES = "output"  # the argument that a lock is taken on
 LONGEST_PICTURE = 4096  # tokens of which a picture has a point for each cell of the bias
 MOST_HEADS = 4096
 LARGEST_BIAS = 2**29  # heads x queries x keys

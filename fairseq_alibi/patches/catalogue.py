@@ -247,8 +247,8 @@ PATCHES = (
     Patch(
         target="fairseq_cli.train:train",
         replacement=restart.train,
-        what="Makes no update in a run that has them all or was ended by --patience.",
-        why="fairseq makes one more at each restart.",
+        what="Makes no update in a run that has them all or was ended by --patience; shuffles after --curriculum.",
+        why="fairseq makes one more at each restart, and shuffles after --curriculum only in a run that was restarted.",
         source="fairseq_cli/train.py:246",
         removable="when fairseq looks at --max-update before an update",
         in_command=True,

@@ -114,7 +114,11 @@ def load_training_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs:
     except CommandError:
         raise
     except Exception as error:  # of any kind; fairseq raises one without a reason while it handles the first
+        lacks_ema = self.cfg.ema.store_ema and isinstance(
+            error, KeyError
+        )  # fairseq has dropped the model it would take
+        reason = "it holds no EMA for --store-ema" if lacks_ema else one_line(error.__context__ or error)
         raise CommandError(
-            f"{filename} does not fit this run ({one_line(error.__context__ or error)}): pass the options that it was "
+            f"{filename} does not fit this run ({reason}): pass the options that it was "
             "trained with, or another --save-dir or --restore-file"
         ) from error

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed.utils import is_master
@@ -47,6 +48,13 @@ TASKS = {
 }
 
 
+#: The criterions of fairseq that can train these models in all tasks; another has the name of its task.
+CRITERIONS = (
+    *("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy"),
+    "label_smoothed_cross_entropy_with_alignment",
+)
+
+
 def check_task(architecture: Optional[str], task: Optional[str]) -> None:
     """Checks that a model can be trained in a task, with a CommandError."""
     model = ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture)
@@ -67,6 +75,12 @@ def check_criterion(cfg: FairseqConfig) -> None:
     adaptive, cutoff = criterion == "adaptive_loss", safe_getattr(cfg.model, "adaptive_softmax_cutoff")
     backend = cfg.distributed_training.ddp_backend
     architecture = safe_getattr(cfg.model, "_name", None) or safe_getattr(cfg.model, "arch", None)
+    if ARCH_MODEL_NAME_REGISTRY.get(architecture, architecture) in TASKS:
+        suitable = (*CRITERIONS, str(safe_getattr(cfg.task, "_name")).replace("multilingual_", ""))
+        of_fairseq = CRITERION_REGISTRY[criterion].__module__.startswith("fairseq.criterions.")
+        if of_fairseq and criterion not in suitable:
+            names = ", ".join(name for name in suitable if name in CRITERION_REGISTRY)
+            raise CommandError(f"--criterion {criterion} cannot train {architecture} in this task: pass one of {names}")
     if str(architecture).startswith(("fconv", "lstm")):
         cutoff = cutoff if adaptive else None  # these models of fairseq ignore the option for other criteria
     if cutoff is not None and not adaptive:
@@ -86,16 +100,14 @@ def check_criterion(cfg: FairseqConfig) -> None:
         raise CommandError(f"--ddp-backend {backend} needs GPUs in fairseq 0.12.2: pass --ddp-backend legacy_ddp")
 
 
-def parse_overrides(text: str) -> dict[str, Any]:
-    """Reads --model-overrides, which fairseq evaluates as code; CommandError unless it is a dictionary of literals."""
+def parse_overrides(text: str, option: str = "--model-overrides") -> dict[str, Any]:
+    """Reads an option that fairseq evaluates as code; CommandError unless it is a dictionary of literals by name."""
     try:
         overrides = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         overrides = None
     if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
-        raise CommandError(
-            f"--model-overrides '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\""
-        )
+        raise CommandError(f"{option} '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
     return overrides
 
 
@@ -229,6 +241,8 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
         yield
     except FileNotFoundError as error:  # a data folder, subset or dictionary
         raise CommandError(f"{one_line(error)}: name folders, files and subsets that exist") from error
+    except ImportError as error:  # of an optimizer, a tokenizer, ...
+        raise CommandError(one_line(error)) from error
     except ValueError as error:
         if is_message_for_user(error):
             raise CommandError(str(error)) from None
@@ -249,6 +263,7 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
             architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
             check_task(architecture, safe_getattr(cfg.task, "_name"))
             check_criterion(cfg)
+            parse_overrides(cfg.checkpoint.optimizer_overrides, "--optimizer-overrides")
             main = functools.partial(train_alone, main)
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
 

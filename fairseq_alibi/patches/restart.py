@@ -22,7 +22,7 @@ from fairseq.trainer import Trainer
 from ..files.safe_reading import count_updates, find_damage
 from . import training_state
 from .data import check_validation_sizes
-from .patch import original
+from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,15 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
     handle_sigterm()
     elsewhere = training_state.restart_from_elsewhere(cfg)
     load = original("fairseq.checkpoint_utils:load_checkpoint")
-    extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
+    try:
+        extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
+    except RuntimeError as error:
+        if "dataloader mismatch" not in str(error):
+            raise
+        raise CommandError(
+            "the training data end before the place in them where the checkpoint was written: name the same data, or "
+            "pass --reset-dataloader to begin an epoch anew"
+        ) from error
     if extra_state is not None:
         training_state.restore_state(trainer, extra_state.get(training_state.KEY, {}))
         notes = [elsewhere] if elsewhere else training_state.inexact_options(trainer.cfg)
@@ -135,6 +143,8 @@ def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[O
     if training_state.has_lost_patience(cfg):
         logger.info("nothing to do: the last %s validations brought no better loss, --patience is %s", *[patience] * 2)
         return [None], True
+    if cfg.dataset.curriculum:  # fairseq keeps the loader of the first epoch, which is not shuffled, for all epochs
+        epoch_itr.dataloader = None
     return original("fairseq_cli.train:train")(cfg, trainer, task, epoch_itr)
 
 
@@ -182,9 +192,19 @@ def validate_and_save(
 ) -> tuple[list[Optional[float]], bool]:
     """Replaces `fairseq_cli.train.validate_and_save`, which is called after every update and says whether to stop."""
     # A validation that is due takes place, as the best checkpoint or the learning rate may depend on it.
-    valid_losses, should_stop = original("fairseq_cli.train:validate_and_save")(
-        cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch
-    )
+    try:
+        valid_losses, should_stop = original("fairseq_cli.train:validate_and_save")(
+            cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch
+        )
+    except KeyError as error:
+        metric = cfg.checkpoint.best_checkpoint_metric
+        if error.args != (metric,):
+            raise
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        raise CommandError(
+            f"--best-checkpoint-metric {metric}: validation measures no such thing; pass another, such as loss or ppl, "
+            f"and the run resumes after {trainer.get_num_updates()} updates"
+        ) from None
     if not should_stop and any_process_must_stop(trainer):
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, valid_losses[0])
         unsaved = [name for name in ("no_save", "no_last_checkpoints") if getattr(cfg.checkpoint, name)]
