@@ -109,7 +109,7 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
         "overrides": override_text(subject.get("model_overrides")),
         "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
         "options": " ".join(other_options(options, ignored)),
-        **{name: str(content.get("speed", {}).get(name) or "") for name in SPEED_DETAILS},
+        **{name: str(as_dictionary(content.get("speed")).get(name) or "") for name in SPEED_DETAILS},
         "device": str(subject.get("device") or ""),
         "data": str(content.get("data") or ""),
         "text": str(subject.get("text") or ""),

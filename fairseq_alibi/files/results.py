@@ -132,7 +132,9 @@ def check_values(part: dict[str, Any], **kinds: str) -> None:
 def check_content(content: Any) -> None:
     """Checks a result; raises ValueError, KeyError, TypeError or AttributeError for what is missing or wrong."""
     check_values(content, subset="text")
-    check_values(content["model"], checkpoint="text", position_method="text", training_length="count")
+    model = content["model"]
+    check_values(model, checkpoint="text", position_method="text", training_length="count")
+    check_values(model, **{name: "index" for name in ("updates", "parameters") if model.get(name) is not None})
     for result in content["results"]:
         check_values(result, length="count", perplexity="measure")
         if result["stride"] is not None:
