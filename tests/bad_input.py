@@ -106,7 +106,7 @@ def results(folder):
     """Result files good and bad, and the outputs that are there already."""
     model = {"checkpoint": "good.pt", "position_method": "alibi", "training_length": 32}
     one = {"length": 64, "stride": 64, "perplexity": 9.0}
-    good = {"model": model, "subset": "valid", "results": [one]}
+    good = {"model": model, "subset": "valid", "results": [one], "speed": "of another program"}
     for name, content in {
         "good": good,
         "list": [],
@@ -119,6 +119,7 @@ def results(folder):
         "perplexity-nan": {**good, "results": [{**one, "perplexity": float("nan")}]},
         "bins-text": {**good, "results": [{**one, "by_position": "no bins"}]},
         "training-text": {**good, "model": {**model, "training_length": "long"}},
+        "updates-text": {**good, "model": {**model, "updates": "many"}},
     }.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "cut.json").write_text(json.dumps(good)[:50])

@@ -71,7 +71,7 @@ TABLE = {
         f"report {name}.json": f"{name}.json is no result of an evaluation .*: name one of their JSON files"
         for name in (
             *("cut", "binary", "deep", "list", "no-model", "no-checkpoint", "length-text", "length-0"),
-            *("perplexity-none", "perplexity-nan", "bins-text", "training-text"),
+            *("perplexity-none", "perplexity-nan", "bins-text", "training-text", "updates-text"),
         )
     },
     "report no-results.json": "no result in no-results.json: the evaluation ended before its first length",
