@@ -145,7 +145,7 @@ def laboratory(results, tmp_path):
     tokens = numpy.array([4, 5, 4, 5, 6, 5, 4, 5])
     numpy.savez(tmp_path / "a.npz", tokens=tokens, subject=numpy.array('{"weights": "a1"}'), **losses)
     main(["probe", "gain", str(tmp_path / "a.npz"), "--output", str(tmp_path / "gain")])
-    parts = {"by_depth": [{"depth": 0.1, "exact_match": 0.9}, {"depth": 0.7, "exact_match": 0.5}], "by_gap": []}
+    parts = {"by_depth": [{"depth": 0.1, "exact_match": 0.9}, {"depth": 0.75, "exact_match": 0.5}], "by_gap": []}
     measured = {"exact_match": 0.9, "interval": [0.8, 0.95], "token_accuracy": 0.97}
     model = {
         "model": {**content["model"], "overrides": {}},

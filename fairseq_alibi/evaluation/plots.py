@@ -94,6 +94,15 @@ def draw_curve(axes: Any, points: Sequence[tuple[float, float]], label: str, sty
         axes.annotate("\u221e", (x, 0.985), xycoords=top, xytext=(4, -4), **note)
 
 
+def name_lengths(axes: Any, lengths: Sequence[int]) -> None:
+    """Names lengths, in ascending order, on the axis; of those whose names would overlap the first."""
+    named = list(lengths[:1])
+    for length in lengths:
+        if length > named[-1] * (lengths[-1] / lengths[0]) ** (1 / LONGEST_AXIS):
+            named.append(length)
+    axes.set_xticks(named, [f"{length:,}" for length in named])
+
+
 def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity") -> None:
     """Plots against evaluation length perplexity, with the training lengths as dotted lines, or tokens_per_second.
 
@@ -111,12 +120,7 @@ def plot_lengths(curves: Sequence[Curve], path: Path, measure: str = "perplexity
                 axes.fill_between(*zip(*bounds), color=style["color"], alpha=0.2, linewidth=0)
         if measure == "perplexity":
             mark_training_lengths(axes, {curve.training_length for curve in curves})
-        lengths = sorted({length for curve in curves for length in getattr(curve, measure)})
-        named = lengths[:1]
-        for length in lengths:  # those that are so close together that their names would overlap have one name
-            if length > named[-1] * (lengths[-1] / lengths[0]) ** (1 / LONGEST_AXIS):
-                named.append(length)
-        axes.set_xticks(named, [f"{length:,}" for length in named])
+        name_lengths(axes, sorted({length for curve in curves for length in getattr(curve, measure)}))
         axes.set_xlabel("evaluation length (tokens)")
         axes.set_ylabel(f"{measure.replace('_', ' ')} ({subsets})")
         if measure != "perplexity" and math.isfinite(axes.dataLim.ymax):

@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from ..evaluation.curves import override_text
-from ..evaluation.plots import chart, curve_styles, pyplot
+from ..evaluation.plots import chart, curve_styles, name_lengths, pyplot
 from ..files.results import write_json, write_text, written_whole
 from .probe_evaluation import DEPTHS
 from .probe_tasks import PROBES
@@ -74,7 +74,7 @@ def plot_accuracy(contents: Sequence[dict[str, Any]], path: Path) -> None:
             axes.fill_between(sizes, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.axvline(probe["train_sizes"][1], color="gray", linestyle=":", linewidth=1)
         axes.axhline(contents[0]["threshold"], color="gray", linestyle="--", linewidth=0.8)
-        axes.set_xticks(all_sizes(contents), [f"{size:,}" for size in all_sizes(contents)])
+        name_lengths(axes, all_sizes(contents))
         axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel(f"size of the text ({probe['unit']}); dotted: largest in training")
         axes.set_ylabel(f"{probe['task']}: share of answers that are right")
@@ -86,11 +86,12 @@ def plot_maps(contents: Sequence[dict[str, Any]], path: Path) -> None:
 
     plt, probe = pyplot(), contents[0]["probe"]
     shown, sizes = PROBES[probe["task"]].shown_by, all_sizes(contents)
+    parts = [part for content in contents for result in content["results"] for part in result[shown]]
     if shown == "by_depth":
-        names = {n / DEPTHS: f"{n / DEPTHS:.0%}" for n in range(DEPTHS)}
+        depths = {n / DEPTHS for n in range(DEPTHS)} | {part["depth"] for part in parts}
+        names = {depth: f"{depth:.0%}" for depth in sorted(depths)}
     else:
-        results = [result for content in contents for result in content["results"]]
-        gaps = sorted({(part["first"], part["last"]) for result in results for part in result[shown]})
+        gaps = sorted({(part["first"], part["last"]) for part in parts})
         names = {first: f"{first:,} to {last:,}" if first > 1 else f"{first}" for first, last in gaps}
     places = {value: number for number, value in enumerate(names)}
     columns = min(3, len(contents))
