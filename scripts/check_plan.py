@@ -126,10 +126,12 @@ def main() -> None:
         planned, tracked = memory_by_part(run, gpus, args.rows)["peak"], tracked_peak(run, gpus, args.rows)
         row = [gpus, planned / GIB, tracked / GIB, planned / tracked]
         if args.train:
-            with tempfile.TemporaryDirectory() as folder:
-                made_up_data(Path(folder), len(run.dictionary), 10 * gpus * args.rows * length)
-                base, peak = (trained_peak(config, [*overrides, *more], gpus, folder) for more in (TINY, []))
-            row += [(peak - base) / GIB, planned / (peak - base)]
+            peaks = []
+            for types, more in ((300, TINY), (len(run.dictionary), [])):
+                with tempfile.TemporaryDirectory() as folder:
+                    made_up_data(Path(folder), types, 10 * gpus * args.rows * length)
+                    peaks.append(trained_peak(config, [*overrides, *more], gpus, folder))
+            row += [(peaks[1] - peaks[0]) / GIB, planned / (peaks[1] - peaks[0])]
         table.append(row)
     print(tabulate(table, ["processes", "plan", "FSDPMemTracker", "ratio", "training", "ratio"], floatfmt=".3f"))
 

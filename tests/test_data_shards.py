@@ -5,7 +5,9 @@ import random
 import re
 import shutil
 import signal
+import sys
 
+import benchmark_preparing
 import pytest
 import torch
 from conftest import BIN, run
@@ -107,8 +109,23 @@ def test_what_was_begun_with_other_inputs_is_made_anew(texts, tmp_path, monkeypa
 
 
 def test_a_process_that_the_system_kills_is_named():
-    with pytest.raises(ValueError, match="pass fewer than 2 --workers; the same command keeps"):
+    with pytest.raises(
+        ValueError, match=r"with \{SIGKILL\(-9\).*pass fewer than 2 --workers; the same command keeps the parts"
+    ):
         shards.run_jobs(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL], 2, "killed")
+
+
+def test_the_benchmark_of_preparing_prints_a_line_for_each_way(texts, tmp_path, monkeypatch, capsys):
+    assert benchmark_preparing.measure([sys.executable, "-c", ""], str(tmp_path))[1] >= 0
+    with pytest.raises(SystemExit, match="failed: reason"):
+        benchmark_preparing.measure([sys.executable, "-c", "exit('reason')"], str(tmp_path))
+    monkeypatch.setattr(benchmark_preparing, "measure", lambda command, folder: run(*command, cwd=folder) and (1, 1, 1))
+    words = ["benchmark_preparing.py", texts["train"], "--copies", 2, "--shards", 2, "--workers", 1]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    benchmark_preparing.main()
+    counts = re.findall(r"2 copies, (.*): ([0-9,]+) tokens, ", capsys.readouterr().out)
+    assert [name for name, _ in counts] == ["words", "fairseq-preprocess", "Moses and BPE"]
+    assert counts[0][1] == counts[1][1] != "0"
 
 
 @pytest.mark.slow

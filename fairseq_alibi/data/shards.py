@@ -9,6 +9,7 @@ sample, types and their counts on all parts.
 import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections import Counter
@@ -22,7 +23,6 @@ from fairseq.data import Dictionary, indexed_dataset
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from ..files.errors import one_line
 from ..files.results import write_json, written_whole
 from .binarize import SPLITS, TextSummary, check_is_file, check_text, lines_between
 from .destination import is_prepared, publish, work_folder, write_description
@@ -66,9 +66,10 @@ def run_jobs(job: Callable[..., Any], parts: Sequence[TextPart], workers: int, t
             warnings.filterwarnings("ignore", message=".*tasks which were still being processed")  # after a failure
             return list(tqdm(jobs, desc=title, total=len(parts), unit=" parts", disable=None))
     except BrokenExecutor as error:
+        status = re.search(r"(?<=exit codes of the workers are )\{.*?\}", str(error))
         raise ValueError(
-            f"a process ended, perhaps because the memory is full: pass fewer than {workers} --workers; the same "
-            f"command keeps the parts that are done ({one_line(error)})"
+            f"a process ended{f' with {status[0]}' if status else ''}, perhaps because the memory is full: pass fewer "
+            f"than {workers} --workers; the same command keeps the parts that are done"
         ) from error
 
 
