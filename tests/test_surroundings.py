@@ -5,11 +5,12 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import BIN
 
-from fairseq_alibi.__main__ import main
+from fairseq_alibi.__main__ import main, prepare_streams_and_warnings
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -68,9 +69,18 @@ def test_without_standard_input_a_prompt_is_missing(shell):
     assert "no prompt" in errors[0]
 
 
-@pytest.mark.parametrize("command", [EVALUATE, "fairseq-alibi generate $DATA $CK --cpu word1 --tokens 3"])
-def test_warnings_of_libraries_end_no_command(shell, command):
-    assert shell(command, PYTHONWARNINGS="error")[0] == 0
+def test_warnings_of_libraries_end_no_command(shell):
+    assert shell("fairseq-alibi generate $DATA $CK --cpu word1 --tokens 3", PYTHONWARNINGS="error")[0] == 0
+
+
+@pytest.mark.parametrize("module", ["torch.nn", "fairseq_alibi.core"])
+def test_warnings_of_libraries_alone_are_no_errors(monkeypatch, module):
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    ours = pytest.raises(UserWarning) if module.startswith("fairseq_alibi") else pytest.warns(UserWarning)
+    with ours, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_streams_and_warnings()
+        warnings.warn_explicit("old", UserWarning, "file.py", 1, module)
 
 
 def test_assertions_and_docstrings_are_not_needed(shell):
