@@ -110,7 +110,7 @@ def test_eight_bits_are_close(form, library, tmp_path):
     model.save_pretrained(tmp_path)
     small = type(model).from_pretrained(tmp_path, quantization_config=quantization(library)).eval()
     difference = (small(x).logits.log_softmax(-1) - model(x).logits.log_softmax(-1)).abs().mean()
-    assert 0 < difference < 0.1
+    assert 0 < difference < (0.2 if form == "adaptive" else 0.1), "tied bands are looser"
     assert small.generate(x[:, :1], max_new_tokens=2, **GREEDY).shape == (4, 3)
 
 
