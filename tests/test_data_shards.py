@@ -115,6 +115,7 @@ def test_a_process_that_the_system_kills_is_named():
         shards.run_jobs(signal.raise_signal, [signal.SIGKILL, signal.SIGKILL], 2, "killed")
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_preparing_prints_a_line_for_each_way(texts, tmp_path, monkeypatch, capsys):
     assert benchmark_preparing.measure([sys.executable, "-c", ""], str(tmp_path))[1] >= 0
     with pytest.raises(SystemExit, match="failed: reason"):
