@@ -242,7 +242,7 @@ def test_two_processes_evaluate_as_one(corpus, checkpoint, tmp_path):
     assert content("one")[1] == content("two")[1]
     one, two = (dict(numpy.load(tmp_path / f"{number}.npz")) for number in (1, 2))
     assert one.keys() == two.keys()
-    assert all(numpy.array_equal(one[name], two[name]) for name in one)
+    assert all(numpy.array_equal(one[name], two[name]) for name in one if name != "runs")
 
 
 @pytest.mark.parametrize("task", ["language_modeling", "masked_lm"])

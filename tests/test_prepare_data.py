@@ -3,6 +3,7 @@
 The network is a server on 127.0.0.1; WikiText-103 is a fake of a few lines in an archive of the same form.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -442,6 +443,8 @@ def test_a_signal_leaves_nothing_and_stops_fairseq(corpus, tmp_path, monkeypatch
         run("prepare-text", tmp_path / "data", *text_arguments(corpus), "--word-level")
     assert capsys.readouterr().err.splitlines() == ["fairseq-alibi prepare-text: interrupted"]
     pid = int((tmp_path / "pid").read_text())
+    with contextlib.suppress(ChildProcessError):  # Python kills it, but may not have waited for its end
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("data")]
