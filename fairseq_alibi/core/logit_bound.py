@@ -10,7 +10,7 @@ difference between the two, at any token, after the same part of the stack. E is
   within E of what this pass reads, and everything between the two passes is within E of the exact vector.
 - A head writes W v for a mean v of values, W its part of the output projection. With the gain folded into the
   projections its values are V z + a constant, its scores times sqrt(D) are (A z + a) . B z' + what all keys share,
-  |z| <= sqrt(C). Let z differ by Z. Then the exact scores differ by 2 d at most from key to key,
+  |z| <= sqrt(C). Let z differ by Z. Then no score differs by more than
 
       d = (2 sqrt(C) |B^T A| + |B^T a|) Z / sqrt(D),
 
