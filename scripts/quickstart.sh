@@ -32,7 +32,7 @@ for number in "${train_length:-none}" "${updates:-none}" ${lengths:-none}; do
   esac
 done
 [ -z "$data" ] || [ -f "$data/dict.txt" ] || {
-  echo "quickstart: $data holds no dict.txt: make it with scripts/prepare_text.sh $data" >&2
+  echo "quickstart: $data holds no dict.txt: make it with bash scripts/prepare_text.sh $(printf %q "$data")" >&2
   exit 1
 }
 

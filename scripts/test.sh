@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up (scripts/setup.sh) and runs the tests, with one process more than cores: many tests wait for processes of theirs.
+# Sets up (scripts/setup.sh) and runs the tests, one process per core.
 #
 #   bash scripts/test.sh            # without the tests marked slow
 #   bash scripts/test.sh --slow     # all tests
@@ -24,5 +24,4 @@ if [ -n "${NEWEST:-}" ]; then
     while read -r line; do grep -qi "^$line\b" constraints.txt || echo "  $line"; done
   arguments+=(tests/test_{startup,compatibility,patches,old_checkpoints,checkpoint_contents,data_folders,export_hf,generate,torch_modes,plan}*.py)
 fi
-processes=$("${VENV:-.venv}/bin/python" -c "import os; print(os.cpu_count() + 1)")
-"${VENV:-.venv}/bin/python" -m pytest --numprocesses "$processes" --dist worksteal ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+"${VENV:-.venv}/bin/python" -m pytest --numprocesses auto --dist worksteal ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

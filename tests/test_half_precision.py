@@ -40,7 +40,6 @@ def errors(heads, keys, dtype, queries=32):
     ("keys", "heads"),
     [
         *((keys, heads) for keys in (64, 1024, 8192) for heads in (8, 12)),
-        (65536, 8),
         pytest.param(65536, 12, marks=pytest.mark.slow),
     ],
 )

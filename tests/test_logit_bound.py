@@ -136,7 +136,7 @@ def test_a_stack_that_drops_keys_stays_within_the_bound_of_the_text(normalize_be
     options = LayerOptions(normalize_before=normalize_before)
     stack = Transformer(2, 48, 6, position_method=ALiBi(6, 1.0), options=options).double().eval()
     types = torch.randn(40, 48).double()
-    text, least, outputs = types[torch.randint(40, (1, 200))], {}, []
+    text, least, outputs = types[torch.randint(40, (1, 120))], {}, []
     for cache in (Cache(), BoundedCache(lambda: stack_excess(stack.layers, types), epsilon)):
         handles = [
             norm.register_forward_pre_hook(
@@ -145,7 +145,7 @@ def test_a_stack_that_drops_keys_stays_within_the_bound_of_the_text(normalize_be
             for norm in stack.modules()
             if isinstance(norm, torch.nn.LayerNorm)
         ]
-        outputs.append(torch.cat([stack(text[:, [i]], cache=cache) for i in range(200)], dim=1))
+        outputs.append(torch.cat([stack(text[:, [i]], cache=cache) for i in range(120)], dim=1))
         for handle in handles:
             handle.remove()
     last = stack.layer_norm if normalize_before else stack.layers[-1].final_layer_norm

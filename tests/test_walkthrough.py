@@ -45,7 +45,9 @@ def test_walkthrough_runs_as_written(clone):
     # The tests run in the environment that these two make.
     commands = without(commands, "bash scripts/setup.sh", "source .venv/bin/activate")
     assert "--builtin\n" in commands
-    commands = commands.replace("--builtin\n", "--builtin --max-bytes 2000000\n")  # a third of the text in less time
+    commands = commands.replace("--builtin\n", "--builtin --max-bytes 1000000\n")  # less text, and fewer updates
+    assert "--lr-period-updates 150 --max-update 200" in commands
+    commands = commands.replace("--lr-period-updates 150 --max-update 200", "--lr-period-updates 50 --max-update 100")
     path = f"{BIN}:{os.environ['PATH']}"
     run("bash", "-euo", "pipefail", "-c", commands, cwd=clone, PATH=path, VENV="none")
     caption, table, *_ = (clone / "results" / "walkthrough" / "report.md").read_text().split("\n\n")
