@@ -219,7 +219,7 @@ def skipped_scores(model: BaseFairseqModel, tokens: Tensor) -> dict[str, Any]:
     if not model.decoder.setup.runs_without_mask(tokens.device, TokenSpan(length, length, 0)):
         return {"skipped_share": None, "reach_per_head": None}
     slopes, _ = model.decoder.position_method.slopes(tokens.device)
-    reaches = [reach(q, k, slopes).tolist() for q, k in queries_and_keys(model.decoder, tokens)[0]]
+    reaches = [reach(q, k, slopes).tolist() for q, k in queries_and_keys(model.decoder, tokens)]
     whole = scores_computed(length, [math.inf] * len(slopes)) * len(reaches)
     medians = [statistics.median(of_head) for of_head in zip(*reaches)]
     return {

@@ -14,7 +14,7 @@ from fairseq_alibi.core.bounded_cache import BoundedCache
 from fairseq_alibi.core.layers import Cache
 from fairseq_alibi.core.logit_bound import after_norm, attention_change, feed_forward_change, stack_change
 from fairseq_alibi.core.receptive_field import stack_excess
-from fairseq_alibi.evaluation.reach_measurement import logits_change
+from fairseq_alibi.evaluation.reach_measurement import logits_change, measured_deviations
 
 
 def ascend(size, *shapes, rounds=150):
@@ -104,11 +104,7 @@ def test_a_change_grows_through_a_stack_as_the_bound_says(normalize_before, feed
             weight.data *= 3
         layer.fc2.weight.data *= feed_forward
     norms = [module for module in stack.modules() if isinstance(module, torch.nn.LayerNorm)]
-    last, read, written = stack.layer_norm if normalize_before else norms[-1], {}, torch.zeros(32, dtype=torch.float64)
-    handles = [
-        norm.register_forward_pre_hook(lambda norm, x: read.update({norm: float(x[0].detach().std(correction=0))}))
-        for norm in norms
-    ]
+    last, written = stack.layer_norm if normalize_before else norms[-1], torch.zeros(32, dtype=torch.float64)
 
     def output(added):
         handle = stack.layers[0].self_attn.register_forward_hook(lambda module, x, out: out + added)
@@ -116,9 +112,8 @@ def test_a_change_grows_through_a_stack_as_the_bound_says(normalize_before, feed
         handle.remove()
         return (y - last.bias) / last.weight
 
-    jacobian = torch.autograd.functional.jacobian(output, written)[0, 0]
-    for handle in handles:
-        handle.remove()
+    with measured_deviations(stack) as read:
+        jacobian = torch.autograd.functional.jacobian(output, written)[0, 0]
     vectors, tiny = x[0], 1e-12
     first = norms[0] if normalize_before else None
     change = attention_change(stack.layers[0].self_attn, first, 0.0, tiny, torch.cat([vectors, -vectors]))
@@ -136,18 +131,10 @@ def test_a_stack_that_drops_keys_stays_within_the_bound_of_the_text(normalize_be
     options = LayerOptions(normalize_before=normalize_before)
     stack = Transformer(2, 48, 6, position_method=ALiBi(6, 1.0), options=options).double().eval()
     types = torch.randn(40, 48).double()
-    text, least, outputs = types[torch.randint(40, (1, 120))], {}, []
-    for cache in (Cache(), BoundedCache(lambda: stack_excess(stack.layers, types), epsilon)):
-        handles = [
-            norm.register_forward_pre_hook(
-                lambda norm, x: least.update({norm: min(least.get(norm, 9.0), float(x[0].std(-1, correction=0).min()))})
-            )
-            for norm in stack.modules()
-            if isinstance(norm, torch.nn.LayerNorm)
-        ]
-        outputs.append(torch.cat([stack(text[:, [i]], cache=cache) for i in range(120)], dim=1))
-        for handle in handles:
-            handle.remove()
+    text, outputs = types[torch.randint(40, (1, 120))], []
+    with measured_deviations(stack) as least:
+        for cache in (Cache(), BoundedCache(lambda: stack_excess(stack.layers, types), epsilon)):
+            outputs.append(torch.cat([stack(text[:, [i]], cache=cache) for i in range(120)], dim=1))
     last = stack.layer_norm if normalize_before else stack.layers[-1].final_layer_norm
     difference = ((outputs[0] - outputs[1]) / last.weight).norm(dim=-1).max()
     bound = stack_change(stack.layers, stack.layer_norm, epsilon, types, least)

@@ -10,7 +10,7 @@ from conftest import failure
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.core import LayerOptions, Transformer
 from fairseq_alibi.core.receptive_field import stack_excess
-from fairseq_alibi.evaluation.reach_measurement import queries_and_keys, weight_by_distance
+from fairseq_alibi.evaluation.reach_measurement import measured_deviations, queries_and_keys, weight_by_distance
 
 EPSILON = 1e-7
 
@@ -108,7 +108,8 @@ def test_reach_of_a_checkpoint(corpus, checkpoint, tmp_path, capsys):
 def test_what_heads_do_in_a_text_is_computed_from_their_queries_and_keys(build):
     decoder = build("alibi_lm_tiny").decoder
     tokens, attention = torch.randint(4, 40, (1, 20)), decoder.layers[0].self_attn
-    ((q, k), _), deviations = queries_and_keys(decoder, tokens)
+    with measured_deviations(decoder) as deviations:
+        (q, k), _ = queries_and_keys(decoder, tokens)
     x = decoder.layers[0].self_attn_layer_norm(decoder.embed(tokens, 20))
     for found, projection in ((q, attention.q_proj), (k, attention.k_proj)):
         torch.testing.assert_close(found, projection(x).unflatten(-1, (8, -1)).transpose(1, 2))

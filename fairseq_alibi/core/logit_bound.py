@@ -56,7 +56,7 @@ def largest_singular_value(*factors: Tensor) -> Tensor:
 
 
 def after_norm(norm: Optional[nn.Module], change: float, least_deviations: Mapping[nn.Module, float]) -> float:
-    """The bound Z of z behind a norm whose input differs by `change`; infinite for a norm that is none of a layer."""
+    """The bound Z of z behind a norm whose input differs by `change`; infinite for what is no layer norm."""
     if change == 0 or not isinstance(norm, nn.LayerNorm):
         return math.inf if change else 0.0
     width = norm.normalized_shape[-1]

@@ -6,7 +6,7 @@ Shapes: H heads, T tokens of a text, D head_dim, V types.
 import contextlib
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -123,29 +123,33 @@ def finite(number: Any) -> Optional[float]:
     return None if math.isinf(value) else int(value) if value.is_integer() else value
 
 
-def queries_and_keys(
-    decoder: AlibiDecoder, tokens: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], dict[nn.Module, float]]:
-    """Queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T).
-
-    And the least standard deviation of what each norm reads.
-    """
-    outputs: dict[int, Tensor] = {}  # by the projection, as a layer makes the keys first
+@contextlib.contextmanager
+def measured_deviations(model: nn.Module) -> Iterator[dict[nn.Module, float]]:
+    """Yields the least standard deviation of what each layer norm has read in the context so far."""
     deviations: dict[nn.Module, float] = {}
+
+    def measure(norm: nn.Module, read: tuple[Tensor]) -> None:
+        least = float(read[0].detach().std(-1, correction=0).min())
+        deviations[norm] = min(deviations.get(norm, math.inf), least)
+
+    with contextlib.ExitStack() as hooks:
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            hooks.callback(norm.register_forward_pre_hook(measure).remove)
+        yield deviations
+
+
+def queries_and_keys(decoder: AlibiDecoder, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns the queries and keys, (B, H, T, D), of every layer in a pass over tokens, (B, T)."""
+    outputs: dict[int, Tensor] = {}  # by the projection, as a layer makes the keys first
     pairs = [(layer.self_attn.q_proj, layer.self_attn.k_proj) for layer in decoder.layers]
     with contextlib.ExitStack() as hooks:
         for projection in (projection for pair in pairs for projection in pair):
             hook = projection.register_forward_hook(lambda module, _, out: outputs.update({id(module): out}))
             hooks.callback(hook.remove)
-        for norm in (module for module in decoder.modules() if isinstance(module, nn.LayerNorm)):
-            hook = norm.register_forward_pre_hook(
-                lambda module, read: deviations.update({module: float(read[0].detach().std(-1, correction=0).min())})
-            )
-            hooks.callback(hook.remove)
         decoder.extract_features(tokens, None)
     heads = decoder.layers[0].self_attn.num_heads
     q_and_k = ([outputs[id(p)].unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for p in pair] for pair in pairs)
-    return [(q, k) for q, k in q_and_k], deviations
+    return [(q, k) for q, k in q_and_k]
 
 
 @torch.no_grad()
@@ -159,7 +163,8 @@ def measure_text(model: BaseFairseqModel, stream: Tensor, content: dict[str, Any
     if decoder.position_method.bias_kind != "linear":
         raise ValueError(f"--data: {decoder.position_method.name} has no slopes to measure a text with; drop it")
     prepare_model(model, len(stream))
-    projected, deviations = queries_and_keys(decoder, source_of(stream, decoder.dictionary)[None])
+    with measured_deviations(decoder) as deviations:
+        projected = queries_and_keys(decoder, source_of(stream, decoder.dictionary)[None])
     content["logits_in_text"] = finite(logits_change(decoder, content["epsilon"], deviations))
     slopes, heads = least_slopes_of(decoder), iter(content["heads"])
     for number, (q, k) in enumerate(projected):

@@ -151,9 +151,7 @@ class TokenLossFile:
         with locked(self.path, WAIT):
             self.read_earlier_losses(self.path)
             self.losses[windowing.name], self.runs[windowing.name] = losses.numpy(), run
-            texts = {
-                name: numpy.array(json.dumps(text)) for name, text in (("subject", self.subject), ("runs", self.runs))
-            }
+            texts = {"subject": json.dumps(self.subject), "runs": json.dumps(self.runs)}
             with written_whole(self.path) as partial:
                 numpy.savez(partial, tokens=self.tokens, **texts, **self.losses)  # type: ignore[arg-type]
         self.overwrite = False

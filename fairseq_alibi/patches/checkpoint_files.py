@@ -114,9 +114,8 @@ def load_training_checkpoint(self: Trainer, filename: str, *args: Any, **kwargs:
     except CommandError:
         raise
     except Exception as error:  # of any kind; fairseq raises one without a reason while it handles the first
-        lacks_ema = self.cfg.ema.store_ema and isinstance(
-            error, KeyError
-        )  # fairseq has dropped the model it would take
+        # fairseq takes the model for a missing EMA, but has removed it from the checkpoint by then.
+        lacks_ema = self.cfg.ema.store_ema and isinstance(error, KeyError)
         reason = "it holds no EMA for --store-ema" if lacks_ema else one_line(error.__context__ or error)
         raise CommandError(
             f"{filename} does not fit this run ({reason}): pass the options that it was "

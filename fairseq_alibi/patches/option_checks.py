@@ -100,14 +100,16 @@ def check_criterion(cfg: FairseqConfig) -> None:
         raise CommandError(f"--ddp-backend {backend} needs GPUs in fairseq 0.12.2: pass --ddp-backend legacy_ddp")
 
 
-def parse_overrides(text: str, option: str = "--model-overrides") -> dict[str, Any]:
+def parse_overrides(
+    text: str, option: str = "--model-overrides", example: str = "{'attention': 'mask'}"
+) -> dict[str, Any]:
     """Reads an option that fairseq evaluates as code; CommandError unless it is a dictionary of literals by name."""
     try:
         overrides = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         overrides = None
     if not isinstance(overrides, dict) or not all(isinstance(name, str) for name in overrides):
-        raise CommandError(f"{option} '{text[:100]}' is no dictionary: pass one as \"{{'attention': 'mask'}}\"")
+        raise CommandError(f"{option} '{text[:100]}' is no dictionary: pass one as \"{example}\"")
     return overrides
 
 
@@ -263,7 +265,7 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
             architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
             check_task(architecture, safe_getattr(cfg.task, "_name"))
             check_criterion(cfg)
-            parse_overrides(cfg.checkpoint.optimizer_overrides, "--optimizer-overrides")
+            parse_overrides(cfg.checkpoint.optimizer_overrides, "--optimizer-overrides", "{'weight_decay': 0.01}")
             main = functools.partial(train_alone, main)
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
 
