@@ -33,8 +33,7 @@ def pip_command() -> str:
     return "uv pip" if installer.strip() == "uv" else f"{sys.executable} -m pip"
 
 
-#: What installs everything required, and repairs it, and what installs fairseq alone.
-PIP = pip_command()
+PIP = pip_command()  # what installs everything required, and repairs it, and what installs fairseq alone
 SETUP = script_command("setup.sh") or f"{PIP} install --upgrade --force-reinstall ., in a clone"
 TRANSFORMERS = f"{PIP} install 'transformers>=4.57.1,<5.25'"
 FAIRSEQ = script_command("setup.sh") or f"{PIP} install --no-deps fairseq==0.12.2"

@@ -31,12 +31,8 @@ from .tiled_attention import merge_padding_into_mask
 
 #: A mask is kept for later passes at up to this length, or twice theirs, so that memory follows what is run now.
 KEPT_LENGTH = 1024
-
-#: Values of `AttentionSettings.kernel`.
-KERNEL_CHOICES = ("auto", "mask", "fused")
-
-#: Values of `AttentionSettings.score_scale`.
-SCORE_SCALES = ("none", "ssmax", "log_n")
+KERNEL_CHOICES = ("auto", "mask", "fused")  # values of `AttentionSettings.kernel`
+SCORE_SCALES = ("none", "ssmax", "log_n")  # values of `AttentionSettings.score_scale`
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,9 @@ from .attention_inputs import AttentionInputs, FoldedMask, LinearBias
 from .reach import reach_of_excess
 from .tiled_attention import merge_padding_into_mask
 
-#: Up to so many tokens everything is kept and read, because short texts gain nothing.
-SHORT = 4096
-#: Reading a further group of heads takes as long as reading so many more keys of one head.
-GROUP_COST = 4096
-#: Key under which an incremental state of fairseq holds the cache.
-STATE_KEY = "fairseq_alibi.bounded"
+SHORT = 4096  # up to so many tokens everything is kept and read, because short texts gain nothing
+GROUP_COST = 4096  # reading a further group of heads takes as long as reading so many more keys of one head
+STATE_KEY = "fairseq_alibi.bounded"  # key under which an incremental state of fairseq holds the cache
 
 
 class HeadGroup:

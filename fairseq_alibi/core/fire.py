@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from .positions import DECODER, PositionMethod, distances, register_position_method
 
-#: Hidden units of the network.
-HIDDEN = 32
-
-#: Keys whose bias is computed at once, because the hidden units take several times the memory of the bias.
-KEYS = 2048
+HIDDEN = 32  # hidden units of the network
+KEYS = 2048  # keys whose bias is computed at once, because the hidden units take several times the memory of the bias
 
 
 @register_position_method("fire", stacks=(DECODER,))

@@ -20,11 +20,8 @@ from .attention_inputs import AttentionInputs, DistanceBias, LinearBias, NoBias
 from .reach import distance_reach, reach
 from .tiled_attention import CHUNKS, not_compiled
 
-#: Queries, and keys, in a block.
-BLOCK = 128
-
-#: A slope that leaves other keys no weight: an infinite one would give 0 * infinity.
-STEEPEST = 1e4
+BLOCK = 128  # queries, and keys, in a block
+STEEPEST = 1e4  # a slope that leaves other keys no weight: an infinite one would give 0 * infinity
 
 
 def supports_flex(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:

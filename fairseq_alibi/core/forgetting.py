@@ -37,8 +37,7 @@ class Fox(PositionMethod):
     """
 
     bias_kind = "key"
-    #: `start` and `sign` of `Gate`.
-    start, sign = 5.0, 1.0
+    start, sign = 5.0, 1.0  # `start` and `sign` of `Gate`
 
     def make_gate(self, embed_dim: int) -> nn.Module:
         """See `PositionMethod.make_gate`."""

@@ -14,14 +14,11 @@ from .attention_inputs import AttentionInputs, Bias, DistanceBias, KeyBias, Line
 from .positions import distances, linear_bias
 from .tiled_attention import not_compiled
 
-#: Queries and keys of a trial: more than one chunk, and no whole number of blocks.
-QUERIES, KEYS = 260, 390
+QUERIES, KEYS = 260, 390  # queries and keys of a trial: more than one chunk, and no whole number of blocks
 
 #: Largest error that passes, for values of about 1: an error of the kind that is looked for is larger.
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
-
-#: Why a kernel is refused, or None, by its name and the kind of input.
-TRIALS: dict[tuple[Any, ...], Optional[str]] = {}
+TRIALS: dict[tuple[Any, ...], Optional[str]] = {}  # why a kernel is refused, or None, by its name and the kind of input
 
 
 @not_compiled

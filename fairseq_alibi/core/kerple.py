@@ -24,8 +24,7 @@ class Kerple(PositionMethod):
     """
 
     bias_kind = "distance"
-    #: Upper ends of the uniform distributions from which the rows of `parameters_of_heads` start.
-    starts = (2.0, 1.0)
+    starts = (2.0, 1.0)  # upper ends of the uniform distributions from which the rows of `parameters_of_heads` start
 
     def __init__(self, num_heads: int):
         super().__init__(num_heads)

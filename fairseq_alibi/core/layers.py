@@ -38,8 +38,7 @@ class AttentionCore:
     has_positions: bool
     layer: int  # under which a cache keeps the keys
 
-    #: Dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C).
-    time_dim = 1
+    time_dim = 1  # dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C)
 
     def use_positions(self, method: Optional[PositionMethod], settings: AttentionSettings, layer: int = 0) -> None:
         """Gives the module, of layer number `layer`, its part of the position method, and parameters for it."""

@@ -10,12 +10,8 @@ import torch
 
 #: The longest sequence, in keys, that attention on a CPU runs under a mask, by what `scripts/benchmark.sh` measured.
 LONGEST_MASK = 256
-
-#: Share of the memory that a mask may take.
-MASK_SHARE = 0.05
-
-#: Bytes that a mask may take in compiled code, which cannot look at the memory.
-COMPILED_LIMIT = 2**30
+MASK_SHARE = 0.05  # share of the memory that a mask may take
+COMPILED_LIMIT = 2**30  # bytes that a mask may take in compiled code, which cannot look at the memory
 
 
 def crossover_file() -> Path:

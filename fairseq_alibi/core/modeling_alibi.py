@@ -29,8 +29,7 @@ from .positions import position_methods
 from .pretrained_alibi import CACHE, AlibiLayer, AlibiPreTrainedModel, StopStrings, refuse_arguments, wants_dict
 from .receptive_field import stack_excess
 
-#: The label that transformers has no loss for.
-IGNORED = -100
+IGNORED = -100  # the label that transformers has no loss for
 
 
 class AlibiModel(AlibiPreTrainedModel):

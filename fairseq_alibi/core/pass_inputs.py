@@ -22,8 +22,7 @@ from .configuration_alibi import PADDING, VERSION
 from .kept import in_transform
 from .layers import CachedTensors
 
-#: Numbers up to this one in a mask that is added to the scores hide a key.
-HIDDEN = -1e4
+HIDDEN = -1e4  # numbers up to this one in a mask that is added to the scores hide a key
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: The stacks in which a position method can work.
-DECODER, ENCODER = "decoder", "encoder"
+DECODER, ENCODER = "decoder", "encoder"  # the stacks in which a position method can work
 
 #: What the bias of a method depends on, see `PositionMethod.bias_kind`.
 BIAS_KINDS = ("none", "linear", "distance", "key", "pair")

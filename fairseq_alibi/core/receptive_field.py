@@ -38,8 +38,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-#: Products of numbers after which the search among all pairs of types ends with a bound, for one head.
-PAIRS = 2**31
+PAIRS = 2**31  # products of numbers after which the search among all pairs of types ends with a bound, for one head
 
 
 def ball_excess(a: Tensor, offset: Tensor, b: Tensor, radius: float, rounds: int = 6) -> Tensor:

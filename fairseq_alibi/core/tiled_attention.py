@@ -24,9 +24,7 @@ from .key_features import FEATURES, features_of_keys, widen, write_features
 from .positions import aligned, linear_bias
 from .reach import distance_reach, oldest_keys, reach
 
-#: Queries in a tile, by how far its heads reach.
-CHUNKS = (256, 512, 1024)
-
+CHUNKS = (256, 512, 1024)  # queries in a tile, by how far its heads reach
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -20,9 +20,7 @@ from transformers import PreTrainedTokenizer
 
 #: The first types of a dictionary of fairseq's, with the ids 0 to 3.
 BEGIN, PADDING, END, UNKNOWN = "<s>", "<pad>", "</s>", "<unk>"
-
-#: What subword-nmt puts behind a part of a word that goes on.
-SEPARATOR = "@@"
+SEPARATOR = "@@"  # what subword-nmt puts behind a part of a word that goes on
 
 
 class AlibiTokenizer(PreTrainedTokenizer):

@@ -63,8 +63,7 @@ class Transformer(nn.Module):
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; PyTorch's other kernels have none and say so.
     """
 
-    #: Class of the layers, with the arguments of `Layer`.
-    layer_type = Layer
+    layer_type = Layer  # class of the layers, with the arguments of `Layer`
 
     #: Whether a subclass embeds tokens itself and adds the position embedding, if the method has one.
     embeds_tokens = False

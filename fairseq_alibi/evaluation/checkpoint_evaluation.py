@@ -164,8 +164,7 @@ class EvaluationFiles:
         self, checkpoint: str, loaded: LoadedCheckpoint, settings: EvaluationSettings, max_tokens: int
     ) -> None:
         environment = describe_environment(settings.device)
-        #: By which each result names the run that made it.
-        self.run = f"{environment['date']} {uuid.uuid4().hex[:8]}"
+        self.run = f"{environment['date']} {uuid.uuid4().hex[:8]}"  # by which each result names the run that made it
         content = {
             "model": loaded.description,
             "data": settings.data,

@@ -14,11 +14,8 @@ import numpy
 
 from ..files.results import read_result_file
 
-#: A bin of positions is shown if at least this many windows score its tokens.
-MINIMUM_WINDOWS = 10
-
-#: What the speed of a run depends on.
-SPEED_DETAILS = ("hardware", "processes", "tokens in a batch")
+MINIMUM_WINDOWS = 10  # a bin of positions is shown if at least this many windows score its tokens
+SPEED_DETAILS = ("hardware", "processes", "tokens in a batch")  # what the speed of a run depends on
 
 #: Details that a label names if any two curves of a report differ in them, whatever their models.
 COMMON_DETAILS = ("subset", "dtype", "device", "model", "options", "data", "text", *SPEED_DETAILS)

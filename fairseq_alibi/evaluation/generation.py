@@ -21,8 +21,7 @@ from ..models.decoder import AlibiDecoder
 from ..models.generator import Generator
 from .reach_measurement import least_slopes_of
 
-#: Tokens from which on it is asked what a bounded cache keeps of them.
-LONG = 100_000
+LONG = 100_000  # tokens from which on it is asked what a bounded cache keeps of them
 
 
 def load_text_model(

@@ -13,9 +13,7 @@ from .curves import Curve, average_seeds
 
 #: Relative difference up to which a number of parameters is that of the paper, which gives millions.
 SIZE_TOLERANCE = 0.02
-
-#: Seeds from which on their own standard deviation is used.
-MINIMUM_SEEDS = 3
+MINIMUM_SEEDS = 3  # seeds from which on their own standard deviation is used
 
 
 def read_paper() -> dict[str, Any]:

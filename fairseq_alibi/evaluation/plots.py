@@ -20,12 +20,8 @@ STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "
 LEGEND_WIDTH = 80  # characters in a line of a legend, which would be cut off at the figure's edges
 
 LONGEST_AXIS = 12  # names of lengths that fit beside each other
-
-#: Forms of the bias, in the order of its picture.
-FORMS = ("causal", *ENCODER_FORMS)
-
-#: The largest number of heads in a picture.
-SHOWN_HEADS = 8
+FORMS = ("causal", *ENCODER_FORMS)  # forms of the bias, in the order of its picture
+SHOWN_HEADS = 8  # the largest number of heads in a picture
 
 #: The bias with the darkest colour. A key with this bias weighs e^-8 = 0.0003 of what it would weigh without a bias.
 DARKEST_BIAS = -8

@@ -23,8 +23,7 @@ from ..files.data_folders import first_folder, made_up_dictionary
 from ..models.decoder import AlibiDecoder
 from .scoring import prepare_model, source_of
 
-#: Of the weight that a head gives all keys, on average over the queries of a text.
-SHARES = (0.5, 0.99)
+SHARES = (0.5, 0.99)  # of the weight that a head gives all keys, on average over the queries of a text
 
 
 def load_for_reach(

@@ -31,9 +31,7 @@ STYLE = (
 
 #: What a report says of the environment of a run, with what stands before it.
 ENVIRONMENT = {"date": "", "fairseq_alibi": "fairseq-alibi ", "commit": "commit ", "torch": "torch ", "device": ""}
-
-#: The title of the section that begins a report.
-OVERVIEW = "Overview"
+OVERVIEW = "Overview"  # the title of the section that begins a report
 
 
 class Section(NamedTuple):

@@ -23,8 +23,7 @@ class EvaluationText:
         self, stream: Tensor, dictionary: Dictionary, marker: Optional[str], original: Optional[dict[str, int]] = None
     ) -> None:
         self.stream, self.tokens, self.original = stream, len(stream), original
-        #: A token in front of each window, or of the stream; None for none.
-        self.first_token: Optional[int] = None
+        self.first_token: Optional[int] = None  # a token in front of each window, or of the stream; None for none
         self.has_subwords = marker is not None
         self.unknown = int((stream == dictionary.unk()).sum())
         symbols = [dictionary[n] for n in range(len(dictionary))]
@@ -39,8 +38,7 @@ class EvaluationText:
             end = marker.rstrip()
             self.inside_word = torch.tensor([symbol.endswith(end) for symbol in symbols])[stream]
             lengths = [len(symbol) - len(end) * symbol.endswith(end) for symbol in symbols]
-        #: Words after tokenization; a line end is one of them.
-        self.tokenized_words = int((~self.inside_word).sum())
+        self.tokenized_words = int((~self.inside_word).sum())  # words after tokenization; a line end is one of them
         # Each word is followed by a space or by the end of its line. An empty line has a line end too.
         empty_lines = eos & torch.cat([eos.new_tensor([True]), eos[:-1]])
         in_words = torch.tensor(lengths)[stream[~eos]].sum()

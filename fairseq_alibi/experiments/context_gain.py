@@ -14,14 +14,9 @@ from ..evaluation.measurement import Windowing
 from ..evaluation.plots import chart, curve_styles
 from ..files.results import check_outputs, write_json, write_text, written_whole
 
-#: The files of a result.
-FILES = ("gain.json", "gain.md", "gain.png")
-
-#: Least gain of a key token and largest loss of one, in nats (LongPPL, Fang et al. 2024).
-KEY_GAIN, KEY_LOSS = 2.0, 2.0
-
-#: Smallest number of occurrences in the text of each group of tokens by frequency.
-FREQUENCIES = (1, 10, 100, 1000)
+FILES = ("gain.json", "gain.md", "gain.png")  # the files of a result
+KEY_GAIN, KEY_LOSS = 2.0, 2.0  # least gain of a key token and largest loss of one, in nats (LongPPL, Fang et al. 2024)
+FREQUENCIES = (1, 10, 100, 1000)  # smallest number of occurrences in the text of each group of tokens by frequency
 
 
 class TokenLosses(NamedTuple):

@@ -9,9 +9,7 @@ from .probe_data import ProbeSettings
 from .probe_tasks import ProbeOptions
 
 ROOT = Path(__file__).parents[2]
-
-#: Data folder of the built-in corpus, which every machine can make.
-BUILTIN = "data-bin/builtin"
+BUILTIN = "data-bin/builtin"  # data folder of the built-in corpus, which every machine can make
 
 #: Probes that every machine can make, by data folder; their dictionaries are equal.
 BUILTIN_PROBES = {

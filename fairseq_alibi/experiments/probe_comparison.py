@@ -20,8 +20,7 @@ from .probe_evaluation import ProbeEvaluation, effective_length
 from .probe_results import FILES, plot_accuracy, plot_maps, probe_table
 from .probe_tasks import PROBES
 
-#: What a model's results say of its answers.
-MEASURES = ("exact_match", "token_accuracy")
+MEASURES = ("exact_match", "token_accuracy")  # what a model's results say of its answers
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,8 @@ from ..data.destination import is_prepared, publish, work_folder
 from ..models.probe_task import ANSWERS
 from .probe_tasks import NAMES, PROBES, Draws, Probe, ProbeOptions
 
-#: Attempts to draw a text that no evaluation has.
-ATTEMPTS = 1000
-
-#: The largest size, and the largest number of words.
-LARGEST_SIZE, LARGEST_VOCABULARY = 10**6, 10**5
+ATTEMPTS = 1000  # attempts to draw a text that no evaluation has
+LARGEST_SIZE, LARGEST_VOCABULARY = 10**6, 10**5  # the largest size, and the largest number of words
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,8 @@ from ..files.data_folders import open_subset, read_preparation
 from ..models.decoder import AlibiDecoder
 from .probe_tasks import PROBES, Answer
 
-#: What the record of a folder has to hold, beside its task.
-PARTS = ("train_sizes", "test_sizes", "unit", "options")
-
-#: Equal parts of a text in which depths are counted.
-DEPTHS = 10
+PARTS = ("train_sizes", "test_sizes", "unit", "options")  # what the record of a folder has to hold, beside its task
+DEPTHS = 10  # equal parts of a text in which depths are counted
 
 
 class Outcome(NamedTuple):

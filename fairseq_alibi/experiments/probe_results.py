@@ -13,8 +13,7 @@ from ..files.results import write_json, write_text, written_whole
 from .probe_evaluation import DEPTHS
 from .probe_tasks import PROBES
 
-#: The files of a result.
-FILES = ("probe.json", "probe.md", "probe.png", "depth.png")
+FILES = ("probe.json", "probe.md", "probe.png", "depth.png")  # the files of a result
 
 
 def model_labels(contents: Sequence[dict[str, Any]]) -> list[str]:

@@ -16,8 +16,7 @@ from .context_gain import gain_table, plot_gains
 from .probe_results import describe_probe, plot_accuracy, plot_maps, probe_table
 from .probe_tasks import PROBES as PROBE_KINDS
 
-#: The entry of a file that tells what it holds.
-GAINS, PROBES = "files", "models"
+GAINS, PROBES = "files", "models"  # the entry of a file that tells what it holds
 
 
 def read_laboratory_file(path: Path) -> Optional[dict[str, Any]]:

@@ -45,14 +45,9 @@ WITHOUT = {
     "cpu_bf16": False,
 }
 
-#: Activation functions that the exported layers have.
-ACTIVATIONS = ("relu", "gelu", "tanh")
-
-#: Buffers of fairseq that are no weights.
-NO_WEIGHTS = ("version", "_float_tensor")
-
-#: Largest difference of a log-probability between fairseq's model and the exported one, in nats.
-TOLERANCE = 1e-3
+ACTIVATIONS = ("relu", "gelu", "tanh")  # activation functions that the exported layers have
+NO_WEIGHTS = ("version", "_float_tensor")  # buffers of fairseq that are no weights
+TOLERANCE = 1e-3  # largest difference of a log-probability between fairseq's model and the exported one, in nats
 
 
 def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[str, Any]:

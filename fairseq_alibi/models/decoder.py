@@ -20,8 +20,7 @@ from ..core.receptive_field import stack_excess
 from .layers import DecoderLayer, IncrementalState, PositionedStack, autocast_products
 from .options import attention_settings
 
-#: Tokens of a long prompt that are read in one pass where a bounded cache holds those before.
-CHUNK = 4096
+CHUNK = 4096  # tokens of a long prompt that are read in one pass where a bounded cache holds those before
 
 #: Key of an incremental state under which the number of tokens is noted whose keys it holds, and that were dropped.
 PROGRESS = "fairseq_alibi.progress"

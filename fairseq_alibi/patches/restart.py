@@ -25,9 +25,7 @@ from .data import check_validation_sizes
 from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
-
-#: Set by SIGTERM: training ends after the update, or validation, that is under way.
-stop_requested = threading.Event()
+stop_requested = threading.Event()  # set by SIGTERM: training ends after the update, or validation, that is under way
 
 
 def order_by_updates(paths: Iterator[Path]) -> tuple[list[tuple[int, Path]], list[str]]:
