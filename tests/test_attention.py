@@ -11,7 +11,7 @@ import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_alibi.core import attention, kernel_trial, position_methods, tiled_attention
+from fairseq_alibi.core import attention, position_methods, tiled_attention
 from fairseq_alibi.core.alibi import ENCODER_FORMS, EncoderALiBi, alibi_slopes
 from fairseq_alibi.core.attention_inputs import AttentionInputs, DistanceBias, FoldedMask, LinearBias, NoBias, TokenSpan
 from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
@@ -355,7 +355,7 @@ def test_auto_takes_the_faster_kernel(method, length, training, dropout, kernel)
 
 def test_without_the_private_kernel_the_public_one_runs_after_one_warning(monkeypatch):
     """A torch whose private function is another one, or gone."""
-    monkeypatch.setattr(kernel_trial, "TRIALS", {})
+    monkeypatch.setattr(attention, "TRIALS", {})
     monkeypatch.setattr(tiled_attention.FlashTiles, "apply", lambda q, *rest: torch.zeros_like(q))
     q, k, v = inputs(1, 2, 300, 300, torch.float32)
     with pytest.warns(UserWarning, match="kernel tiled fails on cpu in torch.float32 with head_dim 16"):

@@ -24,7 +24,6 @@ from fairseq_alibi.core import (
     attention_setup,
     flash_attention,
     flex_attention,
-    kernel_trial,
     mask_limits,
     position_methods,
     tiled_attention,
@@ -110,8 +109,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(AttentionSetup, "visible_padding", lambda self, x, padding: None)  # looks at values, once
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused_kernel)
     monkeypatch.setattr(flex_attention, "flex_function", lambda: flex_kernel)
-    monkeypatch.setattr(kernel_trial, "compare", lambda *_: None)
-    monkeypatch.setattr(kernel_trial, "TRIALS", {})
+    monkeypatch.setattr(attention, "try_kernel", lambda *_: None)
+    monkeypatch.setattr(attention, "TRIALS", {})
     used = []
 
     def noted(kernel):
@@ -358,7 +357,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_named_once_and_the_next_one_runs(mon
 
     kernel = attention.Kernel("new", lambda *_: True, broken, tried=True)
     monkeypatch.setattr(attention, "KERNELS", (kernel, *attention.KERNELS))
-    monkeypatch.setattr(kernel_trial, "TRIALS", {})
+    monkeypatch.setattr(attention, "TRIALS", {})
     q, k, v, inputs = inputs_of()
     reason = "shared memory, required 131072" if fault else "Tensor-likes are not close"
     pattern = rf"kernel new fails on cpu in torch.float32 with head_dim 16 \(.*{reason}.*\): tiled runs in its place"

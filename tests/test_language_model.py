@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import BIN, fairseqs_own, random_tokens, run
 
-from fairseq_alibi.core import kernel_trial, positions
+from fairseq_alibi.core import positions
 from fairseq_alibi.core.attention_inputs import AttentionInputs, FoldedMask, LinearBias, TokenSpan
 from fairseq_alibi.models.language_model import refresh_config
 
@@ -101,7 +101,7 @@ def test_pruned_layers_keep_their_positions(build):
 def test_gradients_are_the_same_with_and_without_a_mask(build, method, monkeypatch):
     gradients = []
     for options in (["mask"], ["fused"], ["fused", "--checkpoint-activations"]):
-        monkeypatch.setattr(kernel_trial, "TRIALS", {})  # the trial of a kernel is in a layer's first pass
+        monkeypatch.setattr("fairseq_alibi.core.attention.TRIALS", {})  # a kernel's trial is in the first pass
         model = build("alibi_lm_tiny", "--position-method", method, "--attention", *options)
         torch.manual_seed(1)
         tokens = random_tokens(model, 2, 600)

@@ -10,7 +10,7 @@ from fairseq_alibi.core import T5, ALiBi, Rotary, position_methods
 from fairseq_alibi.core.alibi import alibi_slopes
 from fairseq_alibi.core.attention_inputs import TokenSpan
 from fairseq_alibi.core.attention_setup import AttentionSettings, AttentionSetup
-from fairseq_alibi.core.kerple import Kerple
+from fairseq_alibi.core.distance_biases import Kerple
 from fairseq_alibi.core.rotary import XPos, rotate
 
 HEADS = range(1, 65)

@@ -11,31 +11,42 @@ scaled_dot_product_attention. The other kernels compute the same without a tenso
     dropout: probability that an attention weight is dropped; 0 outside training.
 
 and returns (B, H, T, D). Rows of queries on padding are finite and without meaning.
+
+A kernel that may fail or be wrong on some device is tried once, on a small input, before it is used: for each device,
+dtype, head_dim, kind of bias, and with gradients or without, which decide whether it can run. The trial compares output
+and gradients with attention written out in float32.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, NoBias
+from .attention_inputs import AttentionInputs, Bias, DistanceBias, FoldedMask, KeyBias, LinearBias, NoBias
 from .flash_attention import flash_attn_kernel, supports_flash_attn
 from .flex_attention import flex_blocks, supports_flex
 from .kept import in_functional_transform
-from .kernel_trial import TRIALS, kind_of, place_of, refusal, shortened
+from .positions import distances, linear_bias
 from .tiled_attention import (
     flash_tiles,
     merge_padding_into_mask,
+    not_compiled,
     recomputed_tiles,
     supports_flash,
     supports_recomputed,
 )
+
+QUERIES, KEYS = 260, 390  # queries and keys of a trial: more than one chunk, and no whole number of blocks
+
+#: Largest error that passes, for values of about 1: an error of the kind that is looked for is larger.
+TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 8e-2}
+TRIALS: dict[tuple[Any, ...], Optional[str]] = {}  # why a kernel is refused, or None, by its name and the kind of input
 
 
 class Kernel(NamedTuple):
@@ -44,7 +55,7 @@ class Kernel(NamedTuple):
     name: str  # for messages and tests
     supports: Callable[[Tensor, Tensor, AttentionInputs, float], bool]  # for q, k, inputs and dropout
     run: Callable[[Tensor, Tensor, Tensor, AttentionInputs, float], Tensor]
-    tried: bool = False  # first, see `kernel_trial.py`; another one takes its place where it fails
+    tried: bool = False  # first, see `refusal`; another one takes its place where it fails
 
 
 def backends(q: Tensor, *chosen: SDPBackend) -> AbstractContextManager[Any]:
@@ -84,21 +95,6 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs,
     return F.dropout(attention_weights(q, k, inputs), dropout).to(v.dtype) @ v
 
 
-def is_transformed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
-    """Where `explicit_attention` is needed."""
-    return isinstance(inputs.bias, FoldedMask) and in_functional_transform()
-
-
-def no_attention(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, dropout: float = 0.0) -> Tensor:
-    """Attention of an empty batch or of no queries: nothing."""
-    return q * 1
-
-
-def is_empty(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
-    """Where `no_attention` is right."""
-    return 0 in q.shape
-
-
 def has_folded_mask(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `masked_attention` supports: a bias that is folded into a mask."""
     return isinstance(inputs.bias, FoldedMask)
@@ -124,8 +120,8 @@ def is_plainly_causal(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: fl
 
 #: In the order in which `attend` asks them; the last one supports whatever has no mask.
 KERNELS = (
-    Kernel("empty", is_empty, no_attention),
-    Kernel("explicit", is_transformed, explicit_attention),
+    Kernel("empty", lambda q, *_: 0 in q.shape, lambda q, *_: q * 1),
+    Kernel("explicit", lambda *given: has_folded_mask(*given) and in_functional_transform(), explicit_attention),
     Kernel("mask", has_folded_mask, masked_attention),
     Kernel("causal", is_plainly_causal, causal_attention),
     Kernel("flash-attn", supports_flash_attn, flash_attn_kernel, tried=True),
@@ -192,3 +188,72 @@ def check_shapes(q: Tensor, k: Tensor, inputs: AttentionInputs) -> None:
         raise ValueError(f"the sums must be (B, H, S) = ({batch}, {heads}, {keys}), not {tuple(bias.sums.shape)}")
     if padding is not None and padding.shape != (batch, keys):
         raise ValueError(f"padding must be (B, S) = ({batch}, {keys}), not {tuple(padding.shape)}")
+
+
+@not_compiled
+def refusal(kernel: Kernel, q: Tensor, inputs: AttentionInputs) -> tuple[bool, Optional[str]]:
+    """Whether a kernel is tried by this call, and why it is refused for this kind of input, or None."""
+    kind = kind_of(kernel.name, q, inputs)
+    new = kind not in TRIALS
+    if new:
+        try:
+            TRIALS[kind] = None
+            try_kernel(kernel.run, q, inputs, kind[-1])
+        except Exception as error:  # compilers and drivers raise many kinds
+            TRIALS[kind] = shortened(error)
+    return new, TRIALS[kind]
+
+
+def kind_of(name: str, q: Tensor, inputs: AttentionInputs) -> tuple[Any, ...]:
+    """What decides whether a kernel can run."""
+    gradients = q.requires_grad and torch.is_grad_enabled()
+    return name, q.device, q.dtype, q.size(-1), type(inputs.bias), inputs.causal, gradients
+
+
+def shortened(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def place_of(q: Tensor) -> str:
+    """Device, dtype and head_dim for a warning: `NVIDIA L4 (cuda:0) in torch.float16 with head_dim 64`."""
+    name = f"{torch.cuda.get_device_name(q.device)} ({q.device})" if q.device.type == "cuda" else str(q.device)
+    return f"{name} in {q.dtype} with head_dim {q.size(-1)}"
+
+
+def try_kernel(run: Callable[..., Tensor], like: Tensor, inputs: AttentionInputs, gradients: bool) -> None:
+    """Runs a kernel on random numbers, for queries and inputs like these; AssertionError if its result is wrong."""
+    device, dtype, generator = like.device, like.dtype, torch.Generator().manual_seed(1)
+    tolerance = TOLERANCE.get(dtype, 1e-2)
+    exactly = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "xpu") else torch.no_grad()
+    # Not the caller's hooks: activation checkpointing counts what is kept, which is less in a pass without the trial.
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), exactly, torch.set_grad_enabled(gradients), kept:
+        drawn = (torch.randn(2, 2, n, like.size(-1), generator=generator) for n in (QUERIES, KEYS, KEYS))
+        q, k, v = (x.to(device, dtype).requires_grad_(gradients) for x in drawn)
+        bias, added = example_of_bias(inputs.bias, inputs.causal, device)
+        out = run(q, k, v, AttentionInputs(bias=bias, causal=inputs.causal), 0.0)
+        exact = [x.detach().float().requires_grad_(gradients) for x in (q, k, v)]
+        scores = exact[0] @ exact[1].transpose(2, 3) * q.size(-1) ** -0.5 + added
+        expected = scores.softmax(-1) @ exact[2]
+        pairs = [(out, expected)]
+        if gradients:
+            pairs += zip(*(torch.autograd.grad(x.square().sum(), y) for x, y in ((out, (q, k, v)), (expected, exact))))
+        for found, wanted in pairs:
+            torch.testing.assert_close(found.float(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def example_of_bias(bias: Bias, causal: bool, device: torch.device) -> tuple[Bias, Tensor]:
+    """A small bias of the same kind, for two heads, and what it adds to the scores, -inf at hidden keys."""
+    slopes = torch.tensor([0.5, 0.01], device=device)
+    distance = distances(QUERIES, KEYS, device)
+    sided = linear_bias(slopes, None if causal else slopes, distance.flatten()).unflatten(1, distance.shape)
+    if isinstance(bias, NoBias):
+        return bias, sided.masked_fill(sided.isfinite(), 0.0)
+    if isinstance(bias, KeyBias):
+        sums = -(slopes[:, None] * torch.arange(KEYS, device=device)).double().expand(2, -1, -1)
+        return KeyBias(sums), sided
+    if isinstance(bias, DistanceBias):
+        all_distances = torch.arange(1 - QUERIES, KEYS, device=device)
+        return DistanceBias(linear_bias(slopes, None if causal else slopes, all_distances)), sided
+    return LinearBias(slopes, None if causal else slopes), sided

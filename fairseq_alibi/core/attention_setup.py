@@ -112,7 +112,7 @@ class AttentionSetup:
         rows = x.size(0) if padding is not None or (is_learned(method) and torch.is_grad_enabled()) else 1
         # Kernels without a mask cannot be traced or transformed. Compiled code leaves the graph for them where it must.
         by_distance = not in_transform(x)
-        if torch.compiler.is_dynamo_compiling() and not is_exporting():
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             by_distance = self.settings.kernel == "fused" or not span_mask_fits(self, x.device, span, rows)
         if window is not None and method.gives_bias_of_tiles:
             raise ValueError(f"--position-method {method.name} has no windows: its bias depends on a query's position")
@@ -149,12 +149,14 @@ class AttentionSetup:
         return padding if hides.any() else None
 
     def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int], padding: Optional[Tensor]) -> Tensor:
-        """The bias folded into the mask, see `FoldedMask`."""
+        """The bias folded into the mask, see `FoldedMask`; of rows that begin at places of their own with padding."""
         method, device, keys = self.method, x.device, span.keys
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
         if padding is not None and method.gives_bias_of_tiles:
-            return mask_of_rows(method, span, device, padding).to(dtype)
+            distance = distances(span.queries, span.keys, device)
+            bias = method.bias_of_tile(query_positions(span, device, padding), distance)
+            return bias.masked_fill(distance < 0, -math.inf).to(dtype)
         if keys > span.queries or window is not None:
             return method.future_mask(span.queries, keys, window, device, dtype)
 
@@ -178,7 +180,10 @@ class AttentionSetup:
         scale = self.method.query_scale(visible) if self.method.scales_queries else None
         if form == "none":
             return scale
-        return scale_by_count(form, visible, self.settings.training_length) * (1 if scale is None else scale)
+        factor = visible.float().log()[:, None]
+        if form == "log_n":
+            factor = (factor / math.log(self.settings.training_length)).clamp(min=1)
+        return factor if scale is None else factor * scale
 
     def runs_without_mask(
         self,
@@ -258,13 +263,6 @@ def query_positions(span: TokenSpan, device: torch.device, padding: Optional[Ten
     return positions if padding is None else positions - padding.long().cumprod(1).sum(1, keepdim=True)
 
 
-def mask_of_rows(method: PositionMethod, span: TokenSpan, device: torch.device, padding: Tensor) -> Tensor:
-    """The future mask (B, H, T, S) of a bias that depends on where a row's tokens begin."""
-    distance = distances(span.queries, span.keys, device)
-    bias = method.bias_of_tile(query_positions(span, device, padding), distance)
-    return bias.masked_fill(distance < 0, -math.inf)
-
-
 def bias_without_mask(
     method: PositionMethod, span: TokenSpan, device: torch.device, causal: bool, padding: Optional[Tensor]
 ) -> Bias:
@@ -297,17 +295,6 @@ def bias_without_mask(
 def needs_mask(method: PositionMethod) -> bool:
     """Whether a method's bias is given as a mask alone."""
     return method.bias_kind == "pair" and not method.gives_bias_of_tiles
-
-
-def scale_by_count(form: str, visible: Tensor, training_length: int) -> Tensor:
-    """The factor of queries that see so many keys, see `AttentionSettings.score_scale`: (B, T) int64 -> (B, 1, T)."""
-    logarithm = visible.float().log()[:, None]
-    return logarithm if form == "ssmax" else (logarithm / math.log(training_length)).clamp(min=1)
-
-
-def is_exporting() -> bool:
-    """Whether torch.export traces the pass; a torch before 2.7 does not say."""
-    return getattr(torch.compiler, "is_exporting", lambda: False)()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -15,14 +15,6 @@ from .kept import KeptTensor
 from .positions import DECODER, ENCODER, PositionMethod, register_position_method
 
 
-def sinusoids(positions: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embeddings of positions, sines, then cosines, as in fairseq: (...) int64 -> (..., `dim`) float32."""
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
-    angles = positions[..., None].float() * frequencies.to(positions.device)
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, dim % 2))
-
-
 def token_positions(tokens_present: Tensor, padding_idx: int) -> Tensor:
     """Positions of tokens in rows with padding on either side: (B, T) bool, True at tokens -> (B, T) int64."""
     present = tokens_present.long()
@@ -47,8 +39,12 @@ class SinusoidalEmbedding(nn.Module):
         return F.embedding(positions, table)
 
     def embed(self, positions: Tensor) -> Tensor:
-        """Sinusoids of positions, zero at that of padding."""
-        return sinusoids(positions, self.dim).masked_fill((positions == self.padding_idx)[..., None], 0.0)
+        """Sines, then cosines, as in fairseq, zero at the position of padding: (...) int64 -> (..., C) float32."""
+        half = self.dim // 2
+        frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
+        angles = positions[..., None].float() * frequencies.to(positions.device)
+        values = F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.dim % 2))
+        return values.masked_fill((positions == self.padding_idx)[..., None], 0.0)
 
 
 class LearnedEmbedding(nn.Embedding):

@@ -27,17 +27,13 @@ STEEPEST = 1e4  # a slope that leaves other keys no weight: an infinite one woul
 def supports_flex(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `flex_blocks` supports: a bias by distance without gradients or none, without dropout, on a GPU."""
     bias = inputs.bias
+    fixed = isinstance(bias, DistanceBias) and not (bias.values.requires_grad and torch.is_grad_enabled())
     return (
         q.device.type in ("cuda", "xpu")
         and q.size(-1) >= 16
         and not dropout
-        and (isinstance(bias, LinearBias) or (isinstance(bias, NoBias) and inputs.causal) or is_fixed_by_distance(bias))
+        and (isinstance(bias, LinearBias) or (isinstance(bias, NoBias) and inputs.causal) or fixed)
     )
-
-
-def is_fixed_by_distance(bias: Any) -> bool:
-    """Whether a bias is one by distance that needs no gradients."""
-    return isinstance(bias, DistanceBias) and not (bias.values.requires_grad and torch.is_grad_enabled())
 
 
 @not_compiled

@@ -115,12 +115,9 @@ def stack_change(
 ) -> float:
     """The bound of what the output layer reads, z behind `last_norm_of` a stack: see the head of this file.
 
-    Args:
-        layers: of `Transformer` or of fairseq's decoder.
-        last_norm: the norm behind a pre-norm stack.
-        epsilon: weight of 1 that left out keys may have.
-        vectors: (V, C), all that the first layer may read, see `stack_excess`.
-        least_deviations: the least standard deviation of what each norm read in a pass, for the bound of its text.
+    `layers` are of `Transformer` or of fairseq's decoder, `last_norm` is the norm behind a pre-norm stack. Left out
+    keys may have `epsilon` of 1 of the weight. `vectors` (V, C) are all that the first layer may read, see
+    `stack_excess`; `least_deviations` the least standard deviations of what norms read, for the bound of one text.
     """
     deviations = least_deviations or {}
     change, read = 0.0, 0.0  # of the residual, and of the z that the next part reads

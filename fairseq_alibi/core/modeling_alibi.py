@@ -127,8 +127,7 @@ class AlibiModel(AlibiPreTrainedModel):
             output_hidden_states, output_attentions: whether the layers' inputs and weights, (B, H, T, S), are wanted.
             return_dict: False for a tuple.
 
-        Raises:
-            ValueError: names what is given or wanted and is not there.
+        ValueError names what is given or wanted and is not there.
         """
         refuse_arguments({**kwargs, "position_ids": position_ids})
         if (input_ids is None) == (inputs_embeds is None):
@@ -227,7 +226,7 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
         return_dict: Optional[bool] = None,
         **kwargs: Any,
     ) -> Union[CausalLMOutputWithPast, tuple]:
-        """Logits and, with labels, the loss. Other arguments: see `AlibiModel.forward`.
+        """Logits and, with labels, the loss. Other arguments and ValueError: see `AlibiModel.forward`.
 
         Args:
             labels: (B, T), as `input_ids`; the loss is of each token's prediction of the next label, -100 for none.
@@ -235,9 +234,6 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the sum of the losses is divided by; default: their number. The Trainer of
                 transformers 4 counts the first label of a row too, which nothing predicts, unless it is -100.
             return_dict: False for a tuple.
-
-        Raises:
-            ValueError: see `AlibiModel.forward`.
         """
         outputs = self.decoder(
             input_ids=input_ids,
@@ -277,11 +273,10 @@ class AlibiForCausalLM(AlibiPreTrainedModel, GenerationMixin):
             features, targets = features[:, :-1].flatten(0, 1), targets.flatten()
         else:
             features, targets = features[:, :-1][kept], targets[kept]
-        losses = (
-            self.lm_head.losses(features, targets)
-            if adaptive
-            else cross_entropies(self.lm_head, features, targets, self.config.vocab_size)
-        )
+        if adaptive:
+            losses = self.lm_head.losses(features, targets)
+        else:
+            losses = cross_entropies(self.lm_head, features, targets, self.config.vocab_size)
         return losses.sum() / (kept.sum() if items is None else torch.as_tensor(items, device=losses.device))
 
 

@@ -114,16 +114,14 @@ def layout_of(cache: Any, x: Tensor, window: Optional[int]) -> KeyLayout:
 def key_padding(present: Tensor, layout: KeyLayout) -> Tensor:
     """(B, L) bool, False at padding, of all tokens so far -> (B, S) bool, True at keys that are padding or not written.
 
-    Raises:
-        ValueError: a mask of another length.
+    ValueError: a mask of another length.
     """
-    if not isinstance(layout.first, Tensor) and present.size(1) != layout.first + layout.queries:
-        total = layout.first + layout.queries
+    total = layout.first + layout.queries
+    if not isinstance(total, Tensor) and present.size(1) != total:
         raise ValueError(f"attention_mask must have {total} columns, one for each token so far, not {present.size(1)}")
     missing = layout.offset + layout.keys - present.size(1)
-    return (F.pad(~present, (0, missing), value=True) if missing > 0 else ~present)[:, layout.offset :][
-        :, : layout.keys
-    ]
+    padding = F.pad(~present, (0, missing), value=True) if missing > 0 else ~present
+    return padding[:, layout.offset :][:, : layout.keys]
 
 
 def check_four_dimensions(mask: Tensor, x: Tensor, layout: KeyLayout) -> None:
@@ -177,17 +175,12 @@ class PassInputs:
     def read(
         cls, x: Tensor, attention_mask: Any, position_ids: Optional[Tensor], cache: Any, window: Optional[int]
     ) -> "PassInputs":
-        """Checks the arguments of a pass over (B, T, C) new tokens.
-
-        Raises:
-            ValueError: names the one that the model cannot follow.
-        """
+        """Checks the arguments of a pass over (B, T, C) new tokens; ValueError names one that cannot be followed."""
         layout = layout_of(cache, x, window)
         padding = present = mask = texts = None
         if attention_mask is not None and not isinstance(attention_mask, Tensor):
-            raise ValueError(
-                f"attention_mask: a {type(attention_mask).__name__}; pass a tensor, (B, S) or (B, 1, T, S)"
-            )
+            kind = type(attention_mask).__name__
+            raise ValueError(f"attention_mask: a {kind}; pass a tensor, (B, S) or (B, 1, T, S)")
         if attention_mask is not None and attention_mask.dim() == 4:
             mask = attention_mask.to(x.device)
             check_four_dimensions(mask, x, layout)
@@ -209,13 +202,9 @@ class PassInputs:
         return dataclasses.replace(given, texts=texts)
 
     def check_positions(self, begins: bool) -> None:
-        """Checks positions against a mask of 4 dimensions, or against the tokens so far.
+        """Raises ValueError for other positions than a mask of 4 dimensions, or the tokens so far, have.
 
-        Args:
-            begins: whether there are no tokens before these.
-
-        Raises:
-            ValueError: they differ.
+        `begins` is whether there are no tokens before these.
         """
         assert self.position_ids is not None
         ids, device = self.position_ids, self.position_ids.device
@@ -261,12 +250,10 @@ class PassInputs:
         """The attention inputs of the pass, of one that keeps the attention weights if `weights`."""
         layout = self.layout
         if isinstance(cache, TransformersCache) and not isinstance(cache, BoundedCache):
-            if isinstance(cache, QuantizedCache) and (
-                setup.method.bias_kind == "key" or setup.method.needs_wide_exponents
-            ):
-                raise ValueError(
-                    f"a quantized cache is too coarse for position method {setup.method.name}; use another"
-                )
+            sensitive = setup.method.bias_kind == "key" or setup.method.needs_wide_exponents
+            if isinstance(cache, QuantizedCache) and sensitive:
+                name = setup.method.name
+                raise ValueError(f"a quantized cache is too coarse for position method {name}; use another")
             cache = CacheWithPositions(cache, layout.new_positions(x.device))
         if layout.is_plain and self.mask is None and self.texts is None:
             span = TokenSpan(layout.queries, layout.keys, int(layout.first))
@@ -294,8 +281,7 @@ class PassInputs:
 def explicit_mask(given: PassInputs, setup: AttentionSetup, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B or 1, 1 or H, T, S) bool, where queries see keys, and (B or 1, H or 1, T, S) what is added to the scores.
 
-    Raises:
-        ValueError: the bias of the position method cannot be made for these keys.
+    ValueError: the bias of the position method cannot be made for these keys.
     """
     layout, method = given.layout, setup.method
     distance = layout.distances_to_keys(x.device)

@@ -28,14 +28,9 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     changes by at most 2 epsilon max|v|, its gradients in proportion. Nothing is assumed of the model: with large
     queries and keys the reach is large.
 
-    Args:
-        q: (B, H, T, D).
-        k: (B, H, S, D).
-        slopes: (H,), 0 for a head without bias, infinite for one that sees no key but the query's own.
-        epsilon: weight of 1 that may be skipped; 0 skips nothing.
-
-    Returns:
-        (H,) float64: whole distances in tokens, at least 0, infinite where there is no end.
+    Of (B, H, T, D) `q`, (B, H, S, D) `k` and (H,) `slopes`, 0 for a head without bias, infinite for one that sees no
+    key but the query's own. Returns (H,) float64: whole distances in tokens, at least 0, infinite where there is no end
+    or `epsilon` is 0.
     """
     e = torch.zeros(()) if epsilon <= 0 else score_excess(q, k).amax((0, 2))
     return reach_of_excess(e, slopes, epsilon)

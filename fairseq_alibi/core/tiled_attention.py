@@ -3,10 +3,14 @@
 Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are the queries), D head_dim.
 
 Queries go in chunks, and one vector, with a number for each distance, serves as the bias of all chunks. Each head reads
-only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash
-kernel, which is a private function. `recomputed_tiles` is the public way: it serves dropout, gradients of the bias,
-other devices, and a PyTorch whose private function is gone or has changed.
-A bias by key is carried by further dimensions of queries and keys, see `key_features.py`.
+only the keys that can matter to it, see `reach`. `flash_tiles` calls PyTorch's CPU flash kernel, a private function.
+`recomputed_tiles` is the public way: it serves dropout, gradients of the bias, other devices, and a PyTorch whose
+private function is gone or has changed.
+
+A bias by key c_i - c_j, of query i and key j, is carried by further dimensions of queries and keys through any kernel,
+its gradient included. It differs by a constant per row from o - c_j, whatever the number o, and softmax ignores the
+difference. So a dimension is 1 in queries and o - c_j, times sqrt(D), in keys. o is c in the middle of a tile's
+queries, so that the numbers of near keys are small and exact. In half precision three numbers add up to o - c_j.
 """
 
 import functools
@@ -20,11 +24,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .attention_inputs import AttentionInputs, DistanceBias, FoldedMask, KeyBias, LinearBias, PairBias
-from .key_features import FEATURES, features_of_keys, widen, write_features
 from .positions import aligned, linear_bias
 from .reach import distance_reach, oldest_keys, reach
 
 CHUNKS = (256, 512, 1024)  # queries in a tile, by how far its heads reach
+FEATURES = 8  # further dimensions for a bias by key, a multiple of what kernels compute at once
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -38,6 +42,40 @@ def merge_padding_into_mask(mask: Tensor, padding: Optional[Tensor]) -> Tensor:
     if padding is None:
         return mask
     return mask.masked_fill(padding[:, None, None, :], torch.finfo(mask.dtype).min / 2)
+
+
+def widen(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies with `FEATURES` further dimensions, 1 in queries where keys have features and 0 elsewhere."""
+    wide_q, wide_k, wide_v = (F.pad(x, (0, FEATURES)) for x in (q, k, v))
+    wide_q[..., q.size(-1) : q.size(-1) + feature_count(q.dtype)] = 1
+    return wide_q, wide_k, wide_v
+
+
+def feature_count(dtype: torch.dtype) -> int:
+    """Number of dimensions with features."""
+    return 1 if dtype.itemsize >= 4 else 3
+
+
+def features_of_keys(sums: Tensor, queries: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """The features of a tile's keys, of dimension `dim`: (B, H, S, 1), or (B, H, S, 3) in half precision.
+
+    `sums` (B, H, S) is c of the keys, the newest one, which is the last query, first.
+    """
+    middle = min(queries // 2, sums.size(2) - 1)
+    whole = (sums[:, :, middle, None] - sums) * math.sqrt(dim)
+    if feature_count(dtype) == 1:
+        return whole[..., None].to(dtype)
+    rest, parts = whole.clamp(-6e4, 6e4), []  # float16 ends at 65,504, and keys that are so far weigh nothing
+    for _ in range(feature_count(dtype)):
+        parts.append(rest.to(dtype))
+        rest = rest - parts[-1]
+    return torch.stack(parts, dim=-1)
+
+
+def write_features(keys: Tensor, sums: Tensor, queries: int, dim: int) -> None:
+    """Writes the features of a tile's keys into the widened keys (B, H, S, D + FEATURES)."""
+    features = features_of_keys(sums, queries, dim, keys.dtype)
+    keys[..., dim : dim + features.size(-1)] = features
 
 
 class Tile(NamedTuple):

@@ -63,11 +63,6 @@ class Transformer(nn.Module):
     `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; PyTorch's other kernels have none and say so.
     """
 
-    layer_type = Layer  # class of the layers, with the arguments of `Layer`
-
-    #: Whether a subclass embeds tokens itself and adds the position embedding, if the method has one.
-    embeds_tokens = False
-
     def __init__(
         self,
         layers: int,
@@ -79,8 +74,8 @@ class Transformer(nn.Module):
         attention: str = "auto",
     ):
         super().__init__()
-        self.layers = nn.ModuleList(self.layer_type(embed_dim, num_heads, options, n) for n in range(layers))
-        self.position_method = given_or_alibi(position_method, num_heads, causal, self.embeds_tokens)
+        self.layers = nn.ModuleList(Layer(embed_dim, num_heads, options, n) for n in range(layers))
+        self.position_method = given_or_alibi(position_method, num_heads, causal)
         settings = AttentionSettings(attention, dropout=options.attention_dropout, causal=causal)
         for number, layer in enumerate(self.layers):
             cast(Layer, layer).self_attn.use_positions(self.position_method, settings, number)
@@ -101,13 +96,11 @@ class Transformer(nn.Module):
         return x if self.layer_norm is None else self.layer_norm(x)
 
 
-def given_or_alibi(
-    method: Optional[PositionMethod], num_heads: int, causal: bool, embeds_tokens: bool = False
-) -> PositionMethod:
-    """The position method that is given, or ALiBi; ValueError if it adds embeddings and tokens are not read here."""
+def given_or_alibi(method: Optional[PositionMethod], num_heads: int, causal: bool) -> PositionMethod:
+    """The position method that is given, or ALiBi; ValueError if it adds embeddings, as no tokens are read here."""
     if method is None:
         return ALiBi(num_heads) if causal else EncoderALiBi(num_heads)
-    if method.adds_embedding and not embeds_tokens:
+    if method.adds_embedding:
         raise ValueError(
             f"{type(method).__name__} adds embeddings to those of the tokens: add them, and pass no method"
         )

@@ -20,12 +20,6 @@ from .comparison import EVALUATION, TRAINING, ComparedModel, Comparison, finishe
 from .presets import ROOT
 
 
-def paper_order() -> list[str]:
-    """Returns the methods that the paper compares, best first past the training length (figures 1 and 4)."""
-    ranks = {name: method.paper_rank for name, method in position_methods().items() if method.paper_rank is not None}
-    return sorted(ranks, key=lambda name: ranks[name])
-
-
 def median_training_speed(log: Path) -> Optional[float]:
     """Returns the median of the tokens per second in a log of fairseq-train, without the start; None for too few."""
     speeds = []
@@ -35,16 +29,13 @@ def median_training_speed(log: Path) -> Optional[float]:
     return statistics.median(speeds[1:]) if len(speeds) > 1 else None
 
 
-def order_at(curves: list[Curve], length: int) -> list[str]:
-    """Returns the labels of the curves by perplexity at an evaluation length, best first."""
-    present = [curve for curve in curves if length in curve.perplexity]
-    return [curve.label for curve in sorted(present, key=lambda curve: curve.perplexity[length])]
-
-
 def compare_with_paper(curves: list[Curve], length: int) -> str:
     """Says whether the methods that the paper compares have the paper's order at an evaluation length."""
-    order, paper = order_at(curves, length), paper_order()
-    ours, theirs = ([name for name in names if name in order and name in paper] for names in (order, paper))
+    perplexity = {curve.label: curve.perplexity[length] for curve in curves if length in curve.perplexity}
+    order = sorted(perplexity, key=perplexity.__getitem__)
+    ranks = {name: method.paper_rank for name, method in position_methods().items() if method.paper_rank is not None}
+    ours = [name for name in order if name in ranks]
+    theirs = sorted(ours, key=ranks.__getitem__)
     verdict = "as in the paper" if ours == theirs else f"**not as in the paper**, where it is {', '.join(theirs)}"
     return f"At {length:,} tokens the order is {', '.join(order)} (best first); among the paper's methods, {verdict}."
 

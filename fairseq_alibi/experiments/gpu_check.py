@@ -80,6 +80,11 @@ class GpuCheck:
         """The dtype of speed and memory."""
         return self.dtypes[0]
 
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def random(self, rows: int, queries: int, keys: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Queries, keys and values, laid out as in a model."""
         torch.manual_seed(1)
@@ -165,7 +170,7 @@ def measure_speed(check: GpuCheck, length: int, dim: int) -> list[dict[str, Any]
     def step(bias: Any) -> float:
         inputs, started = AttentionInputs(bias=bias), time.perf_counter()
         torch.autograd.grad(choose_kernel(q, k, inputs).run(q, k, v, inputs, 0.0).sum(), (q, k, v))
-        synchronize(check)
+        check.synchronize()
         return time.perf_counter() - started
 
     rows = {}
@@ -188,12 +193,6 @@ def measure_speed(check: GpuCheck, length: int, dim: int) -> list[dict[str, Any]
         rows[way]["milliseconds"] = 1000 * statistics.median(measured)
         rows[way]["spread"] = (max(measured) - min(measured)) / 2 / statistics.median(measured)
     return list(rows.values())
-
-
-def synchronize(check: GpuCheck) -> None:
-    """Waits for the GPU."""
-    if check.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def check_passes(check: GpuCheck) -> dict[str, Any]:
@@ -257,14 +256,10 @@ def jobs(check: GpuCheck) -> Iterator[tuple[str, str, Callable[[], Any]]]:
 
 def crossover(rows: list[dict[str, Any]]) -> Optional[int]:
     """The longest measured length at which a mask is faster; 0 if it never is; None without a comparison."""
-    times = {(row["way"], row["length"], row["head_dim"]): row.get("milliseconds") for row in rows}
-    both = [
-        (length, times["mask", length, dim], times.get(("fused", length, dim)))
-        for way, length, dim in times
-        if way == "mask"
-    ]
-    compared = [(length, mask, fused) for length, mask, fused in both if mask and fused]
-    return max([length for length, mask, fused in compared if mask < fused], default=0) if compared else None
+    times = {(row["way"], row["length"], row["head_dim"]): row["milliseconds"] for row in rows if "milliseconds" in row}
+    both = [shape for way, *shape in times if way == "mask" and ("fused", *shape) in times]
+    faster = [length for length, dim in both if times["mask", length, dim] < times["fused", length, dim]]
+    return max(faster, default=0) if both else None
 
 
 def run_gpu_check(check: GpuCheck, output: Path) -> str:

@@ -4,6 +4,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import numpy
 import torch
 from fairseq.data import Dictionary
 from omegaconf import DictConfig
@@ -27,7 +28,7 @@ class Band(NamedTuple):
 def divisors(number: int) -> list[int]:
     """Returns the divisors of a number, smallest first."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return small + [number // n for n in reversed(small) if n * n != number]
+    return sorted({*small, *(number // n for n in small)})
 
 
 class PlannedRun:
@@ -77,14 +78,9 @@ class PlannedRun:
             return []
         counts = self.dictionary.count
         edges = [0, *softmax.cutoff]
-        return [
-            Band(
-                sum(counts[first:last]) / max(1, sum(counts)),
-                int(softmax.input_dim // softmax.factor**number),
-                last - first,
-            )
-            for number, (first, last) in enumerate(zip(edges, edges[1:]))
-        ]
+        widths = [int(softmax.input_dim // softmax.factor**number) for number in range(len(edges) - 1)]
+        shares = [sum(counts[first:last]) / max(1, sum(counts)) for first, last in zip(edges, edges[1:])]
+        return [Band(*band) for band in zip(shares, widths, numpy.diff(edges).tolist())]
 
     @functools.cached_property
     def masked(self) -> bool:

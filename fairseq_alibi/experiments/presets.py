@@ -1,6 +1,7 @@
 """What `fairseq-alibi reproduce` trains and evaluates: three sizes of the paper's comparison."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -30,9 +31,15 @@ TEST_TIME: dict[str, dict[str, str]] = {
 
 
 def small_model(
-    data: str, method: str, length: int, save_dir: Path, updates: int, task: str = "language_modeling"
+    data: str,
+    method: str,
+    length: int,
+    save_dir: Path,
+    updates: int,
+    task: str = "language_modeling",
+    model: Sequence[str] = (),
 ) -> list[str]:
-    """Returns the fairseq-train command of a model that a CPU trains, without its architecture and seed."""
+    """Returns the fairseq-train command of a model that a CPU trains, without its seed; `model` are its options."""
     warmup = max(1, updates // 10)
     command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", task, "--position-method", method]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
@@ -40,28 +47,23 @@ def small_model(
     command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
     command += ["--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
     command += ["--keep-interval-updates", 1, "--save-dir", save_dir, "--cpu"]
-    return ["fairseq-train", *map(str, command)]
+    return ["fairseq-train", *map(str, command), *model]
 
 
-def laptop_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the command for the model of scripts/quickstart.sh. Arguments: see `small_model`."""
-    return [*small_model(data, method, length, save_dir, updates), "--arch", "alibi_lm_tiny"]
+TINY = ("--arch", "alibi_lm_tiny")
+PROBE_SIZES = ("--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256", "--dropout", "0")
+#: The tiny model with the adaptive, word-level vocabulary of a part of WikiText-103.
+TINY_ADAPTIVE = (
+    *("--arch=alibi_lm", "--decoder-normalize-before"),
+    *("--decoder-embed-dim=128", "--decoder-input-dim=128", "--decoder-output-dim=128"),
+    *("--decoder-ffn-embed-dim=512", "--decoder-layers=2", "--decoder-attention-heads=8"),
+    *("--adaptive-input", "--adaptive-input-cutoff=4000,8000", "--adaptive-softmax-cutoff=4000,8000"),
+    *("--tie-adaptive-weights", "--criterion=adaptive_loss", "--ddp-backend=legacy_ddp"),
+)
 
-
-def probe_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the command for a model that learns probes. Arguments: see `small_model`."""
-    sizes = ["--decoder-embed-dim", "64", "--decoder-ffn-embed-dim", "256", "--dropout", "0"]
-    return [*small_model(data, method, length, save_dir, updates, "probe"), "--arch", "alibi_lm_tiny", *sizes]
-
-
-def slice_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:
-    """Returns the command for the laptop's model with the adaptive, word-level vocabulary of a part of WikiText-103."""
-    sizes = [f"--decoder-{name}-dim=128" for name in ("embed", "input", "output")]
-    sizes += ["--decoder-ffn-embed-dim=512", "--decoder-layers=2", "--decoder-attention-heads=8"]
-    adaptive = ["--adaptive-input", "--adaptive-input-cutoff=4000,8000", "--adaptive-softmax-cutoff=4000,8000"]
-    adaptive += ["--tie-adaptive-weights", "--criterion=adaptive_loss", "--ddp-backend=legacy_ddp"]
-    command = small_model(data, method, length, save_dir, updates)
-    return [*command, "--arch=alibi_lm", "--decoder-normalize-before", *sizes, *adaptive]
+laptop_model = partial(small_model, model=TINY)  # that of scripts/quickstart.sh
+probe_model = partial(small_model, task="probe", model=(*TINY, *PROBE_SIZES))
+slice_model = partial(small_model, model=TINY_ADAPTIVE)
 
 
 def paper_model(data: str, method: str, length: int, save_dir: Path, updates: int) -> list[str]:

@@ -64,8 +64,7 @@ class ProbeComparison(Comparison):
 def with_lengths_of(preset: Preset, data: str) -> Preset:
     """Returns a preset with the lengths of its data, after making those folders that every machine can make.
 
-    Raises:
-        ValueError: a folder holds no probes, or two have the same name.
+    ValueError: a folder holds no probes, or two have the same name.
     """
     folders, lengths, sizes = split_paths(data), [], set()
     if len({Path(folder).name for folder in folders}) < len(folders):

@@ -69,11 +69,7 @@ class ProbeSettings:
 
 
 def training_probes(settings: ProbeSettings, subset: str, forbidden: set[tuple[str, ...]]) -> Iterator[Probe]:
-    """Texts for training or validation, none of which is forbidden.
-
-    Raises:
-        ValueError: there are too few others.
-    """
+    """Texts for training or validation, none of which is forbidden; ValueError if there are too few others."""
     make = PROBES[settings.task].make
     draws = Draws(f"{settings.seed} {settings.task} {subset}")
     smallest, largest = settings.train_sizes
@@ -88,12 +84,6 @@ def training_probes(settings: ProbeSettings, subset: str, forbidden: set[tuple[s
                 f"{settings.task} has too few different texts of sizes {smallest} to {largest}: raise the sizes, or "
                 "lower --tests"
             )
-
-
-def evaluation_probes(settings: ProbeSettings, size: int) -> list[Probe]:
-    """Texts of one size for evaluation."""
-    draws = Draws(f"{settings.seed} {settings.task} test-{size}")
-    return [PROBES[settings.task].make(draws, size, settings.options) for _ in range(settings.tests)]
 
 
 def write_subset(folder: Path, name: str, probes: Iterable[Probe], dictionary: Dictionary) -> dict[str, int]:
@@ -120,9 +110,7 @@ def write_subset(folder: Path, name: str, probes: Iterable[Probe], dictionary: D
 def make_probe_data(destination: Path, settings: ProbeSettings) -> None:
     """Makes a data folder, or leaves the one that these settings have made; prints what it holds and what is next.
 
-    Raises:
-        ValueError: the folder holds something else, or the task has too few different texts.
-        OSError: the folder cannot be written.
+    ValueError: the folder holds something else, or the task has too few different texts. OSError: it cannot be written.
     """
     identity = {"probe": settings.record()}
     if is_prepared(destination, identity):
@@ -140,16 +128,16 @@ def make_probe_data(destination: Path, settings: ProbeSettings) -> None:
         evaluated: set[tuple[str, ...]] = set()
         tests = {}
         for size in settings.test_sizes:
-            probes = evaluation_probes(settings, size)
+            draws = Draws(f"{settings.seed} {settings.task} test-{size}")
+            probes = [PROBES[settings.task].make(draws, size, settings.options) for _ in range(settings.tests)]
             evaluated.update(tuple(probe.words) for probe in probes)
             tests[f"test-{size}"] = write_subset(data, f"test-{size}", probes, dictionary)
             answers = [[list(answer) for answer in probe.answers] for probe in probes]
             (data / f"test-{size}.json").write_text(json.dumps(answers))
         validation = list(training_probes(settings, "valid", set()))
         evaluated.update(tuple(probe.words) for probe in validation)
-        training = tqdm(
-            training_probes(settings, "train", evaluated), settings.task, settings.texts, leave=False, unit=" texts"
-        )
+        training = training_probes(settings, "train", evaluated)
+        training = tqdm(training, settings.task, settings.texts, leave=False, unit=" texts")
         counts["train"] = write_subset(data, "train", training, dictionary)
         counts["valid"] = write_subset(data, "valid", validation, dictionary)
         counts.update(tests)

@@ -1,7 +1,9 @@
 """Accuracy of models on probes: by size, by depth of what is asked for, and by its distance from the question."""
 
+import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +47,7 @@ class ProbeEvaluation:
     def preparation(self) -> dict[str, Any]:
         """The settings by which the folder was made, see `ProbeSettings.record`.
 
-        Raises:
-            ValueError: the folder holds no probes, or not of a size that is asked for.
+        ValueError: it holds no probes, or not of a size that is asked for.
         """
         if len(split_paths(self.data)) > 1:
             raise ValueError(f"{self.data} are several folders: evaluate on one after the other")
@@ -81,18 +82,9 @@ def accuracy(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def effective_length(results: Sequence[dict[str, Any]], threshold: float) -> int:
-    """The longest size up to which all sizes have at least this exact match; 0 if the first has not.
-
-    Args:
-        results: by rising size.
-        threshold: of the exact match.
-    """
-    reached = 0
-    for result in results:
-        if result["exact_match"] < threshold:
-            break
-        reached = result["size"]
-    return reached
+    """The size, of results by rising size, up to which all have this exact match; 0 if the first has not."""
+    reached = itertools.takewhile(lambda result: result["exact_match"] >= threshold, results)
+    return max((result["size"] for result in reached), default=0)
 
 
 @torch.no_grad()
@@ -100,13 +92,8 @@ def predict(model: BaseFairseqModel, tokens: Tensor, answers: Sequence[Sequence[
     """The model's greedy choice at each answer: (B, T) tokens, of which those of the answers count.
 
     Answers of one token are predicted in one pass. Longer ones are decoded through the cache, each token after the
-    model's own choices for those before it; then all rows have to have their answers at the same places.
-
-    Args:
-        model: in evaluation mode.
-        tokens: (B, T) the texts.
-        answers: of each text.
-        eos: the token that a text begins after.
+    model's own choices for those before it; then all rows have to have their answers at the same places. The model is
+    in evaluation mode, `tokens` (B, T) are the texts, which begin after `eos`.
     """
     source = tokens.roll(1, dims=1)
     source[:, 0] = eos
@@ -126,8 +113,7 @@ def predict(model: BaseFairseqModel, tokens: Tensor, answers: Sequence[Sequence[
 def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluation, title: str) -> list[Outcome]:
     """Every answer in the texts of a size.
 
-    Raises:
-        ValueError: the texts are longer than the model reads, or the folder's files do not fit each other.
+    ValueError: the texts are longer than the model reads, or the folder's files do not fit each other.
     """
     dataset, path = open_subset(settings.data, f"test-{size}"), Path(settings.data) / f"test-{size}.json"
     try:
@@ -160,11 +146,10 @@ def outcomes_of_size(model: BaseFairseqModel, size: int, settings: ProbeEvaluati
 
 def by_depth_and_gap(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Accuracy by tenth of the text before the question, and by octave of the gap."""
-    depths: dict[int, list[Outcome]] = {}
-    gaps: dict[int, list[Outcome]] = {}
+    depths, gaps = defaultdict(list), defaultdict(list)
     for outcome in outcomes:
-        depths.setdefault(min(DEPTHS - 1, int(outcome.depth * DEPTHS)), []).append(outcome)
-        gaps.setdefault(outcome.gap.bit_length(), []).append(outcome)
+        depths[min(DEPTHS - 1, int(outcome.depth * DEPTHS))].append(outcome)
+        gaps[outcome.gap.bit_length()].append(outcome)
     return {
         "by_depth": [{"depth": n / DEPTHS, **accuracy(depths[n])} for n in sorted(depths)],
         "by_gap": [{"first": 2**n // 2, "last": 2**n - 1, **accuracy(gaps[n])} for n in sorted(gaps)],
@@ -172,11 +157,7 @@ def by_depth_and_gap(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def evaluate_probe(checkpoint: str, settings: ProbeEvaluation) -> dict[str, Any]:
-    """The content of the result file of one checkpoint; prints a line for each size.
-
-    Raises:
-        ValueError: bad input; names it and the remedy.
-    """
+    """The content of the result file of one checkpoint; prints a line for each size. ValueError names bad input."""
     probe = settings.preparation()
     state, overrides = read_checkpoint(checkpoint), settings.model_overrides
     description = describe_evaluated(checkpoint, state, overrides, ("probe", "language_modeling"))

@@ -20,12 +20,9 @@ def model_labels(contents: Sequence[dict[str, Any]]) -> list[str]:
     """A name for each model: its label, or its method and what was overridden, with the checkpoint where needed."""
     labels = []
     for content in contents:
-        if "label" in content:
-            labels.append(content["label"])
-            continue
-        overrides = override_text(content["model"]["overrides"])
-        method = f"{content['model']['position_method']}, trained on {content['model']['training_length']}"
-        labels.append(f"{method}, with {overrides}" if overrides else method)
+        model, overrides = content["model"], override_text(content["model"]["overrides"])
+        label = f"{model['position_method']}, trained on {model['training_length']}"
+        labels.append(content.get("label", f"{label}, with {overrides}" if overrides else label))
     counts = Counter(labels)
     paths = [content["model"]["checkpoint"] for content in contents]
     return [label if counts[label] == 1 else f"{label} ({path})" for label, path in zip(labels, paths)]
@@ -39,10 +36,8 @@ def all_sizes(contents: Sequence[dict[str, Any]]) -> list[int]:
 def probe_table(contents: Sequence[dict[str, Any]], style: str, measure: str = "exact_match") -> str:
     """A measure with a row per size and a column per model; below exact match stand the effective lengths.
 
-    Args:
-        contents: see `evaluate_probe`; or means over seeds, see `probe_comparison.average`.
-        style: one of tabulate's formats.
-        measure: exact_match or token_accuracy.
+    `contents` are those of `evaluate_probe`, or means over seeds, see `probe_comparison.average`; `style` is one of
+    tabulate's formats, `measure` exact_match or token_accuracy.
     """
 
     def cell(content: dict[str, Any], size: int) -> str:
@@ -118,12 +113,7 @@ def plot_maps(contents: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def write_probe_results(folder: Path, contents: Sequence[dict[str, Any]]) -> None:
-    """Writes JSON, table and plots, each whole or not at all.
-
-    Args:
-        folder: see `FILES`.
-        contents: see `evaluate_probe`, of the same data and sizes.
-    """
+    """Writes `FILES` of contents of the same data and sizes, see `evaluate_probe`, each whole or not at all."""
     text = f"{describe_probe(contents[0])}\n\n{probe_table(contents, 'github')}\n"
     with written_whole(folder / "probe.png") as partial:
         plot_accuracy(contents, partial)

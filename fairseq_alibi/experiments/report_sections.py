@@ -17,6 +17,8 @@ from .probe_results import describe_probe, plot_accuracy, plot_maps, probe_table
 from .probe_tasks import PROBES as PROBE_KINDS
 
 GAINS, PROBES = "files", "models"  # the entry of a file that tells what it holds
+#: What is equal where losses of tokens are of the model, settings and text of a curve.
+SAME_EVALUATION = ("weights", "model_options", "model_overrides", "dtype", "text")
 
 
 def read_laboratory_file(path: Path) -> Optional[dict[str, Any]]:
@@ -46,8 +48,7 @@ def check_laboratory_file(path: Path, content: dict[str, Any]) -> None:
 def laboratory_sections(files: Sequence[Path]) -> tuple[list[Path], list[Section]]:
     """Divides files into those of evaluations and the sections of the others, with an overview if there are both.
 
-    Raises:
-        ValueError: a file is not whole; names it.
+    ValueError names a file that is not whole.
     """
     contents = {path: read_laboratory_file(path) for path in files}
     others = [path for path, content in contents.items() if content is None]
@@ -79,12 +80,6 @@ def probe_sections(models: Sequence[dict[str, Any]], number: int) -> list[Sectio
     return [accuracy, *([maps] if any(len(result[shown]) > 1 for one in models for result in one["results"]) else [])]
 
 
-def is_of_evaluation(subject: dict[str, Any], curve: Curve) -> bool:
-    """Whether losses of tokens are of the model, settings and text of a curve."""
-    names = ("weights", "model_options", "model_overrides", "dtype", "text")
-    return bool(subject) and all(subject.get(name) == curve.subject.get(name) for name in names)
-
-
 def overview(curves: Sequence[Curve], gains: Sequence[dict[str, Any]], probes: Sequence[dict[str, Any]]) -> Section:
     """A row for each model: perplexity, speed, what context gives to tokens that have some, and effective lengths."""
     rows: list[dict[str, Any]] = []
@@ -95,7 +90,8 @@ def overview(curves: Sequence[Curve], gains: Sequence[dict[str, Any]], probes: S
             if length in curve.tokens_per_second:
                 row[f"tokens/s at {length:,}"] = f"{curve.tokens_per_second[length]:,.0f}"
         for gain in gains:
-            if is_of_evaluation(as_dictionary(gain.get("subject")), curve):
+            subject = as_dictionary(gain.get("subject"))
+            if subject and all(subject.get(name) == curve.subject.get(name) for name in SAME_EVALUATION):
                 for group in gain["groups"]:
                     if group["group"].startswith("with "):
                         row[f"gain, bits, of tokens {group['group']}"] = f"{group['gain']:+.3f}"
