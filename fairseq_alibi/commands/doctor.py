@@ -37,6 +37,7 @@ PIP = pip_command()  # what installs everything required, and repairs it, and wh
 SETUP = script_command("setup.sh") or f"{PIP} install --upgrade --force-reinstall ., in a clone"
 TRANSFORMERS = f"{PIP} install 'transformers>=4.57.1,<5.25'"
 FAIRSEQ = script_command("setup.sh") or f"{PIP} install --no-deps fairseq==0.12.2"
+COMPILER = "apt-get install build-essential (macOS: xcode-select --install)"
 GIB = 2**30
 
 
@@ -65,11 +66,11 @@ def check_startup() -> str:
     return "ran when Python started"
 
 
-def installed(package: str, module: Optional[str] = None) -> Callable[[], str]:
-    """Returns a check that imports a module and reports the version of its package."""
+def installed(package: str) -> Callable[[], str]:
+    """Returns a check that imports a package and reports its version."""
 
     def check_package() -> str:
-        importlib.import_module(module or package)
+        importlib.import_module(package.removesuffix("-core"))
         return importlib.metadata.version(package)
 
     return check_package
@@ -252,13 +253,9 @@ PARTS = (
     Part("Python", check_python, remedy=f"PYTHON=python3.11 {SETUP}"),
     Part("startup module", check_startup),
     Part("torch", check_torch),
-    Part("numpy", installed("numpy")),
-    Part("omegaconf", installed("omegaconf")),
-    Part("hydra-core", installed("hydra-core", "hydra")),
+    *(Part(name, installed(name)) for name in ("numpy", "omegaconf", "hydra-core")),
     Part("fairseq", check_fairseq, remedy=FAIRSEQ),
-    Part("tabulate", installed("tabulate")),
-    Part("tqdm", installed("tqdm")),
-    Part("filelock", installed("filelock")),
+    *(Part(name, installed(name)) for name in ("tabulate", "tqdm", "filelock")),
     Part("versions", check_versions),
     Part("commands", check_commands),
     Part("alibi_lm", check_model),
@@ -269,12 +266,7 @@ PARTS = (
     Part("transformers", check_transformers, "fairseq-alibi export-hf", TRANSFORMERS),
     Part("plots", check_plots, "fairseq-alibi report"),
     Part("TensorBoard", check_tensorboard, "--tensorboard-logdir"),
-    Part(
-        "C++ compiler",
-        check_compiler,
-        f"{SETUP} and torch.compile",
-        "apt-get install build-essential (macOS: xcode-select --install)",
-    ),
+    Part("C++ compiler", check_compiler, f"{SETUP} and torch.compile", COMPILER),
     Part("disk", check_disk, "scripts/prepare_wikitext103.sh", "free some space, or work in another folder"),
 )
 

@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         windowings = [(length, length) for length in args.lengths]
         name = f"nonoverlapping_{args.subset}.json"
-    settings = EvalLmSettings(
-        args.data, args.checkpoint, windowings, args.subset, args.positions, passed_on=args.passed_on
-    )
+    source = args.data, args.checkpoint
+    settings = EvalLmSettings(*source, windowings, args.subset, args.positions, args.passed_on)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("fairseq-eval-lm under torchrun scores one process's share only: run one process")
     output = args.output or Path(args.checkpoint).parent / name

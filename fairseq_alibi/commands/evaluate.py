@@ -92,11 +92,9 @@ def run(args: argparse.Namespace) -> None:
             content = evaluate_checkpoint(checkpoint, text, settings)
             with processes.fail_together():
                 if processes.is_first():
-                    output = settings.result_path(checkpoint)
-                    table = checkpoint_table(
-                        content, settings.windowings(content["model"]["training_length"], text.tokens)
-                    )
-                    tables.append(f"{table}\nwritten to {output}")
+                    windowings = settings.windowings(content["model"]["training_length"], text.tokens)
+                    table = checkpoint_table(content, windowings)
+                    tables.append(f"{table}\nwritten to {settings.result_path(checkpoint)}")
                     if args.tensorboard_logdir is not None:
                         log_to_tensorboard(args.tensorboard_logdir / settings.run_name(content), content)
     finally:

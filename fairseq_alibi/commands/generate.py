@@ -22,9 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi generate`."""
     parser.add_argument("data", metavar="DATA", help="fairseq data folder the model was trained on")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    prompts = parser.add_argument(
-        "prompts", metavar="PROMPT", nargs="+", default=[], help="text to continue; without any, standard input"
-    )
+    text = "text to continue; without any, standard input"
+    prompts = parser.add_argument("prompts", metavar="PROMPT", nargs="+", default=[], help=text)
     prompts.required = False  # unlike with nargs="*", options may stand before the prompts
     parser.add_argument("--tokens", type=int, default=200, help="new tokens (default 200)")
     parser.add_argument("--stop-at-line-end", action="store_true", help="stop where the line ends")
@@ -38,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
     parser.add_argument("--length-scale", help="alibi_length_scale of the model: a number or auto")
     parser.add_argument("--tokenizer", choices=["moses", "nltk", "space", "none"], help="default: as DATA was prepared")
-    parser.add_argument(
-        "--bpe", choices=["subword_nmt", "fastbpe", "sentencepiece", "none"], help="default: as DATA was prepared"
-    )
+    bpes = ["subword_nmt", "fastbpe", "sentencepiece", "none"]
+    parser.add_argument("--bpe", choices=bpes, help="default: as DATA was prepared")
     parser.add_argument("--bpe-codes", help="default: DATA/bpe.codes")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")
     parser.add_argument("--fp16", action="store_true", help="compute in half precision")

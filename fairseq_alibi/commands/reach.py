@@ -23,12 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subset", type=subset_name, default="valid", help="of DATA: valid (default), test, ...")
     add("--tokens", type=positive_integer, default=2048, metavar="N", help="of the text that is read (default 2048)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--epsilon", type=float, help="weight of 1 that may lie beyond a reach (default: the model's attention_epsilon)"
-    )
-    which.add_argument(
-        "--logits", type=float, metavar="CHANGE", help="take the epsilon that is proven to change no logit by more"
-    )
+    text = "weight of 1 that may lie beyond a reach (default: the model's attention_epsilon)"
+    which.add_argument("--epsilon", type=float, help=text)
+    text = "take the epsilon that is proven to change no logit by more"
+    which.add_argument("--logits", type=float, metavar="CHANGE", help=text)
     add("--model-overrides", type=model_options, default={}, metavar="DICT", help="options of the model, by name")
     add("--output", type=Path, default=Path("results/reach"), metavar="DIR", help="default results/reach")
     add("--overwrite", action="store_true", help="replace results that are there")
@@ -49,12 +47,8 @@ def run(args: argparse.Namespace) -> None:
     if stream is not None:
         measure_text(model, stream, content)
         content["text"] = {"data": args.data, "subset": args.subset, "tokens": len(stream)}
-    content = {
-        "model": description,
-        "command": shlex.join(sys.argv),
-        "environment": describe_environment("cpu"),
-        **content,
-    }
+    made_by = {"command": shlex.join(sys.argv), "environment": describe_environment("cpu")}
+    content = {"model": description, **made_by, **content}
     write_json(results, content)
     with written_whole(picture) as partial:
         plot_reach(content, partial)

@@ -4,6 +4,7 @@ A checkpoint is read once for all lengths. Its results are in one JSON file, wri
 in the file is not computed again. Under torchrun the processes share the batches and give the same results.
 """
 
+import copy
 import json
 import re
 import shlex
@@ -108,12 +109,8 @@ class EvaluationSettings:
         path, options = Path(content["model"]["checkpoint"]), dict(self.model_overrides)
         if self.dtype != "float32":
             options["dtype"] = self.dtype
-        parts = [
-            path.resolve().parent.name,
-            path.stem,
-            self.subset,
-            *(f"{key}={options[key]}" for key in sorted(options)),
-        ]
+        parts = [path.resolve().parent.name, path.stem, self.subset]
+        parts += [f"{key}={options[key]}" for key in sorted(options)]
         digest = zlib.crc32(json.dumps(content["subject"], sort_keys=True).encode())
         return re.sub(r"[^\w.=+-]", "-", "_".join(parts))[:200] + f"_{digest:08x}"
 
@@ -149,7 +146,8 @@ def load_for_evaluation(checkpoint: str, text: EvaluationText, settings: Evaluat
         description = describe_evaluated(checkpoint, state, settings.model_overrides, TASKS)
         description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         if description.get("add_bos_token"):
-            text = text.with_first_token(model.decoder.dictionary.bos())
+            text = copy.copy(text)
+            text.first_token = model.decoder.dictionary.bos()
         subject["remove_bpe"] = settings.marker
         model = model.to(settings.device, getattr(torch, settings.dtype))
     if any(other != subject for other in processes.gather(subject)):
@@ -165,20 +163,13 @@ class EvaluationFiles:
     ) -> None:
         environment = describe_environment(settings.device)
         self.run = f"{environment['date']} {uuid.uuid4().hex[:8]}"  # by which each result names the run that made it
+        run = {"command": shlex.join(sys.argv), "data": settings.data, "max_tokens": max_tokens}
         content = {
             "model": loaded.description,
             "data": settings.data,
             "subset": settings.subset,
             "subject": loaded.subject,
-            "runs": {
-                self.run: {
-                    "command": shlex.join(sys.argv),
-                    "data": settings.data,
-                    "max_tokens": max_tokens,
-                    "processes": processes.count(),
-                    "environment": environment,
-                }
-            },
+            "runs": {self.run: {**run, "processes": processes.count(), "environment": environment}},
         }
         self.by_position = settings.by_position
         self.results = ResultFile(settings.result_path(checkpoint), content, settings.overwrite)
@@ -198,11 +189,8 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
     if (break_mode := loaded.description.get("sample_break_mode")) and processes.is_first():
         words = ["fairseq-alibi", "eval-lm", "nonoverlapping", settings.data, checkpoint, str(windowings[0].length)]
         command = shlex.join([*words, "--subset", settings.subset, "--", "--sample-break-mode", break_mode])
-        print(
-            f"{checkpoint} was trained with --sample-break-mode {break_mode}; here windows cross line ends. By lines: "
-            f"{command}",
-            file=sys.stderr,
-        )
+        note = f"{checkpoint} was trained with --sample-break-mode {break_mode}; here windows cross line ends"
+        print(f"{note}. By lines: {command}", file=sys.stderr)
     files = None
     max_tokens = processes.broadcast(settings.max_tokens or tokens_that_fit(loaded.model, settings.device))
     with processes.fail_together():
@@ -216,9 +204,8 @@ def evaluate_checkpoint(checkpoint: str, text: EvaluationText, settings: Evaluat
                 print(f"{windowing.name}: perplexity {result['perplexity']:.2f} (in {files.results.path} already)")
             continue
         try:
-            result, losses = evaluate_model(
-                loaded.model, loaded.text, windowing, max_tokens, settings.by_position, title
-            )
+            evaluated = loaded.model, loaded.text, windowing
+            result, losses = evaluate_model(*evaluated, max_tokens, settings.by_position, title)
         except RuntimeError as error:
             raise ValueError(f"{title}: {one_line(error)}") from error
         with processes.fail_together():

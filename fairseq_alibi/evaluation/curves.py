@@ -107,14 +107,9 @@ def evaluation_details(content: dict[str, Any], path: Path) -> dict[str, str]:
         "dtype": str(subject.get("dtype") or ("float16" if "--fp16" in options else "float32")),
         "options": " ".join(other_options(options, ignored)),
         **{name: str(as_dictionary(content.get("speed")).get(name) or "") for name in SPEED_DETAILS},
-        "device": str(subject.get("device") or ""),
         "data": str(content.get("data") or ""),
-        "text": str(subject.get("text") or ""),
-        "weights": str(subject.get("weights") or ""),
-        "model_options": str(subject.get("model_options") or ""),
-        "updates": str(model.get("updates") or ""),
-        "seed": str(model.get("seed") or ""),
-        "parameters": str(model.get("parameters") or ""),
+        **{name: str(subject.get(name) or "") for name in ("device", "text", "weights", "model_options")},
+        **{name: str(model.get(name) or "") for name in ("updates", "seed", "parameters")},
         "file": str(path),
     }
 
@@ -131,9 +126,8 @@ def split_by_speed(content: dict[str, Any]) -> list[dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
     for result in content["results"]:
         run = run_of(content, result)
-        speed = dict(
-            zip(SPEED_DETAILS, (run["environment"].get("device"), run.get("processes"), run.get("max_tokens")))
-        )
+        values = run["environment"].get("device"), run.get("processes"), run.get("max_tokens")
+        speed = dict(zip(SPEED_DETAILS, values))
         part = parts.setdefault(str(speed), {**content, "speed": speed, "results": []})
         part["results"].append(result)
     return list(parts.values())
@@ -174,11 +168,12 @@ def merge_unknown(files: Sequence[dict[str, str]]) -> None:
 
 def contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two contents give different perplexities for equal windows, and so are of different evaluations."""
-    known = {(result["length"], result["stride"]): result["perplexity"] for result in first["results"]}
+    before, after = (
+        {(result["length"], result["stride"]): result["perplexity"] for result in content["results"]}
+        for content in (first, second)
+    )
     return any(
-        not math.isclose(known.get((result["length"], result["stride"]), value), value, rel_tol=1e-4)
-        for result in second["results"]
-        for value in [result["perplexity"]]
+        not math.isclose(before[windows], after[windows], rel_tol=1e-4) for windows in before.keys() & after.keys()
     )
 
 

@@ -99,10 +99,8 @@ def score_text(
         with processes.fail_together():
             for first, nats in score_share(model, text, windowing, positions):
                 bits = nats.flatten() / math.log(2)
-                if not bits.isfinite().all():
-                    raise ValueError(
-                        f"{windowing.name}: a loss is {bits[~bits.isfinite()][0]:g}; the model has diverged"
-                    )
+                if len(wrong := bits[~bits.isfinite()]):
+                    raise ValueError(f"{windowing.name}: a loss is {wrong[0]:g}; the model has diverged")
                 losses[first : first + len(bits)] = bits
                 bar.update(first + len(bits) - bar.n)
         processes.merge_minimum(losses)  # tokens outside of this process' share are still infinite

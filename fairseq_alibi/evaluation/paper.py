@@ -69,12 +69,6 @@ def describe_difference(curve: Curve, paper: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def windows_at(curve: Curve, length: int) -> str:
-    """Returns the name of a curve's windows at one length: a stride in tokens, or non-overlapping."""
-    stride, share, _ = curve.windows.removeprefix("stride ").partition(" of the length")
-    return f"stride {int(length * Fraction(stride))}" if share else curve.windows
-
-
 def paper_section(curves: Sequence[Curve]) -> str:
     """Returns published numbers beside measured ones, and what is not compared and why, in Markdown."""
     paper = read_paper()
@@ -85,8 +79,10 @@ def paper_section(curves: Sequence[Curve]) -> str:
             left_out.append(f"- {title}: {reason}.")
             continue
         missing = []
+        stride, share, _ = curve.windows.removeprefix("stride ").partition(" of the length")
         for length, measured in sorted(curve.perplexity.items()):
-            place = (curve.position_method, curve.training_length, length, windows_at(curve, length))
+            windows = f"stride {int(length * Fraction(stride))}" if share else curve.windows
+            place = (curve.position_method, curve.training_length, length, windows)
             published = paper["results"].get((*place, curve.subset), {})
             missing += [] if published else [f"{length:,}"]
             own = seeds >= MINIMUM_SEEDS and curve.deviation.get(length, 0) > 0

@@ -127,18 +127,13 @@ def mark_training_lengths(axes: Any, lengths: set[int]) -> None:
     """Marks training lengths by dotted vertical lines."""
     for length in sorted(lengths):
         axes.axvline(length, color="gray", linestyle=":", linewidth=1)
-        axes.annotate(
-            f"training length {length:,} ",
-            (length, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -4),
-            textcoords="offset points",
-            rotation=90,
-            verticalalignment="top",
-            color="gray",
-            fontsize="small",
-            in_layout=False,
-        )
+        place: dict[str, Any] = {
+            "xycoords": ("data", "axes fraction"),
+            "xytext": (3, -4),
+            "textcoords": "offset points",
+        }
+        style = {"rotation": 90, "verticalalignment": "top", "color": "gray", "fontsize": "small", "in_layout": False}
+        axes.annotate(f"training length {length:,} ", (length, 1), **place, **style)
 
 
 def plot_positions(pooled: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -196,17 +196,12 @@ def reach_table(content: dict[str, Any]) -> str:
     formats = ["d", "d", ".3g", ".1f", *[",.0f"] * (len(names) - 4)]
     reaches = [head["reach"] for head in content["heads"]]
     total = "unbounded" if None in reaches else f"{sum(reaches) + len(reaches):,.0f} keys in all layers"
-    table = tabulate(
-        rows, list(names.values()), "simple", floatfmt=formats, intfmt=",", colalign=["right"] * len(names)
-    )
-    return (
-        f"{table}\n\nepsilon {content['epsilon']:.3g}; whatever the text and its length, the heads see at most: {total}"
-        f"\n{logits_line(content)}"
-    )
-
-
-def logits_line(content: dict[str, Any]) -> str:
-    """The bounds of what skipped keys change, in any text and in the one read."""
+    align = ["right"] * len(names)
+    table = tabulate(rows, list(names.values()), "simple", floatfmt=formats, intfmt=",", colalign=align)
     numbers = [(content["logits"], "in any text"), (content.get("logits_in_text"), "in this text")]
     known = [f"{number:.2g} {where}" for number, where in numbers if number is not None]
-    return f"logits change by at most {' and '.join(known)}" if known else "what it does to logits is not bounded"
+    logits = f"logits change by at most {' and '.join(known)}" if known else "what it does to logits is not bounded"
+    return (
+        f"{table}\n\nepsilon {content['epsilon']:.3g}; whatever the text and its length, the heads see at most: {total}"
+        f"\n{logits}"
+    )

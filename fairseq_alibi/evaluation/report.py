@@ -42,6 +42,11 @@ class Section(NamedTuple):
     plot: str = ""  # the name of its file
     draw: Optional[Callable[[Path], Any]] = None
 
+    def markdown(self) -> str:
+        """The whole section."""
+        plot = f"![{self.title}]({self.plot})" if self.plot else ""
+        return "\n\n".join(filter(None, (f"## {self.title}", self.text, plot)))
+
 
 def write_report(
     files: Sequence[Path],
@@ -51,18 +56,10 @@ def write_report(
     others: Sequence[Section] = (),
     page: bool = False,
 ) -> tuple[str, list[Path]]:
-    """Writes a report of result files into a folder; returns the table of perplexity and the paths of its files.
+    """Writes a report of evaluations into a folder; returns the table of perplexity and the paths of its files.
 
-    Args:
-        files: results of evaluations.
-        output: the folder.
-        overwrite: replace a report that is there.
-        paper: also the paper's numbers beside those measured, in the table that is returned, too.
-        others: further sections; one with the title `OVERVIEW` comes first.
-        page: also write the report as one HTML file that holds its plots.
-
-    Raises:
-        ValueError: bad input; names it and the remedy.
+    `paper` adds the paper's numbers, also to the table; of the `others`, further sections, one with the title
+    `OVERVIEW` comes first; `page` writes the report as one HTML file, too. ValueError names bad input and the remedy.
     """
     curves = read_curves(files) if files else []
     if not curves and (files or not others):
@@ -75,7 +72,7 @@ def write_report(
         sections.append(Section("Beside the paper", paper_section(curves)))
         shown += f"\n\n## Beside the paper\n\n{sections[-1].text}"
     text = "# Results\n\n" if page else ""
-    text += "\n\n".join("\n\n".join(parts_of(section)) for section in sections) + "\n"
+    text += "\n\n".join(section.markdown() for section in sections) + "\n"
     paths = [output / name for name in ("report.md", *(one.plot for one in sections if one.plot))]
     paths += [output / "report.html"] if page else []
     with locked(output, WAIT):
@@ -88,15 +85,6 @@ def write_report(
             write_text(output / "report.html", html_page(text, output))
         write_text(output / "report.md", text)
     return shown, paths
-
-
-def parts_of(section: Section) -> Iterator[str]:
-    """The paragraphs of a section in Markdown."""
-    yield f"## {section.title}"
-    if section.text:
-        yield section.text
-    if section.plot:
-        yield f"![{section.title}]({section.plot})"
 
 
 def evaluation_sections(curves: Sequence[Curve], files: Sequence[Path]) -> Iterator[Section]:

@@ -34,9 +34,8 @@ def model_title(content: dict[str, Any]) -> str:
 def checkpoint_table(content: dict[str, Any], windowings: Sequence[Windowing]) -> str:
     """The results of one checkpoint for the terminal, with a row for each windowing."""
     model = content["model"]
-    results = [
-        result for row in windowings for result in content["results"] if (result["length"], result["stride"]) == row
-    ]
+    by_windowing = {(result["length"], result["stride"]): result for result in content["results"]}
+    results = [by_windowing[windowing] for windowing in windowings]
     columns = [column for column in COLUMNS if any(column[0] in result for result in results)]
     rows = [["streaming" if result.get(name) is None else result[name] for name, _, _ in columns] for result in results]
     tokens, whole = results[0]["tokens"], results[0].get("of_tokens")
@@ -62,9 +61,8 @@ def length_table(curves: Sequence[Curve], style: str, measure: str = "perplexity
     headers = ["evaluation length", *(curve.label for curve in curves)]
     width = 16 if style == "simple" else None  # headings wrap in a narrow terminal; Markdown needs one line per row
     alignment = {"numalign": "right", "stralign": "right"} if any(curve.deviation for curve in curves) else {}
-    return tabulate(
-        rows, headers, tablefmt=style, floatfmt=number_format, intfmt=",", maxheadercolwidths=width, **alignment
-    )
+    formats: dict[str, Any] = {"tablefmt": style, "floatfmt": number_format, "intfmt": ",", **alignment}
+    return tabulate(rows, headers, maxheadercolwidths=width, **formats)
 
 
 def position_table(pooled: dict[str, list[dict[str, Any]]]) -> str:

@@ -1,6 +1,5 @@
 """The text that is evaluated, and the numbers its loss is divided by: tokens, words, characters, bytes."""
 
-import copy
 import math
 from typing import Any, Optional
 
@@ -44,22 +43,13 @@ class EvaluationText:
         in_words = torch.tensor(lengths)[stream[~eos]].sum()
         self.tokenized_characters = int(in_words + self.tokenized_words - eos.sum() + empty_lines.sum())
 
-    def with_first_token(self, token: Optional[int]) -> "EvaluationText":
-        """The same text, whose windows, or stream, begin with a token: <s> for models with --add-bos-token."""
-        text = copy.copy(self)
-        text.first_token = token
-        return text
-
-    def words_of_fairseq(self, stride: int) -> int:
-        """The number of words by which fairseq-eval-lm --remove-bpe divides: those cut by windows count twice."""
-        ends = torch.arange(stride - 1, self.tokens + stride - 1, stride).clamp(max=self.tokens - 1)
-        return self.tokenized_words + int(self.inside_word[ends].sum())
-
     def measures(self, bits: float, stride: Optional[int]) -> dict[str, Any]:
         """Losses and perplexities of the whole text, whose tokens lose `bits`; a line end counts as a word."""
         measures = token_measures(bits, self.tokens)
         if self.has_subwords and stride is not None:
-            measures["fairseq_remove_bpe_loss"] = bits / self.words_of_fairseq(stride)
+            # fairseq-eval-lm --remove-bpe counts words that are cut by windows twice.
+            ends = torch.arange(stride - 1, self.tokens + stride - 1, stride).clamp(max=self.tokens - 1)
+            measures["fairseq_remove_bpe_loss"] = bits / (self.tokenized_words + int(self.inside_word[ends].sum()))
         if text := self.original:
             loss = bits / (text["words"] + text["lines"])
             measures.update(text, word_loss=loss, word_perplexity=perplexity(loss))

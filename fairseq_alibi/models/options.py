@@ -146,7 +146,11 @@ def check_decoder_options(args: Any) -> None:
     """Rejects, on either side, what a model with a decoder of this package cannot have: ValueError."""
     name = args.position_method
     if args.no_token_positional_embeddings and position_methods(DECODER)[name].adds_embedding:
-        without = [other for other, method in position_methods(DECODER).items() if announces_nothing(method)]
+        without = [
+            other
+            for other, method in position_methods(DECODER).items()
+            if not (method.adds_embedding or method.rotates or method.scales_queries or method.bias_kind != "none")
+        ]
         raise ValueError(
             f"--no-token-positional-embeddings contradicts --position-method {name}: use --position-method "
             f"{' or '.join(without)} for a model without position information"
@@ -170,12 +174,6 @@ def check_decoder_options(args: Any) -> None:
             )
 
 
-def announces_nothing(method: type[PositionMethod]) -> bool:
-    """Whether a method leaves embeddings, queries, keys and scores as they are."""
-    changes = (method.adds_embedding, method.rotates, method.scales_queries, method.bias_kind != "none")
-    return not any(changes)
-
-
 def position_method_of(args: Any, stack: str) -> PositionMethod:
     """The position method of a stack, `DECODER` or `ENCODER`; ValueError if --attention excludes its mask."""
     heads, width = getattr(args, f"{stack}_attention_heads"), getattr(args, f"{stack}_embed_dim")
@@ -189,7 +187,5 @@ def position_method_of(args: Any, stack: str) -> PositionMethod:
 def attention_settings(args: Any, causal: bool) -> AttentionSettings:
     """How the attention of a stack with these options is computed."""
     choices = {name: value for name in ("score_scale", "position_layers") if (value := safe_getattr(args, name))}
-    length = args.tokens_per_sample
-    return AttentionSettings(
-        args.attention, args.attention_epsilon, args.attention_dropout, causal, training_length=length, **choices
-    )
+    given = args.attention, args.attention_epsilon, args.attention_dropout, causal
+    return AttentionSettings(*given, training_length=args.tokens_per_sample, **choices)

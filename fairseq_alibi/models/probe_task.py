@@ -6,20 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+from fairseq import data as datasets
 from fairseq import utils
-from fairseq.data import (
-    BaseWrapperDataset,
-    ConcatDataset,
-    Dictionary,
-    IdDataset,
-    NestedDictionaryDataset,
-    NumelDataset,
-    NumSamplesDataset,
-    RightPadDataset,
-    RollDataset,
-    SortDataset,
-    data_utils,
-)
+from fairseq.data import BaseWrapperDataset, Dictionary, RightPadDataset, data_utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
@@ -61,23 +50,18 @@ class ProbeTask(LanguageModelingTask):
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """See `FairseqTask.load_dataset`.
 
-        Raises:
-            ValueError: a folder is not one of `probe make`, has other words than the first, or texts longer than
-                --tokens-per-sample.
+        ValueError: a folder is not one of `probe make`, has other words than the first, or texts longer than
+        --tokens-per-sample.
         """
         folders = utils.split_paths(self.args.data)
         texts, marked = [], []
         for folder in folders:
             words = os.path.join(folder, "dict.txt")
             if not os.path.isfile(words) or Dictionary.load(words) != self.dictionary:
-                raise ValueError(
-                    f"{folder} has other words than {folders[0]}: make both with one --vocabulary, --filler"
-                )
-            path = os.path.join(folder, split)
-            text, answers = (
-                data_utils.load_indexed_dataset(name, self.dictionary, self.args.dataset_impl)
-                for name in (path, path + ANSWERS)
-            )
+                remedy = "make both with one --vocabulary, --filler"
+                raise ValueError(f"{folder} has other words than {folders[0]}: {remedy}")
+            path, options = os.path.join(folder, split), (self.dictionary, self.args.dataset_impl)
+            text, answers = (data_utils.load_indexed_dataset(name, *options) for name in (path, path + ANSWERS))
             if text is None or answers is None:
                 raise ValueError(f"{path} is no subset of probe data: make the folder with fairseq-alibi probe make")
             longest = int(text.sizes.max())
@@ -85,20 +69,21 @@ class ProbeTask(LanguageModelingTask):
                 raise ValueError(f"{path} has texts of {longest} tokens: pass --tokens-per-sample {longest}")
             texts.append(text)
             marked.append(answers)
-        text, answers = ConcatDataset(texts), ConcatDataset(marked)
+        text, answers = datasets.ConcatDataset(texts), datasets.ConcatDataset(marked)
         padding = self.dictionary.pad()
+        begun = datasets.RollDataset(text, 1)  # a text begins with the end of a line
         columns = {
-            "id": IdDataset(),
+            "id": datasets.IdDataset(),
             "net_input": {
-                "src_tokens": RightPadDataset(RollDataset(text, 1), pad_idx=padding),  # begins with the end of a line
-                "src_lengths": NumelDataset(text),
+                "src_tokens": RightPadDataset(begun, pad_idx=padding),
+                "src_lengths": datasets.NumelDataset(text),
             },
             "target": RightPadDataset(answers, pad_idx=padding),
-            "nsentences": NumSamplesDataset(),
-            "ntokens": NumelDataset(AnswerTokens(answers, padding), reduce=True),
+            "nsentences": datasets.NumSamplesDataset(),
+            "ntokens": datasets.NumelDataset(AnswerTokens(answers, padding), reduce=True),
         }
-        nested = NestedDictionaryDataset(columns, sizes=[text.sizes])
+        nested = datasets.NestedDictionaryDataset(columns, sizes=[text.sizes])
         with data_utils.numpy_seed(self.args.seed):
             order = numpy.random.permutation(len(text))
-        self.datasets[split] = SortDataset(nested, sort_order=[order, text.sizes])
+        self.datasets[split] = datasets.SortDataset(nested, sort_order=[order, text.sizes])
         logger.info("%s: %d texts; the loss is that of their answers alone", split, len(text))
