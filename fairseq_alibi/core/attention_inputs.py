@@ -94,10 +94,6 @@ class AttentionInputs:
             kind = "has none" if self.causal else "needs one"
             raise ValueError(f"causal={self.causal}: a linear bias then {kind} for the keys after a query")
 
-    def for_queries(self, queries: Optional[int]) -> "AttentionInputs":
-        """The same for a layer that computes the last `queries` queries only."""
-        return dataclasses.replace(self, queries=queries)
-
     def with_decay(self, sums: Tensor, queries: int) -> "AttentionInputs":
         """The same with the bias by key of a layer, see `KeyBias`, folded into the mask if there is one.
 

@@ -73,8 +73,7 @@ class AttentionSetup:
 
     def __init__(self, method: PositionMethod, settings: AttentionSettings):
         self.method, self.settings, self.kept_mask = method, settings, KeptTensor()
-        #: The setup of the layers without the position method, where there are such layers.
-        self.plain: Optional[AttentionSetup] = None
+        self.plain: Optional[AttentionSetup] = None  # of the layers without the position method, if there are such
         if "0" in settings.position_layers:
             of_others = dataclasses.replace(settings, position_layers="1")
             self.plain = AttentionSetup(PositionMethod(method.num_heads), of_others)
@@ -154,9 +153,8 @@ class AttentionSetup:
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
         if padding is not None and method.gives_bias_of_tiles:
-            distance = distances(span.queries, span.keys, device)
-            bias = method.bias_of_tile(query_positions(span, device, padding), distance)
-            return bias.masked_fill(distance < 0, -math.inf).to(dtype)
+            distance, positions = distances(span.queries, span.keys, device), query_positions(span, device, padding)
+            return method.bias_of_tile(positions, distance).masked_fill(distance < 0, -math.inf).to(dtype)
         if keys > span.queries or window is not None:
             return method.future_mask(span.queries, keys, window, device, dtype)
 
@@ -177,13 +175,12 @@ class AttentionSetup:
         form, visible = self.settings.score_scale, visible.clamp(min=1)
         if form == "log_n" and self.plain is not None:
             form = "none"
-        scale = self.method.query_scale(visible) if self.method.scales_queries else None
-        if form == "none":
-            return scale
-        factor = visible.float().log()[:, None]
-        if form == "log_n":
-            factor = (factor / math.log(self.settings.training_length)).clamp(min=1)
-        return factor if scale is None else factor * scale
+        scale: Any = self.method.query_scale(visible) if self.method.scales_queries else 1.0
+        if form == "ssmax":
+            scale = scale * visible.float().log()[:, None]
+        elif form == "log_n":
+            scale = scale * (visible.float().log() / math.log(self.settings.training_length)).clamp(min=1)[:, None]
+        return scale if isinstance(scale, Tensor) else None
 
     def runs_without_mask(
         self,

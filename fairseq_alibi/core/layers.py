@@ -4,6 +4,7 @@ Shapes: B batch, H heads, T new tokens, S all tokens (the last S positions), D h
 """
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
@@ -61,7 +62,7 @@ class AttentionCore:
         """
         if not self.has_positions:
             assert inputs.plain is not None
-            inputs = inputs.plain.for_queries(inputs.queries)
+            inputs = dataclasses.replace(inputs.plain, queries=inputs.queries)
         time, length = self.time_dim, x.size(self.time_dim)
         queries = length if inputs.queries is None else inputs.queries
 

@@ -38,21 +38,16 @@ class PositionMethod(nn.Module):
     module, so it may have parameters, which all layers share.
     """
 
-    #: Name in `--position-method`; `register_position_method` sets it.
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # name in `--position-method`; `register_position_method` sets it
     #: A dataclass with the method's own options, or None. `fairseq-train --help` shows them. A field's metadata has
     #: "help" and, where only some values are allowed, "choices".
     options: ClassVar[Optional[type]] = None
-    #: Whether `position_embedding` is added to the token embeddings.
-    adds_embedding: ClassVar[bool] = False
+    adds_embedding: ClassVar[bool] = False  # whether `position_embedding` is added to the token embeddings
     #: Whether token embeddings need their usual factor sqrt(C) beside the position embedding, even in RoBERTa.
     needs_scaled_tokens: ClassVar[bool] = False
-    #: Whether `rotation` turns queries and keys.
-    rotates: ClassVar[bool] = False
-    #: Whether float16 is too narrow for what `rotation` returns.
-    needs_wide_exponents: ClassVar[bool] = False
-    #: Whether `query_scale` multiplies queries, and so the scores.
-    scales_queries: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False  # whether `rotation` turns queries and keys
+    needs_wide_exponents: ClassVar[bool] = False  # whether float16 is too narrow for what `rotation` returns
+    scales_queries: ClassVar[bool] = False  # whether `query_scale` multiplies queries, and so the scores
     #: What is added to the scores: "none"; "linear": a slope per head times the distance (`slopes`); "distance": any
     #: function of the distance (`distance_bias`); "key": a decay per token and head that a module in each layer reads
     #: from the layer's input (`make_gate`), decoders only; "pair": anything else, which needs a mask (`pair_bias`).
@@ -156,8 +151,27 @@ class PositionMethod(nn.Module):
         device: Optional[torch.device] = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """The bias folded into the causal mask, -inf where a key lies in a query's future: see `make_future_mask`."""
-        return make_future_mask(self, (query_length, key_length, window), device, dtype)
+        """The bias folded into the causal mask, computed in float32: -inf where a key lies in a query's future.
+
+        (H, T, S), or (1, T, S) for a method without bias, added to the scores of every batch row. `window` is the
+        number of keys that a query sees, the last ones, itself included; None for all.
+        """
+        window = key_length if window is None else window
+
+        def hidden(distance: Tensor) -> Tensor:
+            return (distance < 0) | (distance >= window)
+
+        def seen(distance: Tensor) -> Tensor:
+            bias = self.distance_bias(distance) if self.has_distance_bias else torch.zeros_like(distance).float()[None]
+            return bias.masked_fill(hidden(distance), -math.inf).to(dtype)
+
+        if self.bias_kind != "pair" and not torch.compiler.is_compiling():
+            return by_distance(seen, query_length, key_length, device)
+        bias = self.pair_bias(query_length, key_length, device)
+        bias = torch.zeros(1, query_length, key_length, device=device) if bias is None else bias
+        # The mask is the largest tensor at long lengths, so it is changed in place unless autograd may need the bias.
+        fill = bias.masked_fill if bias.requires_grad else bias.masked_fill_
+        return aligned(fill(hidden(distances(query_length, key_length, device)), -math.inf).to(dtype))
 
     def full_mask(
         self, length: int, device: Optional[torch.device] = None, dtype: torch.dtype = torch.float32
@@ -167,35 +181,6 @@ class PositionMethod(nn.Module):
             return by_distance(lambda distance: self.distance_bias(distance).to(dtype), length, length, device)
         bias = self.pair_bias(length, length, device)
         return torch.zeros(1, 1, length, device=device, dtype=dtype) if bias is None else bias.to(dtype)
-
-
-def make_future_mask(
-    method: PositionMethod,
-    lengths: tuple[int, int, Optional[int]],
-    device: Optional[torch.device],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The bias folded into the causal mask: -inf where a key lies in a query's future, else the bias.
-
-    (H, T, S), or (1, T, S) for a method without bias, added to the scores of every batch row. `lengths` are T, S and
-    the number of keys that a query sees, the last ones, itself included, None for all. The bias is computed in float32.
-    """
-    query_length, key_length, window = lengths
-    window = key_length if window is None else window
-
-    def seen(distance: Tensor) -> Tensor:
-        bias = method.distance_bias(distance) if method.has_distance_bias else torch.zeros_like(distance).float()[None]
-        return bias.masked_fill((distance < 0) | (distance >= window), -math.inf).to(dtype)
-
-    if method.bias_kind != "pair" and not torch.compiler.is_compiling():
-        return by_distance(seen, query_length, key_length, device)
-    bias = method.pair_bias(query_length, key_length, device)
-    if bias is None:
-        bias = torch.zeros(1, query_length, key_length, device=device)
-    distance = distances(query_length, key_length, device)
-    # The mask is the largest tensor at long lengths, so it is changed in place unless autograd may need the bias.
-    fill = bias.masked_fill if bias.requires_grad else bias.masked_fill_
-    return aligned(fill((distance < 0) | (distance >= window), -math.inf).to(dtype))
 
 
 def aligned(mask: Tensor) -> Tensor:

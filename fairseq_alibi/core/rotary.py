@@ -75,9 +75,8 @@ class Rotary(PositionMethod):
     ):
         super().__init__(num_heads)
         if head_dim % 2:
-            raise ValueError(
-                f"--position-method {self.name} turns pairs of dimensions: head_dim must be even, not {head_dim}"
-            )
+            reason = "turns pairs of dimensions: head_dim must be even"
+            raise ValueError(f"--position-method {self.name} {reason}, not {head_dim}")
         if scaling not in SCALINGS:
             raise ValueError(f"rotary_scaling must be one of {', '.join(SCALINGS)}, not {scaling}")
         try:

@@ -30,12 +30,13 @@ BATCH_LINES = 20_000  # lines in memory at a time while they are encoded
 CACHED_WORDS = 1_000_000  # of which a process remembers the BPE, in some 300 MB
 
 Encoder = Callable[[str], str]
+read_lines = functools.partial(open, encoding="utf-8", newline="\n")  # at no other line break than this one
 
 
 def encode_file(folder: Path, split: str, source: str, target: str, encode: Encoder, workers: int) -> None:
     """Encodes `folder`/`split`.`source` to `folder`/`split`.`target` line by line, in several processes."""
     with (
-        open(folder / f"{split}.{source}", encoding="utf-8", newline="\n") as lines,
+        read_lines(folder / f"{split}.{source}") as lines,
         open(folder / f"{split}.{target}", "w", encoding="utf-8", newline="\n") as encoded,
         tqdm(desc=f"{target} {split}", unit=" lines", unit_scale=True, disable=None) as bar,
     ):
@@ -94,10 +95,7 @@ def count_restored(
     """
     dictionary, decode, shares = Dictionary.load(str(data / "dict.txt")), settings.decoder(), {}
     for split, path in texts.items():
-        with (
-            open(path, encoding="utf-8", newline="\n") as lines,
-            open(folder / f"{split}.{suffix}", encoding="utf-8", newline="\n") as encoded,
-        ):
+        with read_lines(path) as lines, read_lines(folder / f"{split}.{suffix}") as encoded:
             restored = []
             for line, tokens in itertools.islice(zip(lines, encoded), RESTORED_LINES):
                 words = tokens.split()
@@ -115,7 +113,7 @@ def learn_pieces(text: Path, model: Path, pieces: int, workers: int) -> None:
         raise ValueError("--tokenizer sentencepiece needs the library: pip install sentencepiece") from error
     content = io.BytesIO()
     try:
-        with open(text, encoding="utf-8", newline="\n") as lines:
+        with read_lines(text) as lines:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(line.rstrip("\n") for line in lines),
                 model_writer=content,
@@ -129,16 +127,15 @@ def learn_pieces(text: Path, model: Path, pieces: int, workers: int) -> None:
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise ValueError(
-            f"sentencepiece cannot learn {pieces:,} pieces ({one_line(error)}): pass other --bpe-merges"
-        ) from error
+        reason = one_line(error)
+        raise ValueError(f"sentencepiece cannot learn {pieces:,} pieces ({reason}): pass other --bpe-merges") from error
     model.write_bytes(content.getvalue())
 
 
 def learn_codes(text: Path, codes: Path, merges: int) -> None:
     """Learns up to `merges` BPE merges from a tokenized text and writes them to `codes`; ValueError if it has none."""
     with (
-        open(text, encoding="utf-8", newline="\n") as lines,
+        read_lines(text) as lines,
         open(codes, "w", encoding="utf-8") as file,
         tqdm(total=merges, desc="learn bpe", unit=" merges", disable=None) as bar,
     ):
@@ -231,6 +228,5 @@ def print_commands(data: str, name: str) -> None:
         prompting += [f"--{option.replace('_', '-')}"] if value else []
         prompting += [value] if isinstance(value, str) else []
     print(f"Next:\n  {shlex.join(['fairseq-train', *common, *training])}")
-    print(
-        f"The model then continues lines of plain text:\n  {shlex.join(['fairseq-interactive', *common, *prompting])}"
-    )
+    prompt = shlex.join(["fairseq-interactive", *common, *prompting])
+    print(f"The model then continues lines of plain text:\n  {prompt}")

@@ -83,10 +83,8 @@ def encode_part(part: TextPart, work: Path, settings: TextSettings, units: Optio
     if (types := work / f"{part.name}.types.json").exists():
         return
     counts: Counter[str] = Counter()
-    with (
-        written_whole(work / f"{part.name}.tokens") as path,
-        open(path, "w", encoding="utf-8", newline="\n") as file,
-    ):
+    made = written_whole(work / f"{part.name}.tokens")
+    with made as path, open(path, "w", encoding="utf-8", newline="\n") as file:
         for line in encoded_lines(part, settings, units):
             file.write(line + "\n")
             counts.update(line.split())
@@ -95,12 +93,9 @@ def encode_part(part: TextPart, work: Path, settings: TextSettings, units: Optio
 
 def encoded_lines(part: TextPart, settings: TextSettings, units: Optional[Path]) -> Iterator[str]:
     """Yields the lines of a part, with spaces between their tokens."""
-    encoders = [settings.word_encoder(), *([unit_encoder(units)] if units else [])]
+    split_words, split_units = settings.word_encoder(), unit_encoder(units) if units else str
     for line in lines_between(*part[1:]):
-        text = line.decode().rstrip("\n")
-        for encode in encoders:
-            text = encode(text)
-        yield text
+        yield split_units(split_words(line.decode().rstrip("\n")))
 
 
 def write_dictionary(work: Path, parts: Sequence[TextPart]) -> int:

@@ -127,11 +127,7 @@ def mark_training_lengths(axes: Any, lengths: set[int]) -> None:
     """Marks training lengths by dotted vertical lines."""
     for length in sorted(lengths):
         axes.axvline(length, color="gray", linestyle=":", linewidth=1)
-        place: dict[str, Any] = {
-            "xycoords": ("data", "axes fraction"),
-            "xytext": (3, -4),
-            "textcoords": "offset points",
-        }
+        place: Any = {"xycoords": ("data", "axes fraction"), "xytext": (3, -4), "textcoords": "offset points"}
         style = {"rotation": 90, "verticalalignment": "top", "color": "gray", "fontsize": "small", "in_layout": False}
         axes.annotate(f"training length {length:,} ", (length, 1), **place, **style)
 

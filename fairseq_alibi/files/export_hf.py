@@ -34,14 +34,8 @@ from .results import naming
 
 #: Options that the exported model does not have, with the value that a model must have to be exported.
 WITHOUT = {
-    "character_embeddings": False,
-    "decoder_layerdrop": 0.0,
-    "quant_noise_pq": 0.0,
-    "quant_noise_scalar": 0.0,
-    "scale_fc": False,
-    "scale_attn": False,
-    "scale_heads": False,
-    "scale_resids": False,
+    **dict.fromkeys(("decoder_layerdrop", "quant_noise_pq", "quant_noise_scalar"), 0.0),
+    **dict.fromkeys(("character_embeddings", "scale_fc", "scale_attn", "scale_heads", "scale_resids"), False),
     "cpu_bf16": False,
 }
 
@@ -67,10 +61,8 @@ def exported_options(options: dict[str, Any], model: BaseFairseqModel) -> dict[s
                 f"--{name.replace('_', '-')} {options[name]}: the exported model does not have it; if the model "
                 f"computes the same without it, pass --model-overrides \"{{'{name}': {value}}}\""
             )
-    if options["activation_fn"] not in ACTIVATIONS:
-        raise ValueError(
-            f"--activation-fn {options['activation_fn']}: the exported model has only {', '.join(ACTIVATIONS)}"
-        )
+    if (activation := options["activation_fn"]) not in ACTIVATIONS:
+        raise ValueError(f"--activation-fn {activation}: the exported model has only {', '.join(ACTIVATIONS)}")
     scaling, factor = options["rotary_scaling"], options["rotary_scaling_factor"]
     if scaling == "dynamic_ntk" or (scaling != "none" and factor == "auto"):
         raise ValueError(
@@ -191,9 +183,8 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
     if different:
         raise ValueError(f"{checkpoint} and the exported model have different weights: {', '.join(different[:3])}")
     dictionary = model.decoder.dictionary
-    exported.generation_config = GenerationConfig(
-        bos_token_id=dictionary.bos(), eos_token_id=dictionary.eos(), pad_token_id=dictionary.pad()
-    )
+    special = {"bos_token_id": dictionary.bos(), "eos_token_id": dictionary.eos(), "pad_token_id": dictionary.pad()}
+    exported.generation_config = GenerationConfig(**special)
     with naming(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as folder:
         partial = Path(folder) / out.name
         try:

@@ -154,9 +154,8 @@ def read_result_file(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_content(content)
     except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}): name JSON files of evaluate or the eval scripts"
-        ) from error
+        fault = f"cannot be read ({error.strerror})"
+        raise ValueError(f"{path} {fault}: name JSON files of evaluate or the eval scripts") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(repr(error).split())[:300]
         raise ValueError(f"{path} is no result of an evaluation ({reason}): name one of their JSON files") from error

@@ -1,6 +1,7 @@
 """fairseq's transformer decoder with a position method: B batch, T new tokens, S all tokens, C width, V types."""
 
 import copy
+import dataclasses
 import itertools
 import sys
 from typing import Any, Optional
@@ -196,7 +197,7 @@ def run_layers(
     states: list[Optional[Tensor]] = [x]
     for number, layer in enumerate(layers):
         aligned = number == alignment_layer
-        of_layer = inputs.for_queries(last) if number == len(layers) - 1 else inputs
+        of_layer = dataclasses.replace(inputs, queries=last) if number == len(layers) - 1 else inputs
         x, layer_weights = layer(x, of_layer, source, padding, aligned)
         states.append(x)
         if aligned and layer_weights is not None:

@@ -55,20 +55,11 @@ def allow_fairseq_checkpoints() -> None:
     """
     multiarray: Any = importlib.import_module("numpy._core.multiarray")  # typed stubs do not have it
     modules = ("numpy.core", "numpy._core")
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            *((multiarray.scalar, f"{module}.multiarray.scalar") for module in modules),
-            *((multiarray._reconstruct, f"{module}.multiarray._reconstruct") for module in modules),
-            np.ndarray,
-            bytes,  # of an empty array
-            np.dtype,
-            *(type(np.dtype(kind)) for kind in ARRAY_TYPES),
-            AverageMeter,
-            TimeMeter,
-            StopwatchMeter,
-        ]
-    )
+    functions = {"scalar": multiarray.scalar, "_reconstruct": multiarray._reconstruct}
+    named = [(it, f"{module}.multiarray.{name}") for module in modules for name, it in functions.items()]
+    classes = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ARRAY_TYPES)]
+    classes += [argparse.Namespace, AverageMeter, TimeMeter, StopwatchMeter, bytes]  # bytes: of an empty array
+    torch.serialization.add_safe_globals([*named, *classes])
 
 
 def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
@@ -85,6 +76,11 @@ def limit_waiting(cfg: DistributedTrainingConfig) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = wait
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Returns whether a model has an encoder or decoder of this package."""
+    return any(isinstance(module, (AlibiDecoder, AlibiEncoder)) for module in model.modules())
+
+
 def wrap_model(
     args: DistributedTrainingConfig, model: nn.Module, process_group: Any, device: torch.device
 ) -> nn.Module:
@@ -93,8 +89,7 @@ def wrap_model(
     A band of an adaptive input or softmax, a dropped layer or a masked model's output layer may be unused in a batch.
     torch's DistributedDataParallel ends with an error then, unless it looks for such parameters.
     """
-    ours = any(isinstance(module, (AlibiDecoder, AlibiEncoder)) for module in model.modules())
-    if ours and args.ddp_backend in ("c10d", "pytorch_ddp") and not args.find_unused_parameters:
+    if is_ours(model) and args.ddp_backend in ("c10d", "pytorch_ddp") and not args.find_unused_parameters:
         logger.info("--find-unused-parameters is set, because not every batch uses all parameters of this model")
         args.find_unused_parameters = True
     return original("fairseq.models:DistributedFairseqModel")(args, model, process_group, device)

@@ -10,8 +10,7 @@ from fairseq.trainer import Trainer
 from fairseq.utils import safe_getattr
 from torch import nn
 
-from ..models.decoder import AlibiDecoder
-from ..models.encoder import AlibiEncoder
+from .compatibility import is_ours
 from .patch import CommandError, original
 
 BACKEND = "--ddp-backend fully_sharded"
@@ -30,11 +29,6 @@ UNSUPPORTED = {
     "task.eval_bleu": "generates texts of unequal length, and processes wait for each other: use fairseq-generate",
     "task.eval_wer": "generates texts of unequal length, and processes wait for each other: use fairseq-generate",
 }
-
-
-def is_ours(model: nn.Module) -> bool:
-    """Returns whether a model has an encoder or decoder of this package."""
-    return any(isinstance(module, (AlibiDecoder, AlibiEncoder)) for module in model.modules())
 
 
 def check_sharding(cfg: FairseqConfig) -> None:
