@@ -104,9 +104,8 @@ class Sandwich(PositionMethod):
         """See `PositionMethod.distance_bias`."""
         # In float64, which Apple's GPUs do not have: angles are as large as distances.
         device = "cpu" if distance.device.type == "mps" else distance.device
-        frequencies = 10000 ** -(
-            torch.arange(0, SANDWICH_WIDTH, 2, dtype=torch.float64, device=device) / SANDWICH_WIDTH
-        )
+        exponents = torch.arange(0, SANDWICH_WIDTH, 2, dtype=torch.float64, device=device) / SANDWICH_WIDTH
+        frequencies = 10000**-exponents
         parts = distance.abs().to(device).double().split(SANDWICH_CHUNK)
         sums = torch.cat([(part[:, None] * frequencies).cos_().sum(1) for part in parts])
         heads = torch.arange(1, self.num_heads + 1, dtype=torch.float64, device=device)[:, None]

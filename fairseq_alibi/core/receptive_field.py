@@ -151,10 +151,8 @@ def layer_excess(attention: Any, norm: Optional[nn.Module], vectors: Optional[Te
 
 def stack_excess(layers: Sequence[Any], vectors: Optional[Tensor] = None) -> Tensor:
     """`layer_excess` of all layers: (layers, H) float64; `vectors` (V, C) are all that the first layer may read."""
-    numbers = range(len(layers))
-    return torch.stack(
-        [layer_excess(layers[n].self_attn, norm_before(layers, n), None if n else vectors) for n in numbers]
-    )
+    of_layers = [(layer.self_attn, norm_before(layers, number)) for number, layer in enumerate(layers)]
+    return torch.stack([layer_excess(*parts, None if n else vectors) for n, parts in enumerate(of_layers)])
 
 
 def norm_before(layers: Sequence[Any], number: int) -> Optional[nn.Module]:

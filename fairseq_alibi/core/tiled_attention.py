@@ -275,16 +275,14 @@ def reversed_sums(inputs: AttentionInputs) -> Optional[Tensor]:
 
 def supports_recomputed(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `recomputed_tiles` supports: all but a folded mask, and both sides without a bias."""
-    return not isinstance(inputs.bias, FoldedMask) and (
-        inputs.causal or isinstance(inputs.bias, (LinearBias, DistanceBias))
-    )
+    by_distance = isinstance(inputs.bias, (LinearBias, DistanceBias))
+    return by_distance or (inputs.causal and not isinstance(inputs.bias, FoldedMask))
 
 
 def supports_flash(q: Tensor, k: Tensor, inputs: AttentionInputs, dropout: float) -> bool:
     """What `flash_tiles` supports: the same on a CPU, without dropout and without gradients of the bias."""
-    learned = isinstance(inputs.bias, PairBias) or (
-        isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
-    )
+    learned = isinstance(inputs.bias, DistanceBias) and inputs.bias.values.requires_grad
+    learned = learned or isinstance(inputs.bias, PairBias)
     return supports_recomputed(q, k, inputs, dropout) and q.device.type == "cpu" and not dropout and not learned
 
 

@@ -172,9 +172,8 @@ def contradict(first: dict[str, Any], second: dict[str, Any]) -> bool:
         {(result["length"], result["stride"]): result["perplexity"] for result in content["results"]}
         for content in (first, second)
     )
-    return any(
-        not math.isclose(before[windows], after[windows], rel_tol=1e-4) for windows in before.keys() & after.keys()
-    )
+    common = before.keys() & after.keys()
+    return any(not math.isclose(before[windows], after[windows], rel_tol=1e-4) for windows in common)
 
 
 def read_curves(files: Sequence[Path], by_speed: bool = False) -> list[Curve]:

@@ -107,10 +107,9 @@ def runs_of(curve: Curve) -> Iterator[str]:
     """A line of Markdown for each run that made numbers of a curve: its lengths, versions, device, date and command."""
     lengths: dict[str, list[int]] = {}
     for length, run in sorted(curve.run.items()):
+        environment = run["environment"]
         known = [f"`{' '.join(str(run['command']).split())}`"] if run.get("command") else []
-        known += [
-            title + str(run["environment"][name]) for name, title in ENVIRONMENT.items() if name in run["environment"]
-        ]
+        known += [title + str(environment[name]) for name, title in ENVIRONMENT.items() if name in environment]
         lengths.setdefault("; ".join(known) or "unknown", []).append(length)
     for made_by, of_run in lengths.items():
         yield f"**{curve.label}**, length {', '.join(f'{length:,}' for length in of_run)}: {made_by}"
