@@ -1,7 +1,8 @@
 """`fairseq-alibi probe`: what a model gets right where answers are known, and what context gives it in any text."""
 
 import argparse
-import math
+import contextlib
+import functools
 import shlex
 import sys
 from collections.abc import Callable
@@ -38,15 +39,12 @@ def size_range(text: str) -> tuple[int, int]:
     return positive_integer(first), positive_integer(last if dash else first)
 
 
-def finite_number(text: str) -> float:
-    """Reads a number from -100 to 100; raises ArgumentTypeError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= 100:
-        raise argparse.ArgumentTypeError(f"'{shorten(text)}': pass a number from -100 to 100")
-    return value
+def finite_number(text: str, fault: str = "", least: float = -100, most: float = 100) -> float:
+    """Reads a number in this range; raises ArgumentTypeError."""
+    with contextlib.suppress(ValueError):
+        if least <= (value := float(text)) <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"'{shorten(text)}'{fault}: pass a number from {least:g} to {most:g}")
 
 
 def filler_words(text: str) -> tuple[str, ...]:
@@ -60,12 +58,7 @@ def filler_words(text: str) -> tuple[str, ...]:
     return words
 
 
-def share(text: str) -> float:
-    """Reads a share from 0 to 1; raises ArgumentTypeError."""
-    value = finite_number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"'{shorten(text)}' is no share: pass a number from 0 to 1")
-    return value
+share = functools.partial(finite_number, fault=" is no share", least=0, most=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -163,7 +163,7 @@ class AttentionSetup:
                 return method.future_mask(keys, keys, None, device, dtype)
             return method.full_mask(keys, device, dtype)
 
-        if is_learned(method) or not KeptTensor.usable_with(x):
+        if is_learned(method) or in_transform(x):
             return make()
         kept = self.kept_mask.get(device, dtype)
         if kept is None or not keys <= kept.size(-1) <= max(KEPT_LENGTH, 2 * keys):

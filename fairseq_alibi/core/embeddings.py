@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kept import KeptTensor
+from .kept import KeptTensor, in_transform
 from .positions import DECODER, ENCODER, PositionMethod, register_position_method
 
 
@@ -30,7 +30,7 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, length: int) -> Tensor:
         """(B, T) int64 positions -> (B, T, C) float32; `length` is the number of tokens in a row, earlier ones too."""
-        if not KeptTensor.usable_with(positions):
+        if in_transform(positions):
             return self.embed(positions)
         size = 1 + self.padding_idx + length
         table = self.table.get(positions.device)

@@ -24,17 +24,13 @@ def in_functional_transform() -> bool:
 class KeptTensor:
     """Holds a tensor for later passes, in whatever mode they run.
 
-    The tensor is made outside of inference mode and without gradients, so that a later pass may train with it. It is no
-    part of a copy, a pickle or a state dict. Threads may share it: each reads or replaces the whole tensor.
+    A pass `in_transform` may neither use nor replace it. The tensor is made outside of inference mode and without
+    gradients, so that a later pass may train with it. It is no part of a copy, a pickle or a state dict. Threads may
+    share it: each reads or replaces the whole tensor.
     """
 
     def __init__(self) -> None:
         self._tensor: Optional[Tensor] = None
-
-    @staticmethod
-    def usable_with(x: Tensor) -> bool:
-        """Whether a pass over `x` may use and replace the kept tensor: not inside a transform or a tensor subclass."""
-        return not in_transform(x)
 
     def get(self, device: torch.device, dtype: Optional[torch.dtype] = None) -> Optional[Tensor]:
         """The kept tensor if it is on this device, and of this dtype where one is named; else None."""

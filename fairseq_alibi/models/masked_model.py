@@ -4,6 +4,7 @@ import contextlib
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 from fairseq.data import Dictionary
@@ -34,16 +35,6 @@ class MaskedLanguageModelEncoder(RobertaEncoder):
         encoder = AlibiEncoder(args, dictionary, embed_tokens, position_method)
         encoder.apply(init_bert_params)
         return encoder
-
-
-class WholeWords:
-    """In the place of a BPE: the words of the text are the tokens."""
-
-    def encode(self, text: str) -> str:
-        """Returns the text."""
-        return text
-
-    decode = encode
 
 
 class HubInterface(RobertaHubInterface):
@@ -83,7 +74,7 @@ class AlibiMaskedLanguageModel(RobertaModel):
             kwargs.setdefault("bpe_codes", str(codes))
         hub = super().from_pretrained(model_name_or_path, checkpoint_file, data_name_or_path, bpe, **kwargs)
         hub = HubInterface(hub.cfg, hub.task, hub.model)
-        hub.bpe = hub.bpe or WholeWords()
+        hub.bpe = hub.bpe or SimpleNamespace(encode=str, decode=str)  # the words of the text are the tokens
         return hub
 
     @staticmethod
