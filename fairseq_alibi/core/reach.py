@@ -29,8 +29,8 @@ def reach(q: Tensor, k: Tensor, slopes: Tensor, epsilon: float = EPSILON) -> Ten
     queries and keys the reach is large.
 
     Of (B, H, T, D) `q`, (B, H, S, D) `k` and (H,) `slopes`, 0 for a head without bias, infinite for one that sees no
-    key but the query's own. Returns (H,) float64: whole distances in tokens, at least 0, infinite where there is no end
-    or `epsilon` is 0.
+    key but the query's own; `epsilon` is the weight of 1 that may be skipped, 0 for none. Returns (H,) float64: whole
+    distances in tokens, at least 0, infinite where there is no end.
     """
     e = torch.zeros(()) if epsilon <= 0 else score_excess(q, k).amax((0, 2))
     return reach_of_excess(e, slopes, epsilon)
