@@ -23,6 +23,7 @@ SITE_PACKAGES = Path(fairseq.__file__).parent.parent
 @pytest.mark.parametrize("patch", catalogue.PATCHES, ids=lambda patch: patch.target)
 def test_target_is_replaced_once_and_its_source_is_cited(patch):
     import fairseq_cli.eval_lm
+    import fairseq_cli.generate
     import fairseq_cli.train  # noqa: F401
 
     for _ in range(2):

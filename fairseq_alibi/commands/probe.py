@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="task", metavar="TASK", required=True
     )
     defaults = ProbeOptions()
-    types = {"gap_power": finite_number, "filler": filler_words}
+    types: dict[str, Callable[[str], Any]] = {"gap_power": finite_number, "filler": filler_words}
     for name, task in PROBES.items():
         text = (task.make.__doc__ or "").replace("`", "")
         add = tasks.add_parser(name, help=text, description=text).add_argument

@@ -57,7 +57,7 @@ def allow_fairseq_checkpoints() -> None:
     modules = ("numpy.core", "numpy._core")
     functions = {"scalar": multiarray.scalar, "_reconstruct": multiarray._reconstruct}
     named = [(it, f"{module}.multiarray.{name}") for module in modules for name, it in functions.items()]
-    classes = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ARRAY_TYPES)]
+    classes: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ARRAY_TYPES)]
     classes += [argparse.Namespace, AverageMeter, TimeMeter, StopwatchMeter, bytes]  # bytes: of an empty array
     torch.serialization.add_safe_globals([*named, *classes])
 
