@@ -85,7 +85,7 @@ def test_a_stopped_preparation_keeps_the_parts_that_are_done(texts, tmp_path, mo
             assert read == ["train0", "train1", "train2"]
             assert not dest.exists()
     assert read == ["test"]
-    assert "is resumed: its finished parts are kept" in capsys.readouterr().out
+    assert "is resumed: its finished parts are kept" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "data" in path.name] == ["data"], "nothing else is left"
     prepare(texts, tmp_path / "fresh", "--shards", 4)
     for folder in (f"shard{n}" for n in range(4)):
@@ -103,7 +103,7 @@ def test_what_was_begun_with_other_inputs_is_made_anew(texts, tmp_path, monkeypa
     if change == "text":
         texts["train"].write_text(texts["train"].read_text().replace("elo", "ulo"))
     prepare(texts, dest, "--shards", 2 if change == "text" else 3)
-    assert "was begun with other inputs or settings" in capsys.readouterr().out
+    assert "was begun with other inputs or settings" in capsys.readouterr().err
     assert "elo" in " ".join(Dictionary.load(str(dest / "shard0" / "dict.txt")).symbols) or change == "text"
     assert len(list(dest.glob("shard*"))) == (2 if change == "text" else 3)
 

@@ -27,6 +27,10 @@ REFUSED = {
     "--alibi-heads 4 is for --position-method alibi, not rotary": ["--position-method=rotary", "--alibi-heads=4"],
     "shares one table, and --adaptive-input has several": ["--adaptive-input", "--adaptive-input-cutoff", "10,20"],
     "alibi_max_bias must be a positive number": ["--alibi-max-bias", "-1"],
+    "--optimizer-overrides: twist 1 is none of the options of --optimizer adam": ["--optimizer-overrides={'twist': 1}"],
+    "--lr-scheduler manual: argument of type 'int' is not iterable: pass --epoch2lr and --update2lr as": [
+        *("--lr-scheduler=manual", "--update2lr={1: 0.01}")
+    ],
 }
 
 

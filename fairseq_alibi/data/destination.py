@@ -76,10 +76,13 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def publish(data: Path, destination: Path, description: dict[str, Any]) -> None:
-    """Renames a checked data folder, in which `prepared.json` records its description, and prints what it holds."""
+    """Renames a checked data folder, in which `prepared.json` records its description."""
     write_description(data, description)
     os.rename(data, destination)
-    counts = description["counts"]
+
+
+def print_counts(destination: Path, counts: dict[str, Any]) -> None:
+    """Prints what a data folder holds."""
     rows = [{"split": split, **count} for split, count in counts.items() if isinstance(count, dict)]
     print(tabulate(rows, headers="keys", intfmt=",", floatfmt=".1%"))
     print(f"{destination} is ready: {counts['types']:,} types")

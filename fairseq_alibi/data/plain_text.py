@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..files.data_folders import first_folder, text_options
 from ..files.errors import one_line
 from .binarize import SPLITS, check_text, count_tokens, run_preprocess
-from .destination import is_prepared, publish, work_folder
+from .destination import is_prepared, print_counts, publish, work_folder
 
 MERGES = 10_000  # of BPE, where nothing else is asked for
 RESTORED_LINES = 10_000  # of each split, which are decoded to see whether they come back
@@ -214,7 +214,8 @@ def prepare_text(
         if units:
             units.rename(data / units.name)
         publish(data, destination, {**identity, "source": source, "counts": counts})
-        print_commands(str(destination), destination.name)
+    print_counts(destination, counts)
+    print_commands(str(destination), destination.name)
 
 
 def print_commands(data: str, name: str) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from ..files.results import write_json, written_whole
 from .binarize import SPLITS, TextSummary, check_is_file, check_text, lines_between
-from .destination import is_prepared, publish, work_folder, write_description
+from .destination import is_prepared, print_counts, publish, work_folder, write_description
 from .plain_text import TextSettings, count_restored, encode_file, learn_units, print_commands, unit_encoder
 
 MOST_SHARDS = 1000
@@ -155,10 +156,10 @@ def resume(work: Path, identity: dict[str, Any]) -> None:
     """Removes what an earlier preparation left in its folder unless it had the same inputs and settings."""
     record = work / "identity.json"
     if record.exists() and json.loads(record.read_text()) == identity:
-        print(f"{work.parent} is resumed: its finished parts are kept")
+        print(f"{work.parent} is resumed: its finished parts are kept", file=sys.stderr)
         return
     if record.exists():
-        print(f"{work.parent} was begun with other inputs or settings: it is made anew")
+        print(f"{work.parent} was begun with other inputs or settings: it is made anew", file=sys.stderr)
     shutil.rmtree(work)
     work.mkdir()
     write_json(record, identity)
@@ -217,14 +218,16 @@ def prepare_shards(
             run_jobs(encode_part, parts, workers, "encode", work, settings, units)
             types = write_dictionary(work, train)
             counts = count_parts(work, parts, summaries, settings, workers)
-            described = {**identity, "source": source}
+            described: dict[str, Any] = {**identity, "source": source}
             for part, name in names.items():
                 content = {"train": part, **(others if part is train[0] else {})}
                 held = {"types": types, **{split: counts[part.name] for split, part in content.items()}}
                 make_folder(work / "data" / name, content, units, {**described, "part": part.name, "counts": held})
             whole = {name: sum(counts[part.name][name] for part in train) for name in SUMMED}
             whole = {"types": types, "train": {**counts[train[0].name], **whole}}
-            publish(work / "data", destination, {**described, "counts": {**whole, **{n: counts[n] for n in others}}})
+            described["counts"] = {**whole, **{name: counts[name] for name in others}}
+            publish(work / "data", destination, described)
+        print_counts(destination, described["counts"])
     data = os.pathsep.join(str(destination / name) for name in names.values())
     print(f"fairseq reads the next of these folders in each epoch:\n  {data}")
     print_commands(data, destination.name)

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from ..files.errors import script_command
 from .binarize import SPLITS, TextSummary, check_text, count_tokens, run_preprocess
-from .destination import is_prepared, publish, work_folder
+from .destination import is_prepared, print_counts, publish, work_folder
 from .download import download, md5_of_file
 
 URLS = (
@@ -127,15 +127,15 @@ def prepare_wikitext103(
         whole = identity.get("archive_md5") == MD5 or lines == LINES
         if whole:
             check_count("lines", lines, LINES)
-        else:
-            print(f"{source or 'This'} is a subset, not the whole of WikiText-103: its known counts are not demanded")
         data = run_preprocess(work, "txt", workers)
         counts = count_tokens(data, summaries)
         if whole:
             check_count("tokens", {split: counts[split]["tokens"] for split in SPLITS}, TOKENS)
             check_count("types", counts["types"], TYPES)
-            print("All counts are those of the whole WikiText-103")
-        script = script_command("train_wikitext103.sh") or "in a clone: bash scripts/train_wikitext103.sh"
         publish(data, destination, {**identity, "source": str(source or "download"), "counts": counts})
-        print(f"Next:\n  {script} {shlex.join([str(destination), 'checkpoints/alibi-512', '512'])}")
     part.unlink(missing_ok=True)
+    print_counts(destination, counts)
+    subset = f"{source or 'This'} is a subset, not the whole of WikiText-103: its known counts are not demanded"
+    print("All counts are those of the whole WikiText-103" if whole else subset)
+    script = script_command("train_wikitext103.sh") or "in a clone: bash scripts/train_wikitext103.sh"
+    print(f"Next:\n  {script} {shlex.join([str(destination), 'checkpoints/alibi-512', '512'])}")

@@ -16,7 +16,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from torch import IntTensor
 from tqdm import tqdm
 
-from ..data.destination import is_prepared, publish, work_folder
+from ..data.destination import is_prepared, print_counts, publish, work_folder
 from ..models.probe_task import ANSWERS
 from .probe_tasks import NAMES, PROBES, Draws, Probe, ProbeOptions
 
@@ -141,10 +141,11 @@ def make_probe_data(destination: Path, settings: ProbeSettings) -> None:
         counts["train"] = write_subset(data, "train", training, dictionary)
         counts["valid"] = write_subset(data, "valid", validation, dictionary)
         counts.update(tests)
-        command = ["fairseq-train", str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "probe"]
-        command += ["--arch", "alibi_lm_tiny", "--tokens-per-sample", str(counts["train"]["longest"])]
-        command += ["--max-tokens", "4096", "--optimizer", "adam", "--lr", "0.002", "--max-update", "2000"]
-        command += ["--save-dir", f"checkpoints/{destination.name}"]
         source = f"fairseq-alibi probe make {settings.task}"
         publish(data, destination, {**identity, "source": source, "counts": counts})
-        print(f"Next:\n  {shlex.join(command)}")
+    print_counts(destination, counts)
+    command = ["fairseq-train", str(destination), "--user-dir", str(Path(__file__).parents[1]), "--task", "probe"]
+    command += ["--arch", "alibi_lm_tiny", "--tokens-per-sample", str(counts["train"]["longest"])]
+    command += ["--max-tokens", "4096", "--optimizer", "adam", "--lr", "0.002", "--max-update", "2000"]
+    command += ["--save-dir", f"checkpoints/{destination.name}"]
+    print(f"Next:\n  {shlex.join(command)}")

@@ -19,8 +19,12 @@ def lock_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 0) -> Iterator[None]:
-    """A context in which no other process can lock this path; ValueError if one does so for `wait` seconds more."""
-    file = lock_path(path)
+    """A context in which no other process can lock this path; ValueError if one does so for `wait` seconds more.
+
+    Folders above it are made, and are removed with it if nothing is written into them.
+    """
+    file, absolute = lock_path(path), path.resolve()
+    made = [folder for folder in (absolute, *absolute.parents) if not folder.exists()]
     with naming(path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()  # filelock takes a file that it cannot make for a lock that another process holds
@@ -47,6 +51,9 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
+        with contextlib.suppress(OSError):  # one that holds the result
+            for folder in made:
+                folder.rmdir()
 
 
 def acquire(lock: filelock.BaseFileLock, file: Path, wait: float) -> None:

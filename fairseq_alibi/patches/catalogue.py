@@ -210,6 +210,14 @@ PATCHES = (
         only_if_missing=True,
     ),
     Patch(
+        target="fairseq.trainer:Trainer._build_optimizer",
+        replacement=option_checks.build_optimizer,
+        what="Refuses options that the optimizer or its scheduler cannot use, and overrides that it does not have.",
+        why="fairseq ends with a traceback, and ignores made-up names in --optimizer-overrides.",
+        source="fairseq/trainer.py:290",
+        removable="when fairseq checks its options",
+    ),
+    Patch(
         target="fairseq.trainer:Trainer.save_checkpoint",
         replacement=training_state.save_checkpoint,
         what="Saves the counters of --patience, reduce_lr_on_plateau, the loss scaler and --ema-update-freq too.",

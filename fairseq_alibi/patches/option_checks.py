@@ -23,6 +23,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed.utils import is_master
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+from fairseq.trainer import Trainer
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
@@ -122,6 +123,47 @@ def check_overrides(cfg: FairseqConfig) -> None:
             close = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f"did you mean '{close[0]}'?" if close else "drop it"
             raise CommandError(f"--model-overrides: no model or task has an option '{name}': {hint}")
+
+
+#: What repairs the optimizers and schedulers that need more than their name.
+OPTIMIZER_REMEDIES = {
+    "composite": "pass another --optimizer, such as adam, as no parameter of these models names a group of its own",
+    "manual": "pass --epoch2lr and --update2lr as \"{'1-4': 0.01, '5': 0.001}\"",
+    "pass_through": "pass another --lr-scheduler, such as fixed, as the optimizer has none of its own",
+}
+
+
+@contextlib.contextmanager
+def checked_optimizer(trainer: Trainer) -> Iterator[None]:
+    """A context in which a trainer builds optimizer and scheduler: options that do not fit them are a CommandError."""
+    cfg = trainer.cfg
+    names = [safe_getattr(group, "_name") for group in (cfg.optimizer, cfg.lr_scheduler)]
+    try:
+        yield
+    except (CommandError, ImportError):
+        raise
+    except Exception as error:  # of any kind, of classes of fairseq and torch
+        reason = one_line(error) if str(error) else traceback.extract_tb(error.__traceback__)[-1].line
+        remedy = next(filter(None, map(OPTIMIZER_REMEDIES.get, names)), "pass other options")
+        raise CommandError(f"--optimizer {names[0]} with --lr-scheduler {names[1]}: {reason}: {remedy}") from error
+    options = {name: value for name, value in next(iter(trainer.optimizer.param_groups)).items() if name != "params"}
+    for name, value in parse_optimizer_overrides(cfg).items():
+        numbers = {isinstance(one, (int, float)) for one in (value, options.get(name))}
+        if name not in options or (options[name] is not None and len(numbers) > 1):
+            raise CommandError(
+                f"--optimizer-overrides: {name} {value!r} is none of the options of --optimizer {names[0]}, {options}"
+            )
+
+
+def build_optimizer(self: Trainer) -> None:
+    """Replaces `Trainer._build_optimizer`, see `checked_optimizer`."""
+    with checked_optimizer(self):
+        original("fairseq.trainer:Trainer._build_optimizer")(self)
+
+
+def parse_optimizer_overrides(cfg: FairseqConfig) -> dict[str, Any]:
+    """Reads --optimizer-overrides, see `parse_overrides`."""
+    return parse_overrides(cfg.checkpoint.optimizer_overrides, "--optimizer-overrides", "{'weight_decay': 0.01}")
 
 
 def known_options(cfg: FairseqConfig) -> set[str]:
@@ -265,7 +307,7 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
             architecture = safe_getattr(cfg.model, "_name") or safe_getattr(cfg.model, "arch")
             check_task(architecture, safe_getattr(cfg.task, "_name"))
             check_criterion(cfg)
-            parse_overrides(cfg.checkpoint.optimizer_overrides, "--optimizer-overrides", "{'weight_decay': 0.01}")
+            parse_optimizer_overrides(cfg)
             main = functools.partial(train_alone, main)
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..files.shard_sets import KEY, remove_unused_folders, write_shards
 from ..models.layers import DecoderLayer
+from .option_checks import checked_optimizer
 from .patch import CommandError
 from .sharding import BACKEND
 
@@ -166,18 +167,19 @@ class ShardedTrainer(Trainer):
         divided: Any = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self.shares = [(parameter, nn.Parameter(parameter.detach().to_local())) for parameter in divided]
         shares = [share for _, share in self.shares]
-        if self.cfg.common.fp16 or self.cfg.common.bf16:
-            build, more = optim.MemoryEfficientFP16Optimizer.build_optimizer, {"allow_unsupported": True}
-            self._optimizer = build(self.cfg, shares, **more)
-        else:
-            self._optimizer = optim.build_optimizer(self.cfg.optimizer, shares)
-        if not self._optimizer.supports_flat_params:
-            name = self.cfg.optimizer._name
-            raise CommandError(f"--optimizer {name} needs whole parameters and cannot run with {BACKEND}: pass adam")
+        with checked_optimizer(self):
+            if self.cfg.common.fp16 or self.cfg.common.bf16:
+                build, more = optim.MemoryEfficientFP16Optimizer.build_optimizer, {"allow_unsupported": True}
+                self._optimizer = build(self.cfg, shares, **more)
+            else:
+                self._optimizer = optim.build_optimizer(self.cfg.optimizer, shares)
+            if not self._optimizer.supports_flat_params:
+                needs = f"--optimizer {self.cfg.optimizer._name} needs whole parameters"
+                raise CommandError(f"{needs} and cannot run with {BACKEND}: pass adam")
+            self._lr_scheduler = lr_scheduler.build_lr_scheduler(self.cfg.lr_scheduler, self.optimizer)
+            self._lr_scheduler.step_update(0)
         load = self._optimizer.load_state_dict
         self._optimizer.load_state_dict = lambda state, overrides=None: load(own_states(state, self.shares), overrides)
-        self._lr_scheduler = lr_scheduler.build_lr_scheduler(self.cfg.lr_scheduler, self.optimizer)
-        self._lr_scheduler.step_update(0)
 
     def _hand_out_gradients(self) -> None:
         """Gives the optimizer's tensors the memory and the gradients of the divided parameters."""
