@@ -127,3 +127,17 @@ def test_damage_in_the_middle_of_any_record_is_found(checkpoint, tmp_path):
                 continue  # the byte lies between two records
         with pytest.raises(ValueError, match=r"file.pt is damaged \(its record"):
             read_checkpoint(str(tmp_path / "file.pt"))
+
+
+#: What a flipped bit says of a record, in its entry of the archive's directory: byte and bit.
+ENTRY_BITS = {"encrypted": (8, 1), "compressed": (10, 8), "a folder": (38, 16), "a name": (46, 128)}
+
+
+@pytest.mark.parametrize("said", ENTRY_BITS)
+def test_damage_in_the_directory_of_the_archive_is_found(checkpoint, tmp_path, said):
+    damaged = bytearray(checkpoint.read_bytes())
+    byte, bit = ENTRY_BITS[said]
+    damaged[damaged.rindex(b"PK\x01\x02", 0, damaged.rindex(b"/data/7")) + byte] ^= bit
+    (tmp_path / "file.pt").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"file.pt is damaged \(it"):
+        read_checkpoint(str(tmp_path / "file.pt"))

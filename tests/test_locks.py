@@ -52,8 +52,9 @@ def test_the_second_process_is_refused_and_a_killed_one_blocks_nobody(tmp_path, 
 
 def test_the_lock_is_free_after_an_error(tmp_path):
     with pytest.raises(KeyError), locked(tmp_path / "new" / "output"):
-        (tmp_path / "new" / "output").mkdir()
         raise KeyError
+    with locked(tmp_path / "new" / "output"):
+        (tmp_path / "new" / "output").mkdir()
     assert not list(tmp_path.iterdir()), "no empty folder is left"
     refusal = pytest.raises(ValueError, match=f"process {os.getpid()}")
     with locked(tmp_path / "new" / "output"), refusal, locked(tmp_path / "new" / "output"):

@@ -84,8 +84,8 @@ def run_preprocess(folder: Path, suffix: str, workers: int) -> Path:
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--destdir", "data"]
     command += ["--workers", str(workers)]
     command += [word for split in SPLITS for word in (f"--{split}pref", f"{split}.{suffix}")]
-    note = "fairseq-preprocess runs: seconds for small texts, minutes for the whole of WikiText-103"
-    print(note, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("fairseq-preprocess runs: seconds for small texts, minutes for WikiText-103", file=sys.stderr)
     log = folder / "preprocess.out"
     with open(log, "w") as output:
         # A session of its own, so that its workers can be stopped with it before the folder is removed.

@@ -51,8 +51,8 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         lock.release()
-        with contextlib.suppress(OSError):  # one that holds the result
-            for folder in made:
+        for folder in made:
+            with contextlib.suppress(OSError):  # one that holds the result
                 folder.rmdir()
 
 

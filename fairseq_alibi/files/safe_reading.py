@@ -60,20 +60,24 @@ def explain_refusal(path: Path, error: BaseException) -> str:
 
 def find_damage(path: Path) -> Optional[str]:
     """Returns what its checksums, or reading a file without any, say is wrong with a checkpoint; None for nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            sharded = not record and any(KEY.encode() in archive.read(name) for name in pickles)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # torch takes a record that is marked as a folder for an empty one, and its tensor for anything.
+                folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+                record = next(folders, None) or archive.testzip()
+                pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+                sharded = not record and any(KEY.encode() in archive.read(name) for name in pickles)
+            torch._C.PyTorchFileReader(str(path))  # its reader of archives refuses some that Python's reads
+        except Exception:  # of many kinds, by the place of the damage
+            return f"it is cut off after {size:,} bytes or damaged"
         if record:
             return f"its record {record} is damaged"
         with safe_loader():
             return find_shard_damage(path) if sharded else None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if file.read(2) == b"PK":
-                return f"it is cut off after {size:,} bytes or damaged"
     try:
         with safe_loader():
             torch.load(path, map_location="cpu", weights_only=True)
