@@ -168,7 +168,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         output_fault()
         sys.exit(128 + (interruption.args or (signal.SIGINT,))[0])
     if message:
-        sys.exit(f"{program}: {message}")
+        sys.exit(f"{program}: {message}".replace("\n", "\\n"))  # of a file's name
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ REFUSED = {
     "--lr-scheduler manual: argument of type 'int' is not iterable: pass --epoch2lr and --update2lr as": [
         *("--lr-scheduler=manual", "--update2lr={1: 0.01}")
     ],
+    "--character-embeddings are no table that the output could share": ["--character-embeddings"],
+    "a causal model predicts the next token alone; drop them": ["--past-target"],
 }
 
 

@@ -18,7 +18,7 @@ OPTIONS = {
     "fewer outputs, tied": ("alibi_lm_tiny", "--output-dictionary-size", 20),
     "fewer outputs": ("alibi_lm", *UNTIED, "--output-dictionary-size", 20),
     "bos, fewer outputs, adaptive": (
-        *("alibi_lm", *UNTIED, "--add-bos-token", "--output-dictionary-size", 20, "--ddp-backend", "legacy_ddp"),
+        *("alibi_lm_tiny", "--add-bos-token", "--output-dictionary-size", 20, "--ddp-backend", "legacy_ddp"),
         *("--adaptive-softmax-cutoff", "6,12", "--criterion", "adaptive_loss"),
     ),
 }
@@ -57,10 +57,17 @@ def evaluate(*arguments):
     main(["evaluate", *map(str, arguments), "--cpu"])
 
 
-def test_evaluate_and_eval_lm_score_as_fairseq_does_with_the_options_of_the_training(corpus, trained, tmp_path):
+def test_evaluate_and_eval_lm_score_as_fairseq_does_with_the_options_of_the_training(
+    corpus, trained, tmp_path, capsys
+):
     checkpoint, options = trained
     loss, _ = fairseqs_own(corpus, checkpoint, "--tokens-per-sample", 48, *options)
-    if torch.load(checkpoint)["cfg"]["model"]["share_decoder_input_output_embed"]:  # else nothing else can be loaded
+    if 20 in options:
+        main(["generate", str(corpus), str(checkpoint), "word1 word39", "--cpu", "--beam", "2", "--tokens", "3"])
+        assert "<unk>" in capsys.readouterr().out, "rare types are unknown"
+        line = failure(capsys, main, "export-hf", checkpoint, tmp_path / "hf", "--data", corpus)
+        assert "--output-dictionary-size 20: an exported model" in line
+    if len(torch.load(checkpoint)["model"].get("decoder.output_projection.weight", ())) == 48:  # else no other loads
         without, _ = fairseqs_own(corpus, checkpoint, "--tokens-per-sample", 48)
         assert loss != pytest.approx(without, abs=1e-3), "the options matter"
     sliding = ("--tokens-per-sample", 48, "--context-window", 32, "--max-tokens", 64)

@@ -12,6 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_alibi.core import EncoderALiBi, Rotary, Transformer
 
+class Logits(torch.nn.Module):
+    """What a fairseq model returns without its dictionary of lists, which cannot be traced."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens)[0]
+
+
 STACKS = {
     "decoder": {},
     "encoder": {"causal": False},
@@ -66,6 +77,14 @@ def run_in_autocast(model, x):
         model(x)
 
 
+def run_in_double_by_default(model, x):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def run_on_the_meta_device(model, x):
     copy.deepcopy(model).to("meta")(x.to("meta"))
 
@@ -89,6 +108,7 @@ MODES = [
     run_traced,
     run_exported,
     run_in_autocast,
+    run_in_double_by_default,
     run_on_the_meta_device,
     run_in_half_precision,
     run_with_reentrant_checkpointing,
@@ -123,6 +143,13 @@ def test_a_fairseq_model_trains_after_a_pass_in_inference_mode(build, method, at
     logits = model(tokens)[0]
     logits.square().mean().backward()
     torch.testing.assert_close(logits.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fairseq_model_can_be_traced(build):
+    model = build("alibi_lm_tiny")
+    tokens = random_tokens(model, 2, 9)
+    torch.testing.assert_close(torch.jit.trace(Logits(model), (tokens,))(tokens), model(tokens)[0])
 
 
 @pytest.mark.parametrize("kind", STACKS)

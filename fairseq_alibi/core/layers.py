@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,17 @@ CachedTensors = tuple[Tensor, Tensor, Optional[Tensor]]
 class AttentionCore:
     """Multi-head self-attention for a module with projections, which all layers of this package run."""
 
-    num_heads: int
-    head_dim: int
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
-    gate: Optional[nn.Module]  # for a bias by key, see `PositionMethod.make_gate`
-    score_scale: Optional[nn.Parameter]
-    has_positions: bool
-    layer: int  # under which a cache keeps the keys
+    if TYPE_CHECKING:  # at run time torch.jit.trace would take the annotations for types of TorchScript
+        num_heads: int
+        head_dim: int
+        q_proj: nn.Module
+        k_proj: nn.Module
+        v_proj: nn.Module
+        out_proj: nn.Module
+        gate: Optional[nn.Module]  # for a bias by key, see `PositionMethod.make_gate`
+        score_scale: Optional[nn.Parameter]
+        has_positions: bool
+        layer: int  # under which a cache keeps the keys
 
     time_dim = 1  # dimension of time in the layer's input: 1 for (B, T, C), 0 for (T, B, C)
 

@@ -214,7 +214,8 @@ def linear_bias(before: Tensor, after: Optional[Tensor], distance: Tensor) -> Te
     (H,) slopes, infinite for a head that sees nothing there, None where none does; (N,) i - j -> (H, N).
     """
     ahead = -math.inf if after is None else after[:, None] * distance
-    return torch.where(distance > 0, -before[:, None] * distance, torch.where(distance < 0, ahead, 0.0))
+    others = torch.where(distance < 0, ahead, 0.0).to(before.dtype)  # of two numbers it is of torch's default dtype
+    return torch.where(distance > 0, -before[:, None] * distance, others)
 
 
 #: Registered methods by stack and name.

@@ -47,9 +47,10 @@ def encode_text(model: GeneratorHubInterface, text: str) -> Tensor:
     """Text -> (n,) tokens. A line break becomes an end of sentence; the last line has none."""
     # As in the preparation: other white space as a part of units would glue words together.
     tokens = torch.cat([model.encode(re.sub(r"\s", " ", line)) for line in text.split("\n")])[:-1]
-    # The words <s> and <pad> in a text are not fairseq's special tokens.
-    special = (tokens == model.tgt_dict.bos()) | (tokens == model.tgt_dict.pad())
-    return tokens.masked_fill(special, model.tgt_dict.unk())
+    # The words <s> and <pad> in a text are not fairseq's special tokens. --output-dictionary-size cuts off rare types.
+    types = model.tgt_dict
+    special = (tokens == types.bos()) | (tokens == types.pad()) | (tokens >= len(types))
+    return tokens.masked_fill(special, types.unk())
 
 
 def decode_tokens(model: GeneratorHubInterface, tokens: Tensor) -> str:

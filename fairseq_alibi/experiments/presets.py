@@ -44,7 +44,7 @@ def small_model(
     command = [data, "--user-dir", ROOT / "fairseq_alibi", "--task", task, "--position-method", method]
     command += ["--tokens-per-sample", length, "--max-tokens", max(2048, length), "--required-batch-size-multiple", 1]
     command += ["--optimizer", "adam", "--lr", 0.004, "--clip-norm", 0.5, "--lr-scheduler", "cosine"]
-    command += ["--warmup-updates", warmup, "--lr-period-updates", updates - warmup, "--max-update", updates]
+    command += ["--warmup-updates", warmup, "--lr-period-updates", max(1, updates - warmup), "--max-update", updates]
     command += ["--disable-validation", "--no-epoch-checkpoints", "--save-interval-updates", 200]
     command += ["--keep-interval-updates", 1, "--save-dir", save_dir, "--cpu"]
     return ["fairseq-train", *map(str, command), *model]

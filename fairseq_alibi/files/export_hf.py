@@ -174,6 +174,8 @@ def export(checkpoint: str, out: Path, data: str, overrides: dict[str, Any]) -> 
             f"{checkpoint} is no checkpoint of alibi_lm, and only those can be exported; convert one of transformer_lm "
             f"with fairseq-alibi import-checkpoint {checkpoint} NEW --position-method sinusoidal"
         )
+    if (size := task.get("output_dictionary_size", -1)) >= 0:
+        raise ValueError(f"--output-dictionary-size {size}: an exported model can predict every type that it reads")
     defaults = {option.name: option.default for option in dataclasses.fields(language_model_config())}
     options = {**defaults, **plain_options(state["cfg"]["model"]), "tokens_per_sample": task["tokens_per_sample"]}
     begin = None if task.get("add_bos_token") else model.decoder.dictionary.eos()

@@ -56,7 +56,8 @@ class PromptReader(EnsembleModel):
             log_probs, attn = super().forward_decoder(tokens, encoder_outs, incremental_states, temperature)
             if self.rules.free_end:
                 log_probs[:, eos] = 0.0
-            return self.rules.raise_to_least(log_probs), attn
+            # A tied output layer has more types than --output-dictionary-size lets a model predict.
+            return self.rules.raise_to_least(log_probs[:, : self.types()]), attn
         sentences = prompt.size(0)
         # Each prompt is read once. Its hypotheses are still the same, so they start from copies of the same keys.
         copies = torch.arange(sentences, device=tokens.device).repeat_interleave(tokens.size(0) // sentences)

@@ -61,6 +61,8 @@ class AlibiLanguageModel(transformer_lm.TransformerLanguageModel):
         options.fill_in_options(args, options.position_options(DECODER), *OPTIONS)
         options.check_position_options(args, DECODER)
         options.check_decoder_options(args)
+        if set(getattr(task, "targets", ["future"])) != {"future"}:
+            raise ValueError("--self-target, --past-target: a causal model predicts the next token alone; drop them")
         read_prompts_in_one_pass(task)  # here, because the task that builds the model also builds the generator
         if args.decoder_layers_to_keep:
             kept, pattern = sorted(map(int, args.decoder_layers_to_keep.split(","))), args.position_layers
@@ -94,6 +96,11 @@ class AlibiLanguageModel(transformer_lm.TransformerLanguageModel):
         """The token embeddings that the options ask for: character-based, adaptive or plain."""
         dictionary = task.source_dictionary
         if args.character_embeddings:
+            if args.share_decoder_input_output_embed and args.adaptive_softmax_cutoff is None:
+                raise ValueError(
+                    "--character-embeddings are no table that the output could share: use an architecture without "
+                    "--share-decoder-input-output-embed, as alibi_lm"
+                )
             return CharacterTokenEmbedder(
                 dictionary,
                 ast.literal_eval(args.character_filters),

@@ -35,10 +35,13 @@ class PositionedStack:
         self.setup.set_evaluation_length(length)
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Any], name: str) -> dict[str, Any]:
-        """See `TransformerDecoder.upgrade_state_dict_named`; drops what fairseq's sinusoidal embedding keeps."""
+        """See `TransformerDecoder.upgrade_state_dict_named`; drops what fairseq keeps or adds without need for it."""
         for buffer in ("weights", "_float_tensor"):
             state_dict.pop(f"{name}.embed_positions.{buffer}", None)
-        return super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
+        state_dict = super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
+        if getattr(self, "adaptive_softmax", None) is not None:  # else fairseq adds shared embeddings as a second output
+            state_dict.pop(f"{name}.output_projection.weight", None)
+        return state_dict
 
 
 class FairseqSelfAttention(AttentionCore, MultiheadAttention):

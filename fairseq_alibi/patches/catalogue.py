@@ -23,6 +23,15 @@ PATCHES = (
         only_if_missing=True,
     ),
     Patch(
+        target="fairseq.modules.transformer_layer:TransformerEncoderLayerBase.can_use_fastpath",
+        replacement=compatibility.NO_FAST_PATH,
+        what="Lets fairseq's own encoders compute without torch's fused encoder layer.",
+        why="Evaluation and generation end with 'Mask Type should be defined', in ensembles with our models too.",
+        source="fairseq/modules/transformer_layer.py:110",
+        removable="when fairseq passes the type of the mask",
+        only_if_missing=True,
+    ),
+    Patch(
         target="fairseq.distributed.utils:_broadcast_object_slow",
         replacement=compatibility.broadcast_object,
         what="Sends a checkpoint to the other processes through torch's `broadcast_object_list`.",

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 NUMPY_COMPAT = types.SimpleNamespace(long=int)  # what numpy 1 had as `numpy.compat`, as far as fairseq uses it
 
+NO_FAST_PATH = property(lambda _: False, lambda *_: None)  # fairseq sets it in each layer
+
 GROUP_TIMEOUT = 600  # seconds; a checkpoint that the first process writes has to be written in that time
 
 #: Warnings that fairseq's calls of 2022 cause and that no user can act on, as regular expressions, with their origin.
