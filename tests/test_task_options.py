@@ -57,9 +57,7 @@ def evaluate(*arguments):
     main(["evaluate", *map(str, arguments), "--cpu"])
 
 
-def test_evaluate_and_eval_lm_score_as_fairseq_does_with_the_options_of_the_training(
-    corpus, trained, tmp_path, capsys
-):
+def test_evaluate_and_eval_lm_score_as_fairseq_does_with_the_options_of_the_training(corpus, trained, tmp_path, capsys):
     checkpoint, options = trained
     loss, _ = fairseqs_own(corpus, checkpoint, "--tokens-per-sample", 48, *options)
     if 20 in options:

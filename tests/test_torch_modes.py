@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq_alibi.core import EncoderALiBi, Rotary, Transformer
 
+
 class Logits(torch.nn.Module):
     """What a fairseq model returns without its dictionary of lists, which cannot be traced."""
 

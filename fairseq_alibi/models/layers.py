@@ -39,7 +39,8 @@ class PositionedStack:
         for buffer in ("weights", "_float_tensor"):
             state_dict.pop(f"{name}.embed_positions.{buffer}", None)
         state_dict = super().upgrade_state_dict_named(state_dict, name)  # type: ignore[misc]
-        if getattr(self, "adaptive_softmax", None) is not None:  # else fairseq adds shared embeddings as a second output
+        if getattr(self, "adaptive_softmax", None) is not None:
+            # fairseq adds shared embeddings as the weights of an output layer, which there is none of.
             state_dict.pop(f"{name}.output_projection.weight", None)
         return state_dict
 

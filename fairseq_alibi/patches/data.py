@@ -65,7 +65,7 @@ def filter_indices_by_size(
         if len(ignored) > 0:
             raise SampleTooLongError(
                 f"{len(ignored):,} of {len(indices):,} samples are longer than the longest sequence of the model, "
-                f"{max_positions}; sample {ignored[0]} has {dataset.size(ignored[0])}: shorten them, raise the limit "
+                f"{max_positions}; sample {ignored[0]} has {numpy.array(dataset.size(ignored[0])).tolist()}: shorten them, raise the limit "
                 "(of a language model's checkpoint with --model-overrides \"{'max_target_positions': N}\"), or leave "
                 f"them out with {SKIP}"
             )
