@@ -63,9 +63,10 @@ def filter_indices_by_size(
     if not ignore_invalid_inputs:
         ignored = dataset.filter_indices_by_size(indices, max_positions)[1]
         if len(ignored) > 0:
+            size = numpy.array(dataset.size(ignored[0])).tolist()
             raise SampleTooLongError(
                 f"{len(ignored):,} of {len(indices):,} samples are longer than the longest sequence of the model, "
-                f"{max_positions}; sample {ignored[0]} has {numpy.array(dataset.size(ignored[0])).tolist()}: shorten them, raise the limit "
+                f"{max_positions}; sample {ignored[0]} has {size}: shorten them, raise the limit "
                 "(of a language model's checkpoint with --model-overrides \"{'max_target_positions': N}\"), or leave "
                 f"them out with {SKIP}"
             )
