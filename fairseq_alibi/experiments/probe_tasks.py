@@ -44,11 +44,7 @@ class Probe(NamedTuple):
 
 
 class Draws:
-    """Random draws that are the same with every version of Python: it guarantees `random()` alone.
-
-    Args:
-        seed: any text.
-    """
+    """Random draws that are the same with every version of Python: it guarantees `random()` alone; seeds are texts."""
 
     def __init__(self, seed: str) -> None:
         self.random = random.Random(seed).random

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import typing
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,26 +120,19 @@ def check_position_options(args: Any, *stacks: str) -> None:
         raise ValueError(f"--attention {args.attention}: choose one of {', '.join(KERNEL_CHOICES)}")
     if not 0 <= args.attention_epsilon < 1:
         raise ValueError(f"--attention-epsilon must be at least 0 and below 1, not {args.attention_epsilon}")
-    for option, value, owners in options_of_other_methods(args, *stacks):
-        raise ValueError(
-            f"--{option.replace('_', '-')} {value} is for --position-method {' or '.join(owners)}, not {name}: "
-            "drop one of the two"
-        )
+    owners = defaultdict(set)
+    for method in itertools.chain.from_iterable(position_methods(stack).values() for stack in stacks):
+        for option in method_options(method):
+            owners[option.name, option.default].add(method.name)
+    for (option_name, default), having in owners.items():
+        value = safe_getattr(args, option_name, default)
+        if name not in having and value != default:
+            raise ValueError(
+                f"--{option_name.replace('_', '-')} {value} is for --position-method {' or '.join(sorted(having))}, "
+                f"not {name}: drop one of the two"
+            )
     if safe_getattr(args, "quant_noise_scalar") and not torch.cuda.is_available():
         raise ValueError("--quant-noise-scalar: fairseq's scalar quantization noise needs a GPU; drop it")
-
-
-def options_of_other_methods(args: Any, *stacks: str) -> Iterator[tuple[str, Any, list[str]]]:
-    """Options changed from their default that the chosen method lacks: name, value, methods that have it."""
-    methods = [method for stack in stacks for method in position_methods(stack).values()]
-    owned = {
-        option.name for method in methods if method.name == args.position_method for option in method_options(method)
-    }
-    for option in itertools.chain.from_iterable(map(method_options, methods)):
-        value = safe_getattr(args, option.name, option.default)
-        if option.name not in owned and value != option.default:
-            owners = {method.name for method in methods if option.name in {one.name for one in method_options(method)}}
-            yield option.name, value, sorted(owners)
 
 
 def check_decoder_options(args: Any) -> None:
