@@ -21,14 +21,7 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
-from ..files.checkpoints import (
-    check_dictionary,
-    describe_evaluated,
-    describe_model,
-    override_options,
-    read_checkpoint,
-    reading_options,
-)
+from ..files import checkpoints
 from ..files.data_folders import read_dictionary
 from ..files.errors import one_line
 from ..files.results import check_writable, describe_environment, write_json
@@ -86,7 +79,7 @@ class EvalLmSettings:
 
     def as_trained(self, state: dict[str, Any]) -> "EvalLmSettings":
         """Adds the task options that change what a checkpoint reads or predicts; ValueError for contradictions."""
-        trained = reading_options(state)
+        trained = checkpoints.reading_options(state)
         parser = argparse.ArgumentParser(add_help=False)
         parser.add_argument("--add-bos-token", action="store_true")
         parser.add_argument("--output-dictionary-size", type=int, default=0)
@@ -177,17 +170,18 @@ def evaluate_windowing(settings: EvalLmSettings, length: int, stride: int, expec
 
 def evaluate_with_fairseq(settings: EvalLmSettings, output: Path) -> dict[str, Any]:
     """Evaluates all windowings in turn; the JSON file `output`, whose content is returned, is written after each."""
-    text, state = read_evaluation_text(settings.data, settings.subset, None), read_checkpoint(settings.checkpoint)
-    check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
+    text = read_evaluation_text(settings.data, settings.subset, None)
+    state = checkpoints.read_checkpoint(settings.checkpoint)
+    checkpoints.check_dictionary(read_dictionary(settings.data), settings.data, settings.checkpoint, state)
     settings, overrides = settings.as_trained(state), passed_overrides(settings.passed_on)
-    describe_model(settings.checkpoint, state)  # raises an error for a model of another task
+    checkpoints.describe_model(settings.checkpoint, state)  # raises an error for a model of another task
     device = "cuda" if torch.cuda.is_available() and "--cpu" not in settings.passed_on else "cpu"
     dtype = "float16" if "--fp16" in settings.passed_on else "float32"
     subject = evaluation_subject(state, text, overrides, dtype, device)
-    override_options(state, overrides)
+    checkpoints.override_options(state, overrides)
     results: list[dict[str, Any]] = []
     content = {
-        "model": describe_evaluated(settings.checkpoint, state, overrides),
+        "model": checkpoints.describe_evaluated(settings.checkpoint, state, overrides),
         "data": settings.data,
         "subset": settings.subset,
         "subject": subject,
