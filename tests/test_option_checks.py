@@ -32,6 +32,7 @@ REFUSED = {
         *("--lr-scheduler=manual", "--update2lr={1: 0.01}")
     ],
     "--character-embeddings are no table that the output could share": ["--character-embeddings"],
+    "--use-plasma-view needs Plasma, which pyarrow has no more": ["--use-plasma-view"],
     "a causal model predicts the next token alone; drop them": ["--past-target"],
 }
 

@@ -313,6 +313,7 @@ def test_effective_length_and_interval():
         ),
         ("make copy OUT --train-sizes 9-3 --test-sizes 4", "--train-sizes 9-3: pass the smaller one first"),
         ("make mqar OUT --train-sizes 64 --test-sizes 64 --queries 9", "--queries 9: there are 8 pairs to ask for"),
+        ("make mqar OUT --train-sizes 64 --test-sizes 64 --tests 999999999999", "--tests 999999999999: pass at most"),
         (
             "make mqar OUT --train-sizes 64 --test-sizes 64 --vocabulary 10",
             "mqar with these options needs 16 to 100,000 words",

@@ -22,6 +22,7 @@ from .probe_tasks import NAMES, PROBES, Draws, Probe, ProbeOptions
 
 ATTEMPTS = 1000  # attempts to draw a text that no evaluation has
 LARGEST_SIZE, LARGEST_VOCABULARY = 10**6, 10**5  # the largest size, and the largest number of words
+MOST_TEXTS = 10**8  # of a subset
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class ProbeSettings:
         smallest = probe.smallest(options)
         if self.train_sizes[0] > self.train_sizes[1]:
             raise ValueError(f"--train-sizes {self.train_sizes[0]}-{self.train_sizes[1]}: pass the smaller one first")
+        for name, texts in (("texts", self.texts), ("tests", self.tests)):
+            if texts > MOST_TEXTS:
+                raise ValueError(f"--{name} {texts}: pass at most {MOST_TEXTS:,}")
         if options.needles > len(NAMES):
             raise ValueError(f"--needles {options.needles}: there are {len(NAMES)} names for needles, pass fewer")
         for size in (*self.train_sizes, *self.test_sizes):

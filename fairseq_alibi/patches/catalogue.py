@@ -186,6 +186,14 @@ PATCHES = (
         in_command=True,
     ),
     Patch(
+        target="fairseq.data.bucket_pad_length_dataset:get_buckets",
+        replacement=data.get_buckets,
+        what="Calls numpy.percentile as numpy 2 wants it.",
+        why="--num-batch-buckets ends with a TypeError.",
+        source="fairseq/data/data_utils.py:555",
+        removable="when fairseq calls it so",
+    ),
+    Patch(
         target="fairseq.data.indexed_dataset:infer_dataset_impl",
         replacement=data.infer_dataset_impl,
         what="Reads data of --dataset-impl lazy and cached lazily.",

@@ -99,6 +99,11 @@ def check_validation_sizes(trainer: Trainer) -> None:
         task.filter_indices_by_size(dataset.ordered_indices(), dataset, limit)
 
 
+def get_buckets(sizes: numpy.ndarray, num_buckets: int) -> numpy.ndarray:
+    """Replaces fairseq's function of this name: the lengths to which --num-batch-buckets pads."""
+    return numpy.unique(numpy.percentile(sizes, numpy.linspace(0, 100, num_buckets + 1), method="lower")[1:])
+
+
 def infer_dataset_impl(path: str) -> Optional[str]:
     """Replaces fairseq's function of this name: "lazy" and "cached" are one format, read lazily."""
     implementation = original("fairseq.data.indexed_dataset:infer_dataset_impl")(path)

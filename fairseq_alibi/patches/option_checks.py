@@ -18,6 +18,7 @@ from typing import Any, Optional, Union
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data.plasma_utils import PYARROW_AVAILABLE
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed.utils import is_master
@@ -224,12 +225,15 @@ def parse_args_and_arch(parser: argparse.ArgumentParser, *args: Any, **kwargs: A
     if not known.help:
         check_task(known.arch, known.task)  # before the options of the task, which may contradict those of the model
     try:
-        return original("fairseq.options:parse_args_and_arch")(parser, *args, **kwargs)
+        parsed = original("fairseq.options:parse_args_and_arch")(parser, *args, **kwargs)
     except ValueError as error:
         message = str(error)
         if "Cannot combine --fp16" in message:  # fairseq sets --tpu for --bf16
             message = "--fp16 excludes --bf16 and --tpu: pass one of them"
         raise CommandError(" ".join(message.split())) from error
+    if getattr(parsed, "use_plasma_view", False) and not PYARROW_AVAILABLE:  # fairseq starts it before `call_main`
+        raise CommandError("--use-plasma-view needs Plasma, which pyarrow has no more since release 12: drop it")
+    return parsed
 
 
 def check_precision(cfg: FairseqConfig, training: bool) -> None:
