@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import BIN, random_tokens, run
+from conftest import BIN, random_tokens, run, training_config
 from fairseq import models
 from fairseq.data import data_utils
+
+from fairseq_alibi.patches import option_checks
 
 ADAPTIVE = ["--adaptive-softmax-cutoff", "10,20"]
 SIZES = ["--arch", "alibi_lm_tiny", "--tokens-per-sample", 16, "--max-tokens", 128, "--optimizer", "adam", "--cpu"]
@@ -44,6 +46,12 @@ def test_a_run_that_cannot_work_ends_with_one_line(corpus, tmp_path, message):
     assert message in done.output.splitlines()[-1]
     assert "Traceback" not in done.output
     assert not list(tmp_path.glob("checkpoints/*.pt"))
+
+
+def test_several_processes_on_cpus_need_another_backend(corpus, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    with pytest.raises(SystemExit, match=r"--ddp-backend pytorch_ddp needs GPUs .*: pass --ddp-backend legacy_ddp"):
+        option_checks.check_criterion(training_config(corpus, "--task", "language_modeling", *SIZES))
 
 
 def test_overrides_reach_a_checkpoint_that_is_older_than_the_option(corpus, checkpoint, tmp_path):

@@ -164,15 +164,8 @@ def test_trains_and_translates_what_is_longer_without_overrides(pairs, tmp_path)
     options = ["--user-dir", "fairseq_alibi", "--cpu", "--num-workers", 0]
     command = [BIN / "fairseq-train", pairs, *options, "--arch", "alibi_transformer_tiny", "--save-dir", tmp_path]
     command += ["--share-all-embeddings", "--optimizer", "adam", "--lr", 0.003, "--max-tokens", 512, "--max-update", 8]
-    command += ["--criterion", "label_smoothed_cross_entropy", "--checkpoint-activations", "--no-epoch-checkpoints"]
-    run(
-        *command,
-        *SIZES,
-        "--no-epoch-checkpoints",
-        "--checkpoint-activations",
-        "--criterion",
-        "label_smoothed_cross_entropy",
-    )
+    command += ["--criterion", "label_smoothed_cross_entropy", "--ddp-backend", "fully_sharded"]
+    run(*command, *SIZES, "--no-epoch-checkpoints")
     checkpoint = tmp_path / "checkpoint_last.pt"
     options += ["--path", checkpoint, "--beam", 4, "--max-len-b", 70, "--max-tokens", 4096, "--print-alignment"]
     output = run(BIN / "fairseq-generate", pairs, *options).output

@@ -9,6 +9,7 @@ import errno
 import functools
 import importlib.util
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -98,7 +99,8 @@ def check_criterion(cfg: FairseqConfig) -> None:
     if adaptive and backend in ("c10d", "pytorch_ddp"):
         raise CommandError(f"--criterion adaptive_loss cannot run with --ddp-backend {backend}: pass legacy_ddp")
     cpu = cfg.common.cpu or not torch.cuda.is_available()
-    if backend in ("c10d", "pytorch_ddp") and cfg.distributed_training.distributed_world_size > 1 and cpu:
+    processes = max(cfg.distributed_training.distributed_world_size, int(os.environ.get("WORLD_SIZE", 1)))  # torchrun's
+    if backend in ("c10d", "pytorch_ddp") and processes > 1 and cpu:
         raise CommandError(f"--ddp-backend {backend} needs GPUs in fairseq 0.12.2: pass --ddp-backend legacy_ddp")
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from fairseq import optim
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import DistributedTimeoutWrapper
+from fairseq.models.transformer.transformer_config import DEFAULT_MIN_PARAMS_TO_WRAP
 from fairseq.optim import lr_scheduler
 from fairseq.trainer import Trainer
 from fairseq.utils import has_parameters, safe_getattr
@@ -67,7 +68,8 @@ def shard_model(model: nn.Module, cfg: FairseqConfig, device: torch.device, prec
     }
     # Called before FSDP's own hook, because it is registered before.
     model.register_forward_hook(fill_missing_gradients)
-    least = 0 if safe_getattr(cfg.model, "checkpoint_activations") else cfg.model.min_params_to_wrap
+    least = safe_getattr(cfg.model, "min_params_to_wrap", DEFAULT_MIN_PARAMS_TO_WRAP)  # of a translation it is unset
+    least = 0 if safe_getattr(cfg.model, "checkpoint_activations") else least
     reshard = not cfg.distributed_training.no_reshard_after_forward
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         if sum(parameter.numel() for parameter in layer.parameters()) >= least:
