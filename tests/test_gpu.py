@@ -386,6 +386,14 @@ def test_no_mask_takes_more_than_its_share_of_the_memory(monkeypatch):
         assert isinstance(bias, kind)
 
 
+def test_a_mask_larger_than_the_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(mask_limits, "memory_of", lambda device: 2**20)
+    setup = AttentionSetup(position_methods()["alibi"](2), AttentionSettings(kernel="mask"))
+    assert setup.inputs(torch.zeros(1, 300, 8), TokenSpan(300, 300, 0)) is not None
+    with pytest.raises(ValueError, match=r"a mask of 600 tokens takes .* GiB: pass --attention auto, or fewer tokens"):
+        setup.inputs(torch.zeros(1, 600, 8), TokenSpan(600, 600, 0))
+
+
 class NeedsMask(PositionMethod):
     """A method of somebody else's, whose bias is known as a whole mask alone."""
 
@@ -428,7 +436,8 @@ def test_a_measured_crossover_is_read(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     gpu = torch.device("cuda")
-    for text, expected in ((None, float("inf")), ("{", float("inf")), ('{"Some GPU": 1024}', 1024.0)):
+    texts = {None: float("inf"), "{": float("inf"), "[1]": float("inf"), '{"Some GPU": 1024}': 1024.0}
+    for text, expected in texts.items():
         mask_limits.longest_mask.cache_clear()
         if text is not None:
             mask_limits.crossover_file().parent.mkdir(exist_ok=True)

@@ -275,8 +275,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fairseq-alibi doctor`."""
     gpu_help = "measure attention and training on the GPU for 10 minutes, and set up to which length auto uses a mask"
     parser.add_argument("--gpu", action="store_true", help=gpu_help)
-    folder = Path("results/gpu")
-    parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"of --gpu (default: {folder})")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of --gpu (default: results/gpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace results of --gpu that are there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -284,8 +284,11 @@ def run(args: argparse.Namespace) -> None:
     if args.gpu:
         from ..experiments.gpu_check import check_this_gpu
 
-        print(f"\n{check_this_gpu(args.output)}\n\nwritten to {args.output}")
+        output = args.output or Path("results/gpu")
+        print(f"\n{check_this_gpu(output, args.overwrite)}\n\nwritten to {output}")
         return
+    if args.output or args.overwrite:
+        raise ValueError("--output and --overwrite are for --gpu: pass it, or neither of them")
     print(f"{'fairseq-alibi':<16}{__version__} in {Path(__file__).parents[1]}")
     broken = []
     for part in PARTS:

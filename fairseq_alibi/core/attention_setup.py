@@ -6,6 +6,7 @@ Shapes: B batch, H heads, T queries, S keys (the last T of the S positions are t
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -25,7 +26,7 @@ from .attention_inputs import (
 )
 from .bounded_cache import bounded_cache_in
 from .kept import KeptTensor, in_transform
-from .mask_limits import LONGEST_MASK, mask_fits, mask_is_slower
+from .mask_limits import LONGEST_MASK, check_mask_memory, mask_fits, mask_is_slower
 from .positions import PositionMethod, distances
 from .tiled_attention import merge_padding_into_mask
 
@@ -150,6 +151,7 @@ class AttentionSetup:
     def folded_mask(self, x: Tensor, span: TokenSpan, window: Optional[int], padding: Optional[Tensor]) -> Tensor:
         """The bias folded into the mask, see `FoldedMask`; of rows that begin at places of their own with padding."""
         method, device, keys = self.method, x.device, span.keys
+        check_mask_memory(device, mask_elements(self, span, 1), keys)
         # PyTorch's CPU kernels take a float32 mask in half precision; those of a GPU want the dtype of the queries.
         dtype = torch.promote_types(x.dtype, torch.float32) if device.type == "cpu" else compute_dtype(x)
         if padding is not None and method.gives_bias_of_tiles:
@@ -157,12 +159,9 @@ class AttentionSetup:
             return method.bias_of_tile(positions, distance).masked_fill(distance < 0, -math.inf).to(dtype)
         if keys > span.queries or window is not None:
             return method.future_mask(span.queries, keys, window, device, dtype)
-
-        def make() -> Tensor:
-            if self.settings.causal:
-                return method.future_mask(keys, keys, None, device, dtype)
-            return method.full_mask(keys, device, dtype)
-
+        make = partial(method.full_mask, keys, device, dtype)
+        if self.settings.causal:
+            make = partial(method.future_mask, keys, keys, None, device, dtype)
         if is_learned(method) or in_transform(x):
             return make()
         kept = self.kept_mask.get(device, dtype)
@@ -223,9 +222,14 @@ def is_learned(method: PositionMethod) -> bool:
 
 def span_mask_fits(setup: AttentionSetup, device: torch.device, span: TokenSpan, rows: int) -> bool:
     """Whether a mask of so many rows of a batch takes a small share of the memory."""
+    return mask_fits(device, mask_elements(setup, span, rows))
+
+
+def mask_elements(setup: AttentionSetup, span: TokenSpan, rows: int) -> int:
+    """Numbers in a mask of so many rows of a batch."""
     plain = setup.method.bias_kind == "none"
     queries = 1 if plain and not setup.settings.causal else span.queries
-    return mask_fits(device, rows * (1 if plain else setup.method.num_heads) * queries * span.keys)
+    return rows * (1 if plain else setup.method.num_heads) * queries * span.keys
 
 
 def query_scale(

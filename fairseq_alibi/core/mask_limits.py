@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,15 @@ def crossover_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fairseq-alibi", "crossover.json")
 
 
+def measured_crossovers() -> dict[str, Any]:
+    """The content of `crossover_file`; empty where there is none or it is damaged."""
+    try:
+        measured = json.loads(crossover_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return measured if isinstance(measured, dict) else {}
+
+
 @functools.cache
 def longest_mask(device: torch.device) -> float:
     """Number of keys from which on, exclusive, attention without a mask is faster on a device.
@@ -28,9 +38,8 @@ def longest_mask(device: torch.device) -> float:
     if device.type == "cpu":
         return LONGEST_MASK
     try:
-        measured = json.loads(crossover_file().read_text(encoding="utf-8"))
-        return float(measured.get(torch.cuda.get_device_name(device), math.inf))
-    except Exception:  # no file, another's file, no such GPU
+        return float(measured_crossovers().get(torch.cuda.get_device_name(device), math.inf))
+    except Exception:  # another's file, no such GPU
         return math.inf
 
 
@@ -57,3 +66,10 @@ def mask_fits(device: torch.device, elements: int) -> bool:
     if torch.compiler.is_compiling():
         return 4 * elements <= COMPILED_LIMIT
     return 4 * elements <= MASK_SHARE * memory_of(device)
+
+
+def check_mask_memory(device: torch.device, elements: int, keys: int) -> None:
+    """Raises ValueError before a mask of so many numbers, float32 while it is made, is larger than the memory."""
+    if device.type != "meta" and not torch.compiler.is_compiling() and 4 * elements > memory_of(device):
+        needed, there = (f"{size / 2**30:.1f} GiB" for size in (4 * elements, memory_of(device)))
+        raise ValueError(f"a mask of {keys:,} tokens takes {needed} of {there}: pass --attention auto, or fewer tokens")

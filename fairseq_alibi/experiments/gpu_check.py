@@ -26,15 +26,19 @@ from tqdm import tqdm
 from ..core.alibi import ALiBi
 from ..core.attention import KERNELS, Kernel, choose_kernel
 from ..core.attention_inputs import AttentionInputs, FoldedMask, LinearBias, NoBias
-from ..core.mask_limits import crossover_file, mask_fits
+from ..core.mask_limits import crossover_file, mask_fits, measured_crossovers
 from ..core.positions import distances
 from ..core.transformer import Transformer
 from ..data.builtin_corpus import prepare_builtin
 from ..evaluation.plots import chart, curve_styles
 from ..files.errors import one_line
-from ..files.results import describe_environment, write_json, write_text, written_whole
+from ..files.locks import locked
+from ..files.results import check_outputs, check_writable, describe_environment, write_json, write_text, written_whole
 
 HEADS = 8
+
+#: Files of a run.
+FILES = ("gpu.json", "gpu.md", "speed.png", "memory.png")
 
 #: Name: queries, keys, padding to the left, window, and by how much scores are low.
 CASES: dict[str, tuple[int, int, int, Optional[int], float]] = {
@@ -282,9 +286,7 @@ def run_gpu_check(check: GpuCheck, output: Path) -> str:
     content["longest mask"] = crossover(content["rows"]["speed"])
     write_json(output / "gpu.json", content)
     if check.device == "cuda" and content["longest mask"] is not None:
-        path, name = crossover_file(), torch.cuda.get_device_name()
-        measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_json(path, {**measured, name: content["longest mask"]})
+        write_json(crossover_file(), {**measured_crossovers(), torch.cuda.get_device_name(): content["longest mask"]})
     text = [f"{content['environment']['device']}; torch {torch.__version__}; {str(check.dtype)[6:]}, {HEADS} heads."]
     for part, rows in content["rows"].items():
         text += [part, tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g")]
@@ -294,12 +296,13 @@ def run_gpu_check(check: GpuCheck, output: Path) -> str:
     return "\n\n".join(text)
 
 
-def check_this_gpu(output: Path) -> str:
-    """`run_gpu_check` with a made-up corpus; ValueError without a GPU."""
+def check_this_gpu(output: Path, overwrite: bool) -> str:
+    """`run_gpu_check` with the built-in corpus; ValueError without a GPU, or where results are to be kept."""
     if not torch.cuda.is_available():
         raise ValueError("--gpu: torch finds no GPU here; run it without the option")
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with locked(output), tempfile.TemporaryDirectory() as folder:
+        check_outputs([output / name for name in FILES], overwrite)
+        check_writable(crossover_file())
         prepare_builtin(Path(folder, "data"))
         return run_gpu_check(GpuCheck(data=Path(folder, "data")), output)
 
