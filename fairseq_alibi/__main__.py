@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 from . import __version__
 
@@ -143,6 +143,13 @@ def interrupt(number: int, _: Any) -> None:
     raise KeyboardInterrupt(number)
 
 
+def exit_interrupted(program: str, interruption: KeyboardInterrupt, note: str = "") -> NoReturn:
+    """Ends a command with one line and the status of Ctrl-C or of the signal that `interrupt` took."""
+    print(f"{program}: interrupted{note}", file=sys.stderr)
+    output_fault()
+    sys.exit(128 + (interruption.args or (signal.SIGINT,))[0])
+
+
 def main(argv: Optional[list[str]] = None) -> None:
     """Runs a subcommand, by default of the command line.
 
@@ -163,10 +170,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         message = output_fault(error) or str(error)
     except KeyboardInterrupt as interruption:
         resumes = getattr(command, "RESUMES", False)
-        note = "; start the same command again, and it continues" if resumes else ""
-        print(f"{program}: interrupted{note}", file=sys.stderr)
-        output_fault()
-        sys.exit(128 + (interruption.args or (signal.SIGINT,))[0])
+        exit_interrupted(program, interruption, "; start the same command again, and it continues" if resumes else "")
     if message:
         sys.exit(f"{program}: {message}".replace("\n", "\\n"))  # of a file's name
 

@@ -6,6 +6,7 @@ What is compared stands in `benchmark_contenders`, how it is measured in `benchm
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from benchmark_models import HEADS, Case, first_tokens, train_model
 from benchmark_report import write_report
 from tqdm import tqdm
 
+from fairseq_alibi.__main__ import exit_interrupted, interrupt
 from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.files.checkpoints import describe_model
 from fairseq_alibi.files.results import check_absent, check_writable, describe_environment, write_json
@@ -190,12 +192,13 @@ def main(argv: Optional[list[str]] = None) -> None:
     """The command behind scripts/benchmark.sh."""
     args = parse(argv)
     quiet()
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         print("\n" + benchmark(args))
     except (ValueError, OSError) as error:
         sys.exit(f"benchmark: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"benchmark: interrupted; what was measured is in {args.output / 'benchmark.json'}")
+    except KeyboardInterrupt as interruption:
+        exit_interrupted("benchmark", interruption, f"; what was measured is in {args.output / 'benchmark.json'}")
     print(f"written to {args.output}/benchmark.json, benchmark.md and benchmark.png")
 
 

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from fairseq_alibi.__main__ import exit_interrupted, interrupt
 from fairseq_alibi.commands.arguments import positive_integer
 from fairseq_alibi.evaluation.scoring import score_stream, score_windows
 from fairseq_alibi.files.checkpoints import load_model, read_checkpoint
@@ -167,12 +169,15 @@ def main(argv: Optional[list[str]] = None) -> None:
     args = parser.parse_args(argv)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         if not args.minutes > 0:
             raise ValueError(f"--minutes must be more than 0, not {args.minutes:g}")
         read_dictionary(args.data)
         check_writable(args.output / "soak.json")
         rounds = soak(args.data, 60 * args.minutes, args.updates)
+    except KeyboardInterrupt as interruption:
+        exit_interrupted("soak", interruption)
     except (ValueError, OSError) as error:
         sys.exit(f"soak: {error}")
     found = growth(rounds)

@@ -130,6 +130,10 @@ def test_memory_of_masks_follows_what_is_run():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_heads must divide embed_dim, 10, and 3 does not"):
         Transformer(1, 10, 3)
+    with pytest.raises(TypeError, match=r"position_method is 'alibi': pass an object, such as ALiBi\(2\)"):
+        Transformer(1, 16, 2, position_method="alibi")
+    with pytest.raises(ValueError, match="Sinusoidal has 1 heads, not 2"):
+        Transformer(1, 16, 2, position_method=Sinusoidal(1))
     with pytest.raises(ValueError, match="Sinusoidal adds embeddings"):
         Transformer(1, 16, 2, position_method=Sinusoidal(2))
     with pytest.raises(ValueError, match="a cache needs causal=True"):

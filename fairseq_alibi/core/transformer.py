@@ -97,9 +97,15 @@ class Transformer(nn.Module):
 
 
 def given_or_alibi(method: Optional[PositionMethod], num_heads: int, causal: bool) -> PositionMethod:
-    """The position method that is given, or ALiBi; ValueError if it adds embeddings, as no tokens are read here."""
+    """The position method that is given, or ALiBi; ValueError if it has other heads or adds embeddings to tokens."""
     if method is None:
         return ALiBi(num_heads) if causal else EncoderALiBi(num_heads)
+    if not isinstance(method, PositionMethod):
+        raise TypeError(f"position_method is {method!r}: pass an object, such as ALiBi({num_heads})")
+    if method.num_heads != num_heads:
+        raise ValueError(
+            f"{type(method).__name__} has {method.num_heads} heads, not {num_heads}: make it with {num_heads}"
+        )
     if method.adds_embedding:
         raise ValueError(
             f"{type(method).__name__} adds embeddings to those of the tokens: add them, and pass no method"
