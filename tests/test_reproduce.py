@@ -256,11 +256,14 @@ def test_training_that_was_stopped_is_not_done(small, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_a_second_run_into_the_same_folder_is_refused(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("held", ["out", "out/alibi-16/checkpoint_last.pt"])
+def test_a_second_run_into_the_same_folder_is_refused(small, tmp_path, monkeypatch, held):
+    """Of the folder, or of a training whose own `reproduce` was killed."""
     monkeypatch.setattr(comparison.CommandRunner, "run", lambda *_: pytest.fail("another process does it"))
     code = "import sys, pathlib; from fairseq_alibi.files.locks import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, str(tmp_path / held)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as first:
         first.stdout.readline()
-        assert f"out is being written by process {first.pid}: wait" in fails("--output", tmp_path / "out")
+        line = fails("--output", tmp_path / "out", "--methods", "alibi")
+    assert f"{held} is being written by process {first.pid}: wait" in line

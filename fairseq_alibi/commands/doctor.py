@@ -103,7 +103,11 @@ def check_commands() -> str:
             started[name] = subprocess.Popen([path, "--help"], env=environment, stdout=quiet, stderr=quiet)
         except OSError:  # the interpreter that the script names is gone
             broken.append(name)
-    broken += [name for name, process in started.items() if process.wait() != 0]
+    try:
+        broken += [name for name, process in started.items() if process.wait() != 0]
+    finally:
+        for process in started.values():
+            process.kill()  # those that still run when this is interrupted
     if broken:
         raise RuntimeError(f"{', '.join(broken)} --help fails")
     return f"{', '.join(names)} start"

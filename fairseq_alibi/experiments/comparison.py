@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..core import position_methods
 from ..files.errors import one_line
+from ..files.locks import locked
 from ..files.results import describe_environment, now, write_json
 from ..files.safe_reading import count_updates
 from .presets import TEST_TIME, Preset
@@ -169,6 +170,9 @@ def run_steps(model: ComparedModel, comparison: Comparison, runner: CommandRunne
     for step, command in comparison.commands(model).items():
         if step not in finished:
             bar.set_postfix_str(f"{model.folder.name}: {step}")
+            if step == TRAINING:
+                with locked(model.checkpoint):  # a training that outlived its killed reproduce writes this log
+                    pass
             usage = runner.run(command, model.folder / f"{step.replace(' ', '-')}.log")
             # SIGTERM ends training with status 0.
             if step == TRAINING and (updates := count_updates(model.checkpoint)) < comparison.updates:
