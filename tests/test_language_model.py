@@ -257,6 +257,7 @@ OPTIONS = {
     "character embeddings": ["--character-embeddings", "--character-filters", "[(1, 8), (2, 8)]"],
     "adaptive": ADAPTIVE,
     "adaptive, tied": [*ADAPTIVE, "--tie-adaptive-weights", "--tie-adaptive-proj"],
+    "adaptive softmax beside shared embeddings": ["--adaptive-softmax-cutoff", "10,20"],
     "attention dropout": ["--attention-dropout", 0.3, "--activation-dropout", 0.1],
     "12 heads": [
         *("--decoder-attention-heads", 12, "--decoder-embed-dim", 96),
@@ -271,7 +272,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_transformer_lm_work(build, option):
-    """One forward, one backward, one incremental step, and the same answer with and without the cache."""
+    """One forward, one backward, the same answer with and without the cache, and weights that can be read again."""
     arguments = OPTIONS[option]
     arch = "alibi_lm_tiny"
     if {"untied", "input projection", "character embeddings", "adaptive", "adaptive, tied"} & {option}:
@@ -288,6 +289,7 @@ def test_options_of_transformer_lm_work(build, option):
         state = {}
         steps = [model.decoder(tokens[:, : n + 1], incremental_state=state)[0] for n in range(tokens.size(1))]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-5, atol=1e-5)
+    model.load_state_dict(model.state_dict(), model_cfg=model.built_from.model)
 
 
 REFUSED = {

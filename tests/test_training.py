@@ -20,6 +20,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.data import ListDataset
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass.configs import CheckpointConfig, FairseqConfig
 from forked import CONTEXT
 from omegaconf import OmegaConf
@@ -225,6 +227,18 @@ def test_counters_that_fairseq_forgets_are_kept(start, tmp_path):
     assert status == 0, output
     assert "nothing to do: the last 4 validations brought no better loss, --patience is 4" in output
     assert state(killed)["optimizer_history"] == ours["optimizer_history"], "no further update"
+
+
+def test_a_resumed_epoch_ends_where_it_would_have_ended():
+    dataset = ListDataset(range(20))
+
+    def read(offset):
+        epoch = EpochBatchIterator(dataset, list, [[n] for n in range(20)], skip_remainder_batch=True, buffer_size=2)
+        epoch.load_state_dict({"version": 2, "epoch": 1, "iterations_in_epoch": offset})
+        return list(epoch.next_epoch_itr())
+
+    assert read(7) == read(0)[7:]
+    assert len(read(0)) == 19
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_saved(start, uninterrupted, tmp_path):

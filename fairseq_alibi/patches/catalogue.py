@@ -64,6 +64,14 @@ PATCHES = (
         removable="when fairseq-eval-lm honours the option",
     ),
     Patch(
+        target="fairseq.data.iterators:EpochBatchIterator._get_iterator_for_epoch",
+        replacement=data.get_iterator_for_epoch,
+        what="Leaves out the last batch alone with --skip-remainder-batch, after a restart too.",
+        why="An epoch that was resumed ends early by as many batches as were read before.",
+        source="fairseq/data/iterators.py:477",
+        removable="when fairseq counts from the start of the epoch",
+    ),
+    Patch(
         target="fairseq.data.iterators:BackgroundConsumer.run",
         replacement=data.consume_batches,
         what="Ends the processes that load batches when the last batch is there.",

@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset
 from fairseq.data.indexed_dataset import IndexedDataset, IndexedRawTextDataset
-from fairseq.data.iterators import BackgroundConsumer
+from fairseq.data.iterators import BackgroundConsumer, CountingIterator, EpochBatchIterator
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch import Tensor
@@ -153,3 +153,14 @@ def get_whole_word_mask(args: Any, dictionary: Dictionary) -> Optional[WordBegin
     begins[:special] = True
     begins |= torch.tensor([symbol.startswith(("madeupword", "<mask>")) for symbol in dictionary.symbols])
     return WordBeginnings(begins, torch.tensor([symbol.endswith("@@") for symbol in dictionary.symbols]))
+
+
+def get_iterator_for_epoch(
+    self: EpochBatchIterator, epoch: int, shuffle: bool, fix_batches_to_gpus: bool = False, offset: int = 0
+) -> Optional[CountingIterator]:
+    """Replaces `EpochBatchIterator._get_iterator_for_epoch`; `offset` is the number of batches read before."""
+    skip, self.skip_remainder_batch = self.skip_remainder_batch, False
+    make = original("fairseq.data.iterators:EpochBatchIterator._get_iterator_for_epoch")
+    batches = make(self, epoch, shuffle, fix_batches_to_gpus, offset)
+    self.skip_remainder_batch = skip
+    return batches.take(offset + len(self.batch_sampler) - 1) if skip and batches is not None else batches

@@ -293,8 +293,8 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
         raise CommandError(f"{one_line(error)}: name folders, files and subsets that exist") from error
     except ImportError as error:  # of an optimizer, a tokenizer, ...
         raise CommandError(one_line(error)) from error
-    except ValueError as error:
-        if is_message_for_user(error):
+    except (ValueError, AssertionError) as error:
+        if is_message_for_user(error) or "--batch-size" in str(error):  # without it, or --max-tokens
             raise CommandError(str(error)) from None
         raise
     except KeyboardInterrupt:
