@@ -13,6 +13,7 @@ import warnings
 from typing import Any, NoReturn, Optional
 
 from . import __version__
+from .files.errors import output_fault
 
 #: Subcommands with their summaries. The module of a subcommand is `commands/NAME.py`, with `_` in the place of `-`.
 COMMANDS = {
@@ -120,22 +121,6 @@ def lock_of(command: Any, args: argparse.Namespace) -> contextlib.AbstractContex
     from .files.locks import locked  # here, as not every command needs its library
 
     return locked(getattr(args, command.WRITES))
-
-
-def output_fault(error: Optional[Exception] = None) -> str:
-    """Writes out what was printed; returns why it cannot be, if so, and drops it, of which Python would complain.
-
-    `error` ended the command. One of a file of the command names that file, see `naming`.
-    """
-    try:
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise error
-        sys.stdout.flush()
-    except OSError as fault:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        closed = isinstance(fault, BrokenPipeError)  # the reader of the output has ended, as `head -1` does
-        return "standard output is closed" if closed else f"standard output cannot be written ({fault.strerror})"
-    return ""
 
 
 def interrupt(number: int, _: Any) -> None:

@@ -135,6 +135,7 @@ def results(folder):
     numpy.savez(folder / "malicious.npz", tokens=numpy.array([Malicious()], dtype=object))
     (folder / "file").write_text("mine")
     os.mkfifo(folder / "pipe.npz")
+    (folder / "circle").symlink_to("circle")
 
 
 def texts(folder):

@@ -126,6 +126,7 @@ TABLE = {
     "eval-lm nonoverlapping data good.pt 32 --output /dev/null --overwrite": "/dev/null cannot be written .it is a dev",
     "eval-lm nonoverlapping data good.pt 32 -- --model-overrides [[[": "is no dictionary: pass one as",
     "report pipe.npz": "pipe.npz cannot be read .it is no file.: name JSON files",
+    "report good.json --output circle": "circle/report.png cannot be written",
     "report /dev/zero": "/dev/zero cannot be read .it is no file.",
     "generate data good.pt x --tokens 10000000000000000000000000": "--tokens 1.*: pass a whole number of at most",
     "generate data good.pt x --tokens 10000000 --beam 1000": "the keys and values of 1,000 texts of 10,000,.* take",

@@ -312,6 +312,7 @@ def test_effective_length_and_interval():
             "size 10: mqar with these options has 24 to",
         ),
         ("make copy OUT --train-sizes 9-3 --test-sizes 4", "--train-sizes 9-3: pass the smaller one first"),
+        ("gain /dev/zero", "/dev/zero holds no losses of tokens"),
         ("make mqar OUT --train-sizes 64 --test-sizes 64 --queries 9", "--queries 9: there are 8 pairs to ask for"),
         ("make mqar OUT --train-sizes 64 --test-sizes 64 --tests 999999999999", "--tests 999999999999: pass at most"),
         (

@@ -8,7 +8,7 @@ import sys
 import warnings
 
 import pytest
-from conftest import BIN
+from conftest import BIN, ROOT
 
 from fairseq_alibi.__main__ import main, prepare_streams_and_warnings
 
@@ -41,6 +41,14 @@ def test_a_reader_that_ends_is_one_line(shell, tmp_path):
     assert (status, len(output.splitlines())) == (1, 1)
     assert errors == ["fairseq-alibi evaluate: standard output is closed"]
     assert list((tmp_path / "out").glob("*.json")), "what was done is kept"
+
+
+def test_a_reader_of_fairseqs_commands_that_ends_is_one_line(shell):
+    command = "fairseq-interactive $DATA --user-dir $ROOT/fairseq_alibi --task language_modeling --path $CK --cpu"
+    status, _, errors = shell(f"{command} --input $DATA/dict.txt --max-len-b 3 | true", ROOT=ROOT)
+    assert status == 1
+    assert errors[-1] == "standard output is closed"
+    assert "Traceback" not in "".join(errors)
 
 
 class FullOutput(io.StringIO):

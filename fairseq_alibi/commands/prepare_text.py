@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--word-level: a model of sentencepiece has no words; pass --tokenizer moses or none")
     settings = TextSettings(args.tokenizer, merges, args.language, not args.no_escape, not args.no_dash_splits)
     prepare = functools.partial(prepare_shards, shards=args.shards) if args.shards else prepare_text
-    destination = args.dest.resolve()
+    destination = Path(os.path.realpath(args.dest))
     if args.builtin:
         size = args.max_bytes or builtin_corpus.BYTES
         builtin_corpus.prepare_builtin(destination, size, settings, args.workers, prepare)

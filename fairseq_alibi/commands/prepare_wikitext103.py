@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     check_workers(args.workers)
     if args.source and args.urls:
         raise ValueError(f"--from {args.source} and --url {args.urls[0]} exclude each other: give one of them")
-    prepare_wikitext103(args.dest.resolve(), args.source, args.urls, args.md5, args.workers)
+    prepare_wikitext103(Path(os.path.realpath(args.dest)), args.source, args.urls, args.md5, args.workers)

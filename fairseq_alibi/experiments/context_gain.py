@@ -44,6 +44,8 @@ def read_token_losses(path: Path) -> TokenLosses:
     """Reads a file of token losses; ValueError if it is none."""
     losses = {}
     try:
+        if not path.is_file():  # a pipe, which may never end
+            raise OSError
         with numpy.load(path) as stored:
             tokens, subject = stored["tokens"], dict(json.loads(str(stored["subject"])))
             for name in stored.files:

@@ -1,8 +1,10 @@
 """Messages for the user: other libraries' as one line, and commands that can be run as they are printed."""
 
+import os
 import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 
 def one_line(error: BaseException) -> str:
@@ -25,3 +27,19 @@ def check_kind(name: str, value: Any, default: Any) -> None:
     kinds = (bool,) if isinstance(default, bool) else (int, float)
     if isinstance(default, (int, float)) and value is not None and type(value) not in kinds:
         raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
+
+
+def output_fault(error: Optional[Exception] = None) -> str:
+    """Writes out what was printed; returns why it cannot be, if so, and drops it, of which Python would complain.
+
+    `error` ended the command. One of a file of the command names that file, see `naming`.
+    """
+    try:
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise error
+        sys.stdout.flush()
+    except OSError as fault:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        closed = isinstance(fault, BrokenPipeError)  # the reader of the output has ended, as `head -1` does
+        return "standard output is closed" if closed else f"standard output cannot be written ({fault.strerror})"
+    return ""

@@ -13,7 +13,7 @@ from .results import naming
 
 def lock_path(path: Path) -> Path:
     """Returns the file beside a file or folder whose lock stands for it."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # unlike `resolve`, it has a result for a link to itself
     return path.with_name(f".{path.name}.lock")
 
 
@@ -23,7 +23,7 @@ def locked(path: Path, wait: float = 0) -> Iterator[None]:
 
     Folders above it are made, and are removed with it if nothing is written into them.
     """
-    file, absolute = lock_path(path), path.resolve()
+    file, absolute = lock_path(path), Path(os.path.realpath(path))
     made = [folder for folder in (absolute, *absolute.parents) if not folder.exists()]
     with naming(path):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from fairseq.trainer import Trainer
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
-from ..files.errors import check_kind, one_line
+from ..files.errors import check_kind, one_line, output_fault
 from ..files.locks import locked
 from .compatibility import limit_waiting
 from .data import SKIP
@@ -279,6 +279,12 @@ def train_alone(main: Callable[..., None], cfg: FairseqConfig, **kwargs: Any) ->
         main(cfg, **kwargs)
 
 
+def drop_output(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """In the place of `Handler.handleError`: a run whose output is closed continues, with one line, no traceback."""
+    if message := output_fault():
+        print(message, file=sys.stderr)
+
+
 @contextlib.contextmanager
 def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None]:
     """A context in which one of fairseq's commands runs: what cannot work is a CommandError, Ctrl-C status 130."""
@@ -287,10 +293,15 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
     apply(in_command=True)
     check_precision(cfg, training)
     check_overrides(cfg)
+    logging.StreamHandler.handleError = drop_output  # type: ignore[method-assign]
     try:
         yield
     except FileNotFoundError as error:  # a data folder, subset or dictionary
         raise CommandError(f"{one_line(error)}: name folders, files and subsets that exist") from error
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        raise CommandError(output_fault(error) or one_line(error)) from error
     except ImportError as error:  # of an optimizer, a tokenizer, ...
         raise CommandError(one_line(error)) from error
     except (ValueError, AssertionError) as error:
@@ -302,6 +313,8 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
             resumes = training and not cfg.checkpoint.no_save
             logger.warning("interrupted%s", "; the same command resumes from its last checkpoint" * resumes)
         sys.exit(128 + signal.SIGINT)
+    if message := output_fault():
+        raise CommandError(message)
 
 
 def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> None:
