@@ -293,7 +293,7 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
     apply(in_command=True)
     check_precision(cfg, training)
     check_overrides(cfg)
-    logging.StreamHandler.handleError = drop_output  # type: ignore[method-assign]
+    logging.StreamHandler.handleError = drop_output  # type: ignore[method-assign, assignment]
     try:
         yield
     except FileNotFoundError as error:  # a data folder, subset or dictionary
