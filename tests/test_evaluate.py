@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import numpy
 import pytest
@@ -234,23 +235,26 @@ def test_what_is_done_is_not_done_again(corpus, checkpoint, tmp_path, monkeypatc
 
     def interrupted(model, text, way, *rest):
         scored.append(way.length)
-        if way.length == 64 and scored.count(64) == 1:
-            raise KeyboardInterrupt
+        number = {64: signal.SIGINT, 128: signal.SIGTERM}.get(way.length)
+        if number and scored.count(way.length) == 1:
+            assert signal.getsignal(number) is not signal.SIG_DFL
+            signal.raise_signal(number)
         return original(model, text, way, *rest)
 
     monkeypatch.setattr(checkpoint_evaluation, "evaluate_model", interrupted)
     sweep = (corpus, checkpoint, "--lengths", "16,64,128", "--output", tmp_path)
-    assert fails(capsys, *sweep) == "130"
-    assert "evaluate: interrupted; start the same command again, and it continues" in capsys.readouterr().err
-    assert results(tmp_path).keys() == {(16, 16)}
+    for status, done in (("130", {(16, 16)}), ("143", {(16, 16), (64, 64)})):
+        assert fails(capsys, *sweep) == status
+        assert "evaluate: interrupted; start the same command again, and it continues" in capsys.readouterr().err
+        assert results(tmp_path).keys() == done
     command(*sweep)
-    assert scored == [16, 64, 64, 128]
+    assert scored == [16, 64, 64, 128, 128]
     assert results(tmp_path).keys() == {(16, 16), (64, 64), (128, 128)}
     assert "(in " in capsys.readouterr().out
     command(*sweep, "--by-position", "--save-token-losses", tmp_path / "losses.npz")
-    assert scored[4:] == [16, 64, 128], "more is wanted of each"
+    assert scored[5:] == [16, 64, 128], "more is wanted of each"
     command(*sweep, "--by-position", "--save-token-losses", tmp_path / "losses.npz")
-    assert len(scored) == 7
+    assert len(scored) == 8
 
 
 def test_results_of_something_else_are_neither_lost_nor_mixed(corpus, checkpoint, train, tmp_path, capsys):
