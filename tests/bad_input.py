@@ -10,6 +10,7 @@ import shlex
 import shutil
 import warnings
 import zipfile
+from unittest import mock
 
 import numpy
 import torch
@@ -233,6 +234,7 @@ def full_disk():
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
     try:
-        yield
+        with mock.patch("sys.dont_write_bytecode", True):  # Python would leave half of each module that it compiles
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -210,6 +210,7 @@ MISFITS = {
     "place": ("train --restore-file", "the training data end before the place .* pass --reset-dataloader"),
     "pipe": ("eval-lm", "file.pt is a folder, a device or a pipe"),
     "folder": ("train --restore-file", "--restore-file .*file.pt is no file, and training would start anew"),
+    "reset": ("train --finetune-from-model", "--finetune-from-model can not be set together with .*dataloader$"),
     "missing": ("train --finetune-from-model", "--finetune-from-model .*file.pt is no file"),
 }
 
@@ -235,7 +236,11 @@ def test_what_does_not_fit_is_named_in_one_line(monkeypatch, corpus, checkpoint,
     elif kind != "missing":
         torch.save(state, path)
     command, arguments = READERS[reader]
-    folder = ["--save-dir", tmp_path / "new", *["--store-ema"] * (kind == "no EMA")] * (command == "train")
+    folder = [
+        "--save-dir",
+        tmp_path / "new",
+        *{"no EMA": ["--store-ema"], "reset": ["--reset-optimizer"]}.get(kind, []),
+    ] * (command == "train")
     assert re.search(message, refusal(monkeypatch, command, corpus, *arguments, path, "--cpu", *folder))
 
 

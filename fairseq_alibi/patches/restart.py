@@ -110,6 +110,8 @@ def load_checkpoint(cfg: CheckpointConfig, trainer: Trainer, **passthrough_args:
     load = original("fairseq.checkpoint_utils:load_checkpoint")
     try:
         extra_state, epoch_itr = load(cfg, trainer, **passthrough_args)
+    except ValueError as error:  # options that exclude each other, followed by all options
+        raise CommandError(str(error).partition(": {")[0]) from error
     except RuntimeError as error:
         if "dataloader mismatch" not in str(error):
             raise
