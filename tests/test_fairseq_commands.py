@@ -109,6 +109,14 @@ def test_missing_data_are_named_in_one_line(monkeypatch, corpus, checkpoint, tmp
     assert message.endswith(": name folders, files and subsets that exist")
 
 
+def test_text_that_does_not_fit_its_index_is_named(monkeypatch, corpus, tmp_path):
+    data = shutil.copytree(corpus, tmp_path / "data")
+    shutil.copy(corpus / "valid.bin", data / "train.bin")
+    assert "an .idx points to places that its .bin does not have" in refusal(
+        monkeypatch, "train", data, *TRAINING, "--cpu"
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "overrides", "message"),
     [

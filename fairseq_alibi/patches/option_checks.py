@@ -307,6 +307,8 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
     except (ValueError, AssertionError) as error:
         if is_message_for_user(error) or "--batch-size" in str(error):  # without it, or --max-tokens
             raise CommandError(str(error)) from None
+        if "offset must be non-negative" in str(error):  # numpy, in this process or one that loads data
+            raise CommandError("an .idx points to places that its .bin does not have: prepare the data anew") from error
         raise
     except KeyboardInterrupt:
         if is_master(cfg.distributed_training):
