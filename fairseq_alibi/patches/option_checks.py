@@ -50,7 +50,6 @@ TASKS = {
     ),
 }
 
-
 #: The criterions of fairseq that can train these models in all tasks; another has the name of its task.
 CRITERIONS = (
     *("adaptive_loss", "cross_entropy", "label_smoothed_cross_entropy"),
