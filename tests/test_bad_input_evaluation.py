@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("inside_given")
 TABLE = {
     # Files that are none, or of another kind
     "evaluate nowhere good.pt": "there is no nowhere/dict.txt: name the data folder",
+    "evaluate 'line\nbreak' good.pt": r"there is no line\\nbreak/dict.txt",
     "evaluate data nowhere.pt": "there is no checkpoint nowhere.pt: name",
     "evaluate data folder.pt": "there is no checkpoint folder.pt: name",
     "evaluate data text.pt": "text.pt is no fairseq checkpoint",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import BIN, random_tokens, run, training_config
 from fairseq import models
-from fairseq.data import data_utils
+from fairseq.data import bucket_pad_length_dataset, data_utils
 
 from fairseq_alibi.patches import option_checks
 
@@ -99,6 +99,10 @@ def test_lines_longer_than_a_batch_are_trained_on_and_evaluated(long_lines, tmp_
     output = run(BIN / "fairseq-eval-lm", *command, "--sample-break-mode", mode, "--max-tokens", 128).output
     tokens = sum(len(line.split()) + 1 for line in (long_lines.parent / "valid").read_text().splitlines())
     assert f"Evaluated {tokens:,} tokens" in output
+
+
+def test_lengths_of_buckets_are_lengths_of_samples():
+    assert bucket_pad_length_dataset.get_buckets([4, 1, 3, 2, 9], 2).tolist() == [3, 9]
 
 
 @pytest.mark.parametrize("vector", [False, True])

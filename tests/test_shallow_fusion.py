@@ -110,7 +110,7 @@ def test_scores_with_a_language_model_are_the_sum(pairs, translation, train, lm_
 
 
 def test_an_ensemble_averages_probabilities(pairs, translation):
-    paths = translation("alibi_transformer_tiny"), translation("alibi_transformer")
+    paths = translation("alibi_transformer_tiny"), translation("transformer")
     found = generated(pairs, ":".join(map(str, paths)))
     models, task = load(*paths)
     task.load_dataset("valid")

@@ -2,15 +2,17 @@
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
 import warnings
 
 import pytest
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, training_config
 
 from fairseq_alibi.__main__ import main, prepare_streams_and_warnings
+from fairseq_alibi.patches.option_checks import checked_command
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -54,8 +56,20 @@ def test_a_reader_of_fairseqs_commands_that_ends_is_one_line(shell):
 class FullOutput(io.StringIO):
     """An output whose disk is full."""
 
-    def write(self, _):
+    def write(self, _=""):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = write
+
+
+def test_a_log_of_fairseq_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", FullOutput())
+    monkeypatch.setattr(os, "dup2", lambda *_: monkeypatch.undo())  # the output is dropped
+    monkeypatch.setattr(logging.StreamHandler, "handleError", None)
+    cfg = training_config("data", "--arch", "alibi_lm_tiny", "--task", "language_modeling", "--cpu")
+    with checked_command(cfg):
+        logging.StreamHandler(sys.stdout).emit(logging.makeLogRecord({"msg": "an update"}))
+    assert capsys.readouterr().err == "standard output cannot be written (No space left on device)\n"
 
 
 def test_a_full_standard_output_is_named(tmp_path, monkeypatch):
