@@ -35,6 +35,7 @@ REFUSED = {
     ],
     "--character-embeddings are no table that the output could share": ["--character-embeddings"],
     "--use-plasma-view needs Plasma, which pyarrow has no more": ["--use-plasma-view"],
+    "--attention-dropout -1.0: pass a probability from 0 to 1": ["--attention-dropout=-1"],
     "a causal model predicts the next token alone; drop them": ["--past-target"],
 }
 

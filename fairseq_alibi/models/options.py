@@ -116,6 +116,9 @@ def check_position_options(args: Any, *stacks: str) -> None:
                 f"--position-method {name}: choose one of {', '.join(position_methods(stack))}, or name the folder "
                 "that registers it with --user-dir"
             )
+    for dropout in ("dropout", "attention_dropout", "activation_dropout", "relu_dropout"):
+        if not 0 <= (safe_getattr(args, dropout) or 0) <= 1:
+            raise ValueError(f"--{dropout.replace('_', '-')} {getattr(args, dropout)}: pass a probability from 0 to 1")
     if args.attention not in KERNEL_CHOICES:
         raise ValueError(f"--attention {args.attention}: choose one of {', '.join(KERNEL_CHOICES)}")
     if not 0 <= args.attention_epsilon < 1:
