@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from fairseq import options
+from fairseq import checkpoint_utils, options
 from fairseq.logging import meters, metrics
 from fairseq_cli import generate, preprocess, train
 
@@ -99,7 +99,8 @@ FAULTS = {
     ),
     "model is a list": (lambda state: {**state, "model": [1, 2]}, "its 'model' does not hold tensors by name"),
     "model holds numbers": (lambda state: {**state, "model": {"weight": 1}}, "its 'model' does not hold tensors"),
-    "model is missing": (lambda state: {"cfg": state["cfg"], "optimizer_history": []}, "is no fairseq checkpoint"),
+    "model is missing": (lambda state: {"cfg": state["cfg"], "optimizer_history": []}, "is missing, empty or of"),
+    "extra_state is a text": (lambda state: {**state, "extra_state": "x"}, "is missing, empty or of another type"),
 }
 
 
@@ -111,6 +112,13 @@ def test_content_of_another_type_is_named(checkpoint, tmp_path, fault):
         read_checkpoint(str(tmp_path / "file.pt"))
     assert "file.pt is no fairseq checkpoint (" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("fault", ["cfg is a text", "cfg.task is missing"])
+def test_training_refuses_options_of_another_type(checkpoint, tmp_path, fault):
+    torch.save(FAULTS[fault][0](torch.load(checkpoint)), tmp_path / "file.pt")
+    with pytest.raises(SystemExit, match="'cfg' does not hold the options of a model and a task"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "file.pt"))
 
 
 def test_damage_in_the_middle_of_any_record_is_found(checkpoint, tmp_path):

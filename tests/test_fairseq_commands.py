@@ -8,12 +8,13 @@ import zipfile
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, training_config
 from fairseq.data import Dictionary
 from fairseq_cli import eval_lm, generate, interactive, train
 
 from fairseq_alibi.__main__ import main
 from fairseq_alibi.patches.data import SKIP, get_whole_word_mask
+from fairseq_alibi.patches.option_checks import check_precision
 
 COMMANDS = {"train": train, "eval-lm": eval_lm, "generate": generate, "interactive": interactive}
 TRAINING = [
@@ -71,6 +72,12 @@ def test_bf16_of_an_evaluation_is_said_to_be_ignored(monkeypatch, corpus, checkp
     assert any("--bf16 is ignored by this command" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.parametrize(("precision", "training"), [("--fp16", False), ("--amp", False), ("--amp", True)])
+def test_a_precision_that_changes_nothing_without_a_gpu_is_named(corpus, caplog, precision, training):
+    check_precision(training_config(corpus, *TRAINING, precision, "--cpu"), training)
+    assert f"{precision} is ignored by this command" in caplog.text
+
+
 def test_samples_that_a_model_cannot_read_are_left_out_on_request_only(monkeypatch, corpus, train, caplog):
     path = train("--position-method", "learned", "--max-target-positions", "32")
     arguments = ["--path", path, "--gen-subset", "valid", "--cpu", "--tokens-per-sample"]
@@ -109,12 +116,30 @@ def test_missing_data_are_named_in_one_line(monkeypatch, corpus, checkpoint, tmp
     assert message.endswith(": name folders, files and subsets that exist")
 
 
-def test_text_that_does_not_fit_its_index_is_named(monkeypatch, corpus, tmp_path):
+def offsets_past_the_end(index):
+    """Gives all sentences of an .idx but the last an offset that its .bin does not have."""
+    sentences = int.from_bytes(index[18:26], "little")
+    first, last = 26 + 4 * sentences, 26 + 12 * sentences - 8
+    return index[:first] + (10**6).to_bytes(8, "little") * (sentences - 1) + index[last:]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train.idx", offsets_past_the_end, "an .idx points to places that its .bin does not have"),
+        (
+            "train.bin",
+            lambda text: text[:100],
+            "train.bin does not hold the 20,813 tokens of its .idx: prepare the folder",
+        ),
+        ("valid.bin", lambda text: b"", "valid.bin is missing or empty: prepare the folder anew"),
+        ("valid.idx", lambda index: b"no index", "valid.bin and .idx cannot be read"),
+    ],
+)
+def test_files_of_a_data_folder_that_do_not_fit_are_named(monkeypatch, corpus, tmp_path, name, change, message):
     data = shutil.copytree(corpus, tmp_path / "data")
-    shutil.copy(corpus / "valid.bin", data / "train.bin")
-    assert "an .idx points to places that its .bin does not have" in refusal(
-        monkeypatch, "train", data, *TRAINING, "--cpu"
-    )
+    (data / name).write_bytes(change((data / name).read_bytes()))
+    assert message in refusal(monkeypatch, "train", data, *TRAINING, "--cpu")
 
 
 @pytest.mark.parametrize(

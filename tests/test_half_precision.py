@@ -126,11 +126,6 @@ def test_bf16_gain_is_a_ratio_of_speeds():
     assert 0.001 < layers.bf16_gain() < 100
 
 
-def test_amp_trains_without_a_gpu(train):
-    """It changes nothing there; --fp16 and --bf16 are refused."""
-    assert train("--amp", updates=3).exists()
-
-
 def test_evaluation_in_fp16_gives_the_same_loss(corpus, train):
     checkpoint = train(updates=3)
     losses = []

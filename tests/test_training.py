@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -279,12 +280,19 @@ def test_counters_of_loss_scaler_and_moving_average_are_kept():
     assert (reset.ema.update_freq_counter, reset.optimizer.scaler._iter) == (0, 0)
 
 
-def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "the checkpoint has 118 updates, --max-update is 118"),
+        (("--max-update", 200, "--stop-time-hours", 1e-9), "hours, --stop-time-hours is 1e-09"),
+    ],
+)
+def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path, options, message):
     """As one has to be that was killed after its last checkpoint."""
     copy = shutil.copytree(uninterrupted, tmp_path / "copy")
-    status, output = start(copy)
+    status, output = start(copy, *options)
     assert status == 0, output
-    assert "nothing to do: the checkpoint has 118 updates, --max-update is 118" in output
+    assert re.search(f"nothing to do: .*{message}", output)
     assert_same(copy, uninterrupted)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset, data_utils
-from fairseq.data.indexed_dataset import MMapIndexedDataset
 from torch import Tensor
 
 from .errors import one_line
@@ -71,47 +70,16 @@ def text_options(data: Path) -> dict[str, Any]:
     return options
 
 
-def check_index(path: Path) -> None:
-    """Checks that an index (`path`.idx) is whole and its text not empty, which end in a traceback in fairseq."""
-    index, text = path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")
-    if not index.is_file():
-        return
-    with index.open("rb") as file:
-        head = file.read(26)  # mapped format: 9 bytes of magic, version, type, number of sentences
-    if head and not MMapIndexedDataset.Index._HDR_MAGIC.startswith(head[:9]):
-        return  # an older format of fairseq
-    sentences = int.from_bytes(head[18:], "little")
-    if len(head) < 26 or index.stat().st_size < 26 + 12 * sentences:  # 4 bytes of size and 8 of offset for each
-        raise ValueError(f"{index} is cut short: prepare the folder anew")
-    if not text.is_file() or not text.stat().st_size:
-        raise ValueError(f"{text} is missing or empty: prepare the folder anew")
-
-
 def open_subset(data: str, subset: str) -> FairseqDataset:
     """Opens a subset of a data folder as fairseq's dataset of sentences; ValueError for a missing or broken one."""
     folder = first_folder(data)
     path = folder / subset
-    check_index(path)
     raw = not path.with_name(f"{path.name}.idx").exists() and (folder / "dict.txt").is_file()
     dictionary = read_dictionary(data) if raw else None  # raw text is read with it
-    try:
-        dataset = data_utils.load_indexed_dataset(str(path), dictionary) if subset else None
-    except Exception as error:  # such as an .idx that is cut short
-        raise ValueError(f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew") from error
+    dataset = data_utils.load_indexed_dataset(str(path), dictionary) if subset else None  # see `patches.data`
     if dataset is None:
         present = sorted(path.stem for pattern in ("*.idx", "*.None-None") for path in folder.glob(pattern))
         raise ValueError(f"{data} holds no subset '{subset}' (it holds {', '.join(present) or 'none'}): pass --subset")
-    if not len(dataset):
-        raise ValueError(f"{path}.bin holds no text: prepare the folder anew")
-    try:
-        if dataset.supports_prefetch:  # fairseq's older formats can only be read after this
-            dataset.prefetch(range(len(dataset)))
-        dataset[len(dataset) - 1]
-    except Exception as error:  # numpy raises it for a .bin that is too short
-        raise ValueError(
-            f"{path}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the folder anew "
-            f"({one_line(error)})"
-        ) from error
     return dataset
 
 

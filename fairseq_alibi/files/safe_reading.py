@@ -55,6 +55,8 @@ def explain_refusal(path: Path, error: BaseException) -> str:
     if code := code_called(path, str(error)):
         return f"{path} is refused, as it could run code: it calls {code}; get the checkpoint from a source you trust"
     reason = one_line(error).partition(". ")[0]  # torch then advises to load it without the safe loader
+    if isinstance(error, (AttributeError, LookupError, TypeError)):  # deep inside of fairseq
+        reason = "its cfg, model, optimizer_history or extra_state is missing, empty or of another type"
     return f"{path} is no fairseq checkpoint ({reason}): name a checkpoint_best.pt or checkpoint_last.pt"
 
 

@@ -218,6 +218,14 @@ PATCHES = (
         removable="when fairseq writes the names that it reads",
     ),
     Patch(
+        target="fairseq.data.indexed_dataset:make_dataset",
+        replacement=data.make_dataset,
+        what="Names the files of a subset that are broken or hold no text.",
+        why="fairseq ends with a traceback.",
+        source="fairseq/data/indexed_dataset.py:77",
+        removable="when fairseq names them",
+    ),
+    Patch(
         target="fairseq.tasks.masked_lm:get_whole_word_mask",
         replacement=data.get_whole_word_mask,
         what="Finds the words for --mask-whole-words by the marks of subwords in dict.txt.",

@@ -81,7 +81,11 @@ def load_checkpoint_to_cpu(
         raise CommandError(f"{path} is a folder, a device or a pipe: name a checkpoint_best.pt or checkpoint_last.pt")
     try:
         with checked_reading(Path(path)):
-            return read_shards(path, load(path, arg_overrides, load_on_all_ranks))
+            state = read_shards(path, load(path, arg_overrides, load_on_all_ranks))
+            cfg = state.get("cfg")  # fairseq makes a dictionary of a text, and training does not read it
+            if cfg is not None and not ("model" in cfg and "task" in cfg):
+                raise ValueError("its 'cfg' does not hold the options of a model and a task")
+            return state
     except ValueError as error:
         raise CommandError(str(error)) from error
 

@@ -4,19 +4,21 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy
 import torch
 from fairseq import utils
 from fairseq.data import Dictionary, FairseqDataset
-from fairseq.data.indexed_dataset import IndexedDataset, IndexedRawTextDataset
+from fairseq.data.indexed_dataset import IndexedDataset, IndexedRawTextDataset, MMapIndexedDataset
 from fairseq.data.iterators import BackgroundConsumer, CountingIterator, EpochBatchIterator
 from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..files.errors import one_line
 from .patch import CommandError, original
 
 logger = logging.getLogger(__name__)
@@ -115,6 +117,44 @@ def get_indexed_dataset_to_local(path: str) -> str:
     path = original("fairseq.data.indexed_dataset:get_indexed_dataset_to_local")(path)
     exists = IndexedDataset.exists(path) or IndexedRawTextDataset.exists(path)
     return path if exists or not IndexedRawTextDataset.exists(path + RAW_SUFFIX) else path + RAW_SUFFIX
+
+
+def check_index(path: str) -> None:
+    """Checks that the index of a subset is whole and its text not empty; CommandError."""
+    index, text = Path(f"{path}.idx"), Path(f"{path}.bin")
+    if not index.is_file():
+        return
+    with index.open("rb") as file:
+        head = file.read(26)  # mapped format: 9 bytes of magic, version, type, number of sentences
+    if head and not MMapIndexedDataset.Index._HDR_MAGIC.startswith(head[:9]):
+        return  # an older format of fairseq
+    sentences = int.from_bytes(head[18:], "little")
+    if len(head) < 26 or index.stat().st_size < 26 + 12 * sentences:  # 4 bytes of size and 8 of offset for each
+        raise CommandError(f"{index} is cut short: prepare the folder anew")
+    if not text.is_file() or not text.stat().st_size:
+        raise CommandError(f"{text} is missing or empty: prepare the folder anew")
+
+
+def make_dataset(path: str, impl: str, *args: Any, **kwargs: Any) -> Any:
+    """Replaces fairseq's function of this name: CommandError for files that are broken or hold no text."""
+    check_index(path)
+    try:
+        dataset = original("fairseq.data.indexed_dataset:make_dataset")(path, impl, *args, **kwargs)
+    except Exception as error:  # such as an .idx that holds something else
+        raise CommandError(
+            f"{path}.bin and .idx cannot be read ({one_line(error)}): prepare the folder anew"
+        ) from error
+    if dataset is not None and not len(dataset):
+        raise CommandError(f"{path} holds no text: prepare the folder anew")
+    try:
+        if dataset is not None and not dataset.supports_prefetch:
+            dataset[len(dataset) - 1]
+    except Exception as error:  # numpy raises it for a .bin that is too short
+        raise CommandError(
+            f"{path}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the folder anew "
+            f"({one_line(error)})"
+        ) from error
+    return dataset
 
 
 @dataclass(frozen=True)

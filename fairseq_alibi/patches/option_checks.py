@@ -247,12 +247,12 @@ def check_precision(cfg: FairseqConfig, training: bool) -> None:
         for group in filter(OmegaConf.is_dict, cfg.values()):  # several copy it
             if "tpu" in group:
                 group.tpu = False
+    ignored = ("bf16",) * (not training) + ("amp",) * (not (training and gpu)) + ("fp16",) * (not (training or gpu))
+    for name in filter(common.get, ignored):
+        logger.warning("--%s is ignored by this command, which computes in float32: drop it", name)
     if not training:
-        if common.bf16:
-            logger.warning("--bf16 is ignored by this command, which computes in float32: drop it, or pass --fp16")
         return
-    sharded = cfg.distributed_training.ddp_backend == "fully_sharded"
-    if common.bf16 and not (gpu or common.tpu or sharded):
+    if common.bf16 and not (gpu or common.tpu or cfg.distributed_training.ddp_backend == "fully_sharded"):
         raise CommandError("--bf16 needs a GPU: drop it, or pass --cpu-bf16 for matrix products in bfloat16 on a CPU")
     precisions = [f"--{name}" for name in ("fp16", "bf16", "amp") if common[name]]
     if len(precisions) > 1:

@@ -143,6 +143,10 @@ def train(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> tuple[list[O
     if training_state.has_lost_patience(cfg):
         logger.info("nothing to do: the last %s validations brought no better loss, --patience is %s", *[patience] * 2)
         return [None], True
+    hours, before = cfg.optimization.stop_time_hours, trainer._previous_training_time / 3600
+    if 0 < hours < before:
+        logger.info("nothing to do: the checkpoint was trained for %.3g hours, --stop-time-hours is %s", before, hours)
+        return [None], True
     if cfg.dataset.curriculum:  # fairseq keeps the loader of the first epoch, which is not shuffled, for all epochs
         epoch_itr.dataloader = None
     return original("fairseq_cli.train:train")(cfg, trainer, task, epoch_itr)
