@@ -91,7 +91,7 @@ def test_a_model_trained_with_eval_bleu_is_read_resumed_and_generated_from(tmp_p
 
 
 FAULTS = {
-    "cfg is a text": (lambda state: {**state, "cfg": "model"}, "is no fairseq checkpoint"),
+    "cfg is a text": (lambda state: {**state, "cfg": "some text"}, "is no fairseq checkpoint"),
     "cfg.model is a number": (lambda state: {**state, "cfg": {**state["cfg"], "model": 1}}, "is no fairseq checkpoint"),
     "cfg.task is missing": (
         lambda state: {**state, "cfg": {"model": state["cfg"]["model"]}},

@@ -284,7 +284,7 @@ def test_counters_of_loss_scaler_and_moving_average_are_kept():
     ("options", "message"),
     [
         ((), "the checkpoint has 118 updates, --max-update is 118"),
-        (("--max-update", 200, "--stop-time-hours", 1e-9), "hours, --stop-time-hours is 1e-09"),
+        (("--max-update", "200", "--stop-time-hours", "1e-9"), "hours, --stop-time-hours is 1e-09"),
     ],
 )
 def test_a_finished_run_makes_no_further_update(start, uninterrupted, tmp_path, options, message):
