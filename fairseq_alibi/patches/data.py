@@ -150,9 +150,9 @@ def make_dataset(path: str, impl: str, *args: Any, **kwargs: Any) -> Any:
         if dataset is not None and not dataset.supports_prefetch:
             dataset[len(dataset) - 1]
     except Exception as error:  # numpy raises it for a .bin that is too short
+        tokens = int(dataset.sizes.sum())
         raise CommandError(
-            f"{path}.bin does not hold the {int(dataset.sizes.sum()):,} tokens of its .idx: prepare the folder anew "
-            f"({one_line(error)})"
+            f"{path}.bin does not hold the {tokens:,} tokens of its .idx: prepare the folder anew"
         ) from error
     return dataset
 
