@@ -5,7 +5,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ import warnings
 from typing import Any, NoReturn, Optional
 
 from . import __version__
-from .files.errors import output_fault
+from .files.errors import output_fault, replace_closed_outputs
 
 #: Subcommands with their summaries. The module of a subcommand is `commands/NAME.py`, with `_` in the place of `-`.
 COMMANDS = {
@@ -70,17 +69,14 @@ def import_user_dir(argv: list[str]) -> list[str]:
 def prepare_streams_and_warnings() -> None:
     """Lets every command run with any standard output and any warning filter.
 
-    A closed output becomes the null device, so that no file of the command takes its number. Characters that the
-    terminal's encoding lacks are written as escapes. With PYTHONWARNINGS=error the warnings of libraries are printed
-    and do not end the command.
+    Characters that the terminal's encoding lacks are written as escapes. With PYTHONWARNINGS=error the warnings of
+    libraries are printed and do not end the command.
     """
     if any(option.startswith("error") for option in sys.warnoptions):
         warnings.filterwarnings("default", module=LIBRARIES)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the process ends
-        elif isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+    replace_closed_outputs()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -75,6 +75,7 @@ TABLE = {
     f"plan tiny.yaml {PLAN} --gpus {10**30}": (2, "is too large: pass a number of at most 12 digits"),
     "reproduce --preset desk": (2, "invalid choice: 'desk'"),
     "reproduce --data data --updates 0": (2, "'0' is no such number"),
+    "reproduce --data data --seeds 1 4294967296": "4294967296: pass --seeds and --updates below 4294967296",
     "reproduce --data data --methods abacus": (2, "invalid choice: 'abacus'"),
     "reproduce --data data --subset dev": "no subset 'dev'",
     # Options that contradict each other

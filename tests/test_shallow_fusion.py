@@ -109,6 +109,21 @@ def test_scores_with_a_language_model_are_the_sum(pairs, translation, train, lm_
     assert len(source) == len(dictionary)
 
 
+IMPOSSIBLE = {
+    "--lm-path names a translation model": ("--lm-path", "translation model"),
+    "come with the sentences of fairseq-interactive": ("--constraints",),
+    "are for models that refine their output": ("--print-step",),
+    "with --replace-unk=''": ("--replace-unk",),
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_what_fairseqs_generation_cannot_do_is_one_line(pairs, translation, message):
+    path = translation("alibi_transformer_tiny")
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        generated(pairs, path, *(path if part == "translation model" else part for part in IMPOSSIBLE[message]))
+
+
 def test_an_ensemble_averages_probabilities(pairs, translation):
     paths = translation("alibi_transformer_tiny"), translation("transformer")
     found = generated(pairs, ":".join(map(str, paths)))

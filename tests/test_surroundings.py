@@ -65,11 +65,14 @@ class FullOutput(io.StringIO):
 def test_a_log_of_fairseq_that_cannot_be_written_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", FullOutput())
     monkeypatch.setattr(os, "dup2", lambda *_: monkeypatch.undo())  # the output is dropped
-    monkeypatch.setattr(logging.StreamHandler, "handleError", None)
     cfg = training_config("data", "--arch", "alibi_lm_tiny", "--task", "language_modeling", "--cpu")
     with checked_command(cfg):
         logging.StreamHandler(sys.stdout).emit(logging.makeLogRecord({"msg": "an update"}))
     assert capsys.readouterr().err == "standard output cannot be written (No space left on device)\n"
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    with checked_command(cfg):
+        sys.stderr.write("a progress bar")
+    assert logging.StreamHandler.handleError is logging.Handler.handleError, "the command has ended"
 
 
 def test_a_full_standard_output_is_named(tmp_path, monkeypatch):

@@ -49,7 +49,11 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--subset {args.subset}: probes have texts for evaluation in each folder; drop it")
         preset, kind = with_lengths_of(preset, data), ProbeComparison
     output = args.output or Path("results") / f"reproduce-{args.preset}"
+    if str(output).startswith("-"):
+        output = output.absolute()  # or fairseq-train takes it for an option
     updates = args.updates or preset.updates
+    if max(*args.seeds, updates) >= 2**32:
+        raise ValueError(f"{max(*args.seeds, updates)}: pass --seeds and --updates below {2**32}")
     comparison = kind(args.preset, preset, data, args.subset, updates, args.methods, args.seeds, output, args.cpu)
     if args.preset == "paper" and not args.launch:
         for model in comparison.models():

@@ -29,6 +29,13 @@ def check_kind(name: str, value: Any, default: Any) -> None:
         raise ValueError(f"--model-overrides: {name} {value!r}: pass a value as {default} is")
 
 
+def replace_closed_outputs() -> None:
+    """Makes a standard output or error that is closed the null device, so that no file takes its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the process ends
+
+
 def output_fault(error: Optional[Exception] = None) -> str:
     """Writes out what was printed; returns why it cannot be, if so, and drops it, of which Python would complain.
 

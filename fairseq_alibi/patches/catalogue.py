@@ -5,7 +5,7 @@ import sys
 
 import fairseq
 
-from . import checkpoint_files, compatibility, data, option_checks, restart, sharding, training_state
+from . import checkpoint_files, compatibility, data, generation, option_checks, restart, sharding, training_state
 from .patch import Patch
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ PATCHES = (
     ),
     Patch(
         target="fairseq_cli.generate:main",
-        replacement=option_checks.generate,
+        replacement=generation.generate,
         what="Refuses options that cannot work, as `call_main` does for the other commands.",
         why="fairseq-generate does not go through `call_main`: made-up --model-overrides are ignored silently.",
         source="fairseq_cli/generate.py:28",

@@ -15,13 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data.plasma_utils import PYARROW_AVAILABLE
 from fairseq.dataclass.configs import FairseqConfig
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed.utils import is_master
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
@@ -29,7 +28,7 @@ from fairseq.trainer import Trainer
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
 
-from ..files.errors import check_kind, one_line, output_fault
+from ..files.errors import check_kind, one_line, output_fault, replace_closed_outputs
 from ..files.locks import locked
 from .compatibility import limit_waiting
 from .data import SKIP
@@ -290,8 +289,10 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
     from .catalogue import apply  # the catalogue imports this file
 
     apply(in_command=True)
+    replace_closed_outputs()
     check_precision(cfg, training)
     check_overrides(cfg)
+    handle_error = logging.StreamHandler.handleError
     logging.StreamHandler.handleError = drop_output  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -314,6 +315,8 @@ def checked_command(cfg: FairseqConfig, training: bool = False) -> Iterator[None
             resumes = training and not cfg.checkpoint.no_save
             logger.warning("interrupted%s", "; the same command resumes from its last checkpoint" * resumes)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        logging.StreamHandler.handleError = handle_error  # type: ignore[method-assign]
     if message := output_fault():
         raise CommandError(message)
 
@@ -330,13 +333,6 @@ def call_main(cfg: FairseqConfig, main: Callable[..., None], **kwargs: Any) -> N
             parse_optimizer_overrides(cfg)
             main = functools.partial(train_alone, main)
         original("fairseq.distributed.utils:call_main")(cfg, main, **kwargs)
-
-
-def generate(cfg: Union[FairseqConfig, argparse.Namespace]) -> Any:
-    """Replaces `fairseq_cli.generate.main`, which is called without `call_main`."""
-    cfg = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, argparse.Namespace) else cfg
-    with checked_command(cfg):
-        return original("fairseq_cli.generate:main")(cfg)
 
 
 def eval_lm(*args: Any, **kwargs: Any) -> dict[str, Any]:
