@@ -71,7 +71,7 @@ def test_a_log_of_fairseq_that_cannot_be_written_is_one_line(monkeypatch, capsys
     assert capsys.readouterr().err == "standard output cannot be written (No space left on device)\n"
     monkeypatch.setattr(sys, "stderr", None)  # closed
     with checked_command(cfg):
-        sys.stderr.write("a progress bar")
+        assert os.get_inheritable(sys.stderr.fileno()), "the commands that it starts write there too"
     assert logging.StreamHandler.handleError is logging.Handler.handleError, "the command has ended"
 
 

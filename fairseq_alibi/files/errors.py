@@ -33,7 +33,9 @@ def replace_closed_outputs() -> None:
     """Makes a standard output or error that is closed the null device, so that no file takes its number."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the process ends
+            stream = open(os.devnull, "w")  # noqa: SIM115, open until the process ends
+            os.set_inheritable(stream.fileno(), True)  # for the commands that this one starts
+            setattr(sys, name, stream)
 
 
 def output_fault(error: Optional[Exception] = None) -> str:
