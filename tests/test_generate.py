@@ -334,6 +334,7 @@ def full_passes(corpus, trained, prompt, number):
     return generation.decode_tokens(model, torch.tensor(tokens))
 
 
+@pytest.mark.slow
 def test_greedy_text_equals_full_passes_eight_times_past_the_training_length(corpus, varied):
     prompt, number = "word1 word2 word3", 8 * 32 - 3
     done = command(corpus, varied, "--cpu", "--beam", 1, prompt, "--tokens", number)

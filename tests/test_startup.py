@@ -82,6 +82,7 @@ def test_both_kinds_of_install_put_it_into_site_packages(kind, tmp_path):
     assert not any(name.startswith("fairseq_alibi/startup") for name in names), "a second copy"
 
 
+@pytest.mark.slow
 def test_works_as_a_user_dir_from_any_folder_once_installed(tmp_path, corpus):
     """`--user-dir fairseq_alibi` finds the package where it lies beside fairseq."""
     import fairseq
@@ -137,6 +138,7 @@ print(MODEL_REGISTRY["alibi_lm"].__module__, checkpoint_utils.load_checkpoint.__
 
 
 @pytest.mark.parametrize("name", ["models.translation", "patches", "patches.restart", "files.checkpoints"])
+@pytest.mark.slow
 def test_each_module_that_needs_fairseq_can_be_the_first_import(name):
     """The end of fairseq's import imports patches and models, in the midst of that module's own import."""
     code = (
@@ -200,6 +202,7 @@ argparse.ArgumentParser._check_help = check_help
 
 
 @pytest.mark.parametrize("first", ["import fairseq", "import hydra._internal.utils, fairseq"])
+@pytest.mark.slow
 def test_hydras_parser_is_built_where_help_is_checked_and_others_stay_checked(first):
     code = f"""{STRICT_HELP}
 {first}
@@ -217,6 +220,7 @@ except TypeError as error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork")
 @pytest.mark.parametrize(("chosen", "method"), [("", "fork"), ("set_start_method('forkserver')", "forkserver")])
+@pytest.mark.slow
 def test_processes_are_forked_unless_somebody_chose_otherwise(chosen, method):
     """Python 3.14 starts them from a server, which outlives a run that is killed."""
     code = f"""

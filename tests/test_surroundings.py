@@ -45,6 +45,7 @@ def test_a_reader_that_ends_is_one_line(shell, tmp_path):
     assert list((tmp_path / "out").glob("*.json")), "what was done is kept"
 
 
+@pytest.mark.slow
 def test_a_reader_of_fairseqs_commands_that_ends_is_one_line(shell):
     command = "fairseq-interactive $DATA --user-dir $ROOT/fairseq_alibi --task language_modeling --path $CK --cpu"
     status, _, errors = shell(f"{command} --input $DATA/dict.txt --max-len-b 3 | true", ROOT=ROOT)
@@ -110,12 +111,14 @@ def test_warnings_of_libraries_alone_are_no_errors(monkeypatch, module):
         warnings.warn_explicit("old", UserWarning, "file.py", 1, module)
 
 
+@pytest.mark.slow
 def test_assertions_and_docstrings_are_not_needed(shell):
     status, output, _ = shell(EVALUATE.replace("fairseq-alibi", "python -OO -m fairseq_alibi"))
     assert status == 0
     assert "written to out/" in output
 
 
+@pytest.mark.slow
 def test_what_the_terminal_cannot_encode_is_escaped(shell):
     status, output, errors = shell(
         "fairseq-alibi generate $DATA $CK --cpu 'word1 na\u00efve' word2 --tokens 3", **ASCII

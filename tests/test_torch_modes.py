@@ -105,7 +105,7 @@ MODES = [
     run_in_vmap,
     run_in_jvp,
     run_with_fake_tensors,
-    run_compiled,
+    pytest.param(run_compiled, marks=pytest.mark.slow),
     run_traced,
     run_exported,
     run_in_autocast,
@@ -206,7 +206,8 @@ def test_export_with_dynamic_length(kind, attention):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["decoder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*STACKS][1:])])
+@pytest.mark.parametrize("kind", STACKS)
+@pytest.mark.slow
 def test_compiled_as_one_graph(kind):
     """`auto` then takes a kernel that can be compiled; forward and backward, at several lengths."""
     torch._dynamo.reset()

@@ -242,6 +242,7 @@ def test_a_resumed_epoch_ends_where_it_would_have_ended():
     assert len(read(0)) == 19
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_what_was_saved(start, uninterrupted, tmp_path):
     """A limit of the system on the size of files stands in for it. With room again the run resumes."""
     status, output = start(tmp_path, "--max-update=118", after=8, do="fill the disk")

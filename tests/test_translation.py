@@ -184,6 +184,7 @@ def test_trains_and_translates_what_is_longer_without_overrides(pairs, tmp_path)
     assert seen == {4, 6, 41, 65, 1501}
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_parameters_of_fairseqs_transformer(build):
     layers = ["--encoder-layers", 2, "--decoder-layers", 2]
     expected = dict(build(*layers, arch="transformer_iwslt_de_en")[0].named_parameters())
