@@ -129,3 +129,9 @@ def test_advice_fits_how_the_package_was_installed(monkeypatch, prefix, installe
     found = types.SimpleNamespace(read_text=lambda name: installer)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: found)
     assert doctor.pip_command() == command
+
+
+@pytest.mark.parametrize("option", [["--output", "results"], ["--overwrite"]])
+def test_options_of_gpu_are_not_ignored_without_it(option):
+    with pytest.raises(SystemExit, match="--output and --overwrite are for --gpu"):
+        main(["doctor", *option])

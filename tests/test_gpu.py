@@ -43,6 +43,7 @@ from fairseq_alibi.core.transformer import Transformer
 from fairseq_alibi.evaluation import checkpoint_evaluation
 from fairseq_alibi.experiments import gpu_check
 from fairseq_alibi.files.data_folders import made_up_dictionary
+from fairseq_alibi.files.results import write_json
 from fairseq_alibi.models.translation import AlibiTransformer
 
 LENGTH = 300
@@ -473,6 +474,17 @@ def test_doctor_measures_a_gpu_as_far_as_a_cpu_can(monkeypatch, tmp_path):
     late = gpu_check.GpuCheck("cpu", None, (torch.float32,), (16,), (300,), minutes=0)
     gpu_check.run_gpu_check(late, tmp_path)
     assert json.loads((tmp_path / "gpu.json").read_text())["left out for lack of time"]
+
+
+def test_doctor_keeps_the_results_of_an_earlier_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "prepare_builtin", lambda folder: None)
+    monkeypatch.setattr(gpu_check, "run_gpu_check", lambda check, output: write_json(output / "gpu.json", {}))
+    gpu_check.check_this_gpu(tmp_path / "gpu", overwrite=False)
+    with pytest.raises(ValueError, match=r"gpu\.json exists: pass --overwrite"):
+        gpu_check.check_this_gpu(tmp_path / "gpu", overwrite=False)
+    gpu_check.check_this_gpu(tmp_path / "gpu", overwrite=True)
 
 
 @pytest.mark.slow
