@@ -332,9 +332,9 @@ def test_one_graph_serves_a_whole_sweep_and_a_stream(monkeypatch, gradients):
 
 @pytest.mark.slow
 @pytest.mark.skipif("CUDA_TORCH" not in os.environ, reason="CUDA_TORCH names no folder with a CUDA build of torch")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "12.0"])
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])
 def test_compiled_kernels_fit_the_shared_memory_of_each_gpu(capability, dim, dtype):
     """CUDA_TORCH=DIR after: pip install --target DIR torch==2.13.0 (from PyPI; gigabytes)."""
     script = ROOT / "tests" / "flex_codegen.py"
